@@ -1,0 +1,94 @@
+"""How every benchmark here measures: CUDA graphs over buffers larger than the L2, medians, and one row a measurement.
+
+A decode step reads each layer's weights and caches once, from memory. A loop over one small buffer would measure the L2,
+so a measurement captures one call a buffer in a CUDA graph, with enough buffers to pass the L2 several times over.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+L2_MULTIPLE = 6  # bytes touched a replay, in units of the L2: at most a sixth of a buffer can survive to the next replay
+
+
+def num_buffers(bytes_a_call: int, at_least: int = 2, at_most: int = 64) -> int:
+    """How many copies of a call's buffers a graph rotates through so that they pass the L2."""
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(at_least, min(at_most, -(-L2_MULTIPLE * l2 // bytes_a_call)))
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """One CUDA graph of all calls, after a warm-up that compiles whatever they compile."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def time_graph(graph: torch.cuda.CUDAGraph, calls: int, replays: int = 30) -> tuple[float, float]:
+    """Microseconds a call: (median, spread), the spread being half the range of the middle 80 % of the replays."""
+    for _ in range(3):
+        graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = sorted(1000 * start.elapsed_time(end) / calls for start, end in events)
+    cut = replays // 10
+    return statistics.median(times), (times[-1 - cut] - times[cut]) / 2
+
+
+def measure(calls: Sequence[Callable[[], object]], replays: int = 30) -> tuple[float, float]:
+    """(median, spread) in microseconds of one of `calls`, captured together in one graph."""
+    return time_graph(capture(calls), len(calls), replays)
+
+
+def read_bandwidth() -> float:
+    """GB/s of reading a 4 GB tensor once: the ceiling that a share of the bandwidth is stated against."""
+    x = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
+    median, _ = measure([lambda: x.sum()], replays=20)
+    return x.nbytes / median / 1e3
+
+
+def environment() -> dict[str, object]:
+    """What a row must say about where it comes from."""
+    import transformers
+    import triton
+
+    def output_of(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
+
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+        "revision": output_of("git", "describe", "--always", "--dirty"),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """JSON lines, each row with the environment it was measured in."""
+    where = environment()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row | where) + "\n" for row in rows))

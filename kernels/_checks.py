@@ -1,0 +1,63 @@
+"""Argument checks shared by the launchers. Each raises `ValueError` with the offending value; none reads device memory."""
+
+from __future__ import annotations
+
+import torch
+
+from ._dispatch import backend
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = (32, 64, 80, 96, 128)
+MAX_QUERIES = 16  # one tensor-core tile of query rows
+
+
+def check_states(**tensors: torch.Tensor) -> None:
+    """All tensors 4-d, one dtype and device, dense in the last dimension; the dtype one that the kernels take.
+
+    The PyTorch references also take float64, which is what the kernels are measured against.
+    """
+    first = next(iter(tensors.values()))
+    allowed = (*DTYPES, torch.float64) if backend(first.device) == "reference" else DTYPES
+    if first.dtype not in allowed:
+        raise ValueError(f"dtype must be one of {[str(d) for d in allowed]}, got {first.dtype}")
+    for name, tensor in tensors.items():
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, expected {first.dtype} on {first.device} like the others"
+            )
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be dense in its last dimension, got strides {tensor.stride()}")
+
+
+def check_caches(states: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+    """`states` (B, T, H, D) fits the caches (B, H, S, D)."""
+    B, T, H, D = states.shape
+    if key_cache.shape != value_cache.shape:
+        raise ValueError(f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} differ in shape")
+    if (key_cache.shape[0], key_cache.shape[1], key_cache.shape[3]) != (B, H, D):
+        raise ValueError(f"caches {tuple(key_cache.shape)} (B, H, S, D) do not fit states {(B, T, H, D)} (B, T, H, D)")
+    if min(B, T, H, D, key_cache.shape[2]) == 0:
+        raise ValueError(f"empty tensors: states {(B, T, H, D)}, caches {tuple(key_cache.shape)}")
+
+
+def check_attention(query: torch.Tensor) -> None:
+    """T and D of `query` (B, T, H, D) are sizes that the attention kernels cover."""
+    _, T, _, D = query.shape
+    if T > MAX_QUERIES:
+        raise ValueError(f"at most {MAX_QUERIES} query tokens, got {T}: use PyTorch's SDPA for prompts")
+    if D not in HEAD_DIMS:
+        raise ValueError(f"head dim must be one of {HEAD_DIMS}, got {D}")
+
+
+def check_positions(name: str, positions: torch.Tensor, batch_size: int, device: torch.device) -> None:
+    """An integer tensor, 0-dim or (B,), on the states' device: its value stays there, so that a step can be captured."""
+    if not isinstance(positions, torch.Tensor):
+        raise ValueError(f"{name} must be a tensor on the device, got {type(positions).__name__} {positions!r}")
+    if positions.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} must be int64 or int32, got {positions.dtype}")
+    if positions.dim() > 1 or (positions.dim() == 1 and positions.shape[0] != batch_size):
+        raise ValueError(f"{name} must be 0-dim or ({batch_size},), got shape {tuple(positions.shape)}")
+    if positions.device != device:
+        raise ValueError(f"{name} must be on {device}, got {positions.device}")

@@ -1,0 +1,249 @@
+"""Self-attention of a decode step: writes the new keys and values into the cache and attends, in one launch.
+
+    key_cache[b, h, p + t] = key[b, t, h]; value_cache likewise, p = cache_position[b]
+    out[b, t, h] = softmax(scale * query[b, t, h] . key_cache[b, h, : p + t + 1].T) @ value_cache[b, h, : p + t + 1]
+
+One program a head and sequence: it keeps the new tokens' keys and values in registers, writes them once and never reads
+them back, so no other program waits for them. Self caches of Whisper hold at most 448 slots, too few to be worth a split
+over programs. Layouts: states (B, T, H, D), caches (B, H, S, D), result (B, T, H, D) as `out_proj` reads it.
+
+Bytes moved: 2 * B * H * (p + T) * D elements read, 2 * B * H * T * D written.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._attend import attend_few, attend_one, attend_tile, merge_rows, normalise
+from ._checks import check_attention, check_caches, check_positions, check_states
+from ._dispatch import register, tl, triton
+from .decode_attention import LOG2E, decode_attention_reference
+from .update_kv_cache import update_kv_cache_reference
+
+
+def append_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """What `append_attention` computes, in PyTorch: `update_kv_cache`, then causal `decode_attention`."""
+    update_kv_cache_reference(key, value, key_cache, value_cache, cache_position)
+    kv_length = cache_position + query.shape[1]
+    return decode_attention_reference(query, key_cache, value_cache, kv_length, scale=scale)
+
+
+@triton.jit
+def _append_attention_kernel(
+    query_ptr,  # (B, T, H, D) fp16/bf16/fp32
+    key_ptr,  # (B, T, H, D)
+    value_ptr,  # (B, T, H, D)
+    key_cache_ptr,  # (B, H, S, D)
+    value_cache_ptr,  # (B, H, S, D)
+    cache_position_ptr,  # () or (B,) int
+    out_ptr,  # (B, T, H, D) contiguous
+    qk_scale,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_k_b,
+    stride_k_t,
+    stride_k_h,
+    stride_v_b,
+    stride_v_t,
+    stride_v_h,
+    stride_kc_b,
+    stride_kc_h,
+    stride_kc_s,
+    stride_vc_b,
+    stride_vc_h,
+    stride_vc_s,
+    stride_cp_b,
+    T,
+    H,
+    S,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # 1, or a tensor-core tile for T > 1
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_h = tl.program_id(0).to(tl.int64)
+    i_b = tl.program_id(1).to(tl.int64)
+    position = tl.load(cache_position_ptr + i_b * stride_cp_b).to(tl.int32)
+    end = tl.minimum(position, S)  # of the keys that are in the cache already
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+
+    query_ptr += i_b * stride_q_b + i_h * stride_q_h
+    key_ptr += i_b * stride_k_b + i_h * stride_k_h
+    value_ptr += i_b * stride_v_b + i_h * stride_v_h
+    key_cache_ptr += i_b * stride_kc_b + i_h * stride_kc_h
+    value_cache_ptr += i_b * stride_vc_b + i_h * stride_vc_h
+    if BLOCK_T == 1:
+        q = tl.load(query_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * qk_scale
+        k = tl.load(key_ptr + offs_d, mask=mask_d, other=0.0)
+        v = tl.load(value_ptr + offs_d, mask=mask_d, other=0.0)
+        mask_new = mask_d & (position >= 0) & (position < S)
+        tl.store(key_cache_ptr + position.to(tl.int64) * stride_kc_s + offs_d, k, mask=mask_new)
+        tl.store(value_cache_ptr + position.to(tl.int64) * stride_vc_s + offs_d, v, mask=mask_new)
+        # The new token is where row 0 of the tile starts from.
+        is_first = tl.arange(0, BLOCK_S) == 0
+        m_i = tl.where(is_first, tl.sum(q * k.to(tl.float32), axis=0), float("-inf"))
+        l_i = tl.where(is_first, 1.0, 0.0)
+        acc = tl.where(is_first[:, None], v.to(tl.float32)[None, :], 0.0)
+        m_i, l_i, acc = attend_one(
+            q, key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, m_i, l_i, acc, HEAD_DIM, BLOCK_S, BLOCK_D
+        )
+        _, l, o = merge_rows(m_i, l_i, acc)
+        tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
+    else:
+        offs_t = tl.arange(0, BLOCK_T)
+        mask_t = offs_t < T
+        mask_td = mask_t[:, None] & mask_d[None, :]
+        q = tl.load(query_ptr + offs_t[:, None] * stride_q_t + offs_d[None, :], mask=mask_td, other=0.0)
+        k = tl.load(key_ptr + offs_t[:, None] * stride_k_t + offs_d[None, :], mask=mask_td, other=0.0)
+        v = tl.load(value_ptr + offs_t[:, None] * stride_v_t + offs_d[None, :], mask=mask_td, other=0.0)
+        offs_s = (position + offs_t).to(tl.int64)
+        mask_new = mask_td & (offs_s >= 0)[:, None] & (offs_s < S)[:, None]
+        tl.store(key_cache_ptr + offs_s[:, None] * stride_kc_s + offs_d[None, :], k, mask=mask_new)
+        tl.store(value_cache_ptr + offs_s[:, None] * stride_vc_s + offs_d[None, :], v, mask=mask_new)
+        m_i = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK_T,), tl.float32)
+        acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        visible = mask_t[None, :] & (offs_t[None, :] <= offs_t[:, None])
+        m_i, l_i, acc = attend_tile(q, k, v, visible, qk_scale, m_i, l_i, acc)
+        limit = tl.zeros((BLOCK_T,), tl.int32) + end
+        m_i, l_i, acc = attend_few(
+            q, limit, qk_scale, key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, m_i, l_i, acc,
+            HEAD_DIM, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
+        out_row = (i_b * T + offs_t[:, None]) * H + i_h
+        out = normalise(l_i[:, None], acc).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out_row * HEAD_DIM + offs_d[None, :], out, mask=mask_td)
+
+
+def _launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+) -> None:
+    B, T, H, D = query.shape
+    _append_attention_kernel[(H, B)](
+        query_ptr=query,
+        key_ptr=key,
+        value_ptr=value,
+        key_cache_ptr=key_cache,
+        value_cache_ptr=value_cache,
+        cache_position_ptr=cache_position,
+        out_ptr=out,
+        qk_scale=scale * LOG2E,
+        stride_q_b=query.stride(0),
+        stride_q_t=query.stride(1),
+        stride_q_h=query.stride(2),
+        stride_k_b=key.stride(0),
+        stride_k_t=key.stride(1),
+        stride_k_h=key.stride(2),
+        stride_v_b=value.stride(0),
+        stride_v_t=value.stride(1),
+        stride_v_h=value.stride(2),
+        stride_kc_b=key_cache.stride(0),
+        stride_kc_h=key_cache.stride(1),
+        stride_kc_s=key_cache.stride(2),
+        stride_vc_b=value_cache.stride(0),
+        stride_vc_h=value_cache.stride(1),
+        stride_vc_s=value_cache.stride(2),
+        stride_cp_b=cache_position.stride(0) if cache_position.dim() else 0,
+        T=T,
+        H=H,
+        S=key_cache.shape[2],
+        HEAD_DIM=D,
+        BLOCK_T=1 if T == 1 else 16,
+        BLOCK_S=64,
+        BLOCK_D=triton.next_power_of_2(D),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def _run_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+) -> None:
+    out.copy_(append_attention_reference(query, key, value, key_cache, value_cache, cache_position, scale=scale))
+
+
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+) -> None:
+    return None
+
+
+# The result is an argument: an op that mutates a cache returns nothing, so that Inductor can functionalise it.
+_op = register(
+    "append_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+    " Tensor cache_position, Tensor(c!) out, float scale) -> ()",
+    kernel=_launch,
+    reference=_run_reference,
+    fake=_fake,
+)
+
+
+def append_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Writes T new keys and values at `cache_position` and attends causally to all up to and with them, in one launch.
+
+    Args:
+        query, key, value: (B, T, H, D), T from 1 to 16, D one of 32, 64, 80, 96, 128; fp32, fp16 or bf16; any strides
+            with a dense last dimension, as all tensors here.
+        key_cache, value_cache: (B, H, S, D), the query's dtype. Mutated: slots cache_position .. cache_position + T - 1.
+        cache_position: int64 or int32 on the same device, 0-dim or (B,): the slot of the first new token.
+        scale: multiplies the scores, in fp32. Whisper scales its query in the model's dtype and passes 1.0.
+
+    A token that falls outside the S slots is not written (the position is on the device, where nothing can be raised),
+    and what is returned for it is not meaningful.
+
+    Returns:
+        (B, T, H, D), contiguous, the query's dtype: what `out_proj` reads as (B, T, H * D).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit; the caches are then untouched.
+    """
+    check_states(query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache)
+    check_caches(query, key_cache, value_cache)
+    check_attention(query)
+    if key.shape != query.shape or value.shape != query.shape:
+        raise ValueError(f"query, key and value differ in shape: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
+    check_positions("cache_position", cache_position, query.shape[0], query.device)
+    out = query.new_empty(query.shape)
+    _op(query, key, value, key_cache, value_cache, cache_position, out, scale)
+    return out

@@ -1,0 +1,332 @@
+"""Attention of few new tokens over a static cache, the keys split over programs (flash-decoding).
+
+    out[b, t, h] = softmax(scale * query[b, t, h] . key_cache[b, h, :n].T) @ value_cache[b, h, :n]
+
+with n = kv_length[b] for the last query token and one less for each token before it (`is_causal`), or n = kv_length[b]
+for all of them. The cache is (B, H, S, D), the query (B, T, H, D) and so is the result, which `out_proj` reads as
+(B, T, H * D): no transposed copy on either side. Slots from kv_length on are never read.
+
+At batch 1 the H heads of Whisper cannot fill the chip, so each head's keys are cut into NUM_SPLITS chunks, one a program; a
+second tiny kernel merges the partial softmax states in a fixed order. The split depends on shapes alone, so results do not
+depend on the run or on the other rows of the batch. Method: flash-decoding, https://pytorch.org/blog/flash-decoding/.
+
+Bytes moved: 2 * B * H * n * D elements (each key and value once).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ._attend import attend_few, attend_one, merge_rows, normalise
+from ._checks import check_attention, check_caches, check_positions, check_states
+from ._dispatch import gdc_launch_dependents, gdc_wait, has_pdl, register, tl, triton
+
+LOG2E = 1.4426950408889634
+
+
+def decode_attention_reference(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_length: torch.Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = True,
+) -> torch.Tensor:
+    """What `decode_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
+    B, T, _, _ = query.shape
+    S = key_cache.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    slots = torch.arange(S, device=query.device)
+    length = torch.full((B, 1), S, device=query.device) if kv_length is None else kv_length.reshape(-1, 1).expand(B, 1)
+    limit = length.clamp(max=S) + (torch.arange(T, device=query.device) - (T - 1) if is_causal else 0)  # (B, T) or (B, 1)
+    visible = slots < limit[:, None, :, None]  # (B, 1, T or 1, S)
+    used = (slots < length)[:, None, :, None]  # (B, 1, S, 1): an unused slot may hold anything, NaN too
+    scores = query.transpose(1, 2).to(dtype) @ key_cache.to(dtype).masked_fill(~used, 0).transpose(2, 3) * scale
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0)  # no key at all: 0, not NaN
+    out = weights @ value_cache.to(dtype).masked_fill(~used, 0)
+    return out.transpose(1, 2).to(query.dtype).contiguous()
+
+
+@triton.jit
+def _decode_attention_kernel(
+    query_ptr,  # (B, T, H, D) fp16/bf16/fp32
+    key_cache_ptr,  # (B, H, S, D)
+    value_cache_ptr,  # (B, H, S, D)
+    kv_length_ptr,  # () or (B,) int; not read unless HAS_LENGTH
+    out_ptr,  # (B, T, H, D), or partial (B, H, T, num_splits, D) fp32 if IS_SPLIT
+    state_ptr,  # partial (2, B, H, T, num_splits) fp32: maximum and sum; not used unless IS_SPLIT
+    qk_scale,
+    stride_q_b,
+    stride_q_t,
+    stride_q_h,
+    stride_kc_b,
+    stride_kc_h,
+    stride_kc_s,
+    stride_vc_b,
+    stride_vc_h,
+    stride_vc_s,
+    stride_l_b,
+    B,
+    T,
+    H,
+    S,
+    num_splits,
+    HAS_LENGTH: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    USE_PDL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # 1, or a tensor-core tile for T > 1
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    if USE_PDL:
+        gdc_launch_dependents()  # the merge may be launched now; it waits for our results itself
+    i_split = tl.program_id(0)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < HEAD_DIM
+
+    length = S
+    if HAS_LENGTH:
+        length = tl.minimum(tl.load(kv_length_ptr + i_b * stride_l_b).to(tl.int32), S)
+    chunk = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_S) * BLOCK_S
+    start = i_split * chunk
+    end = tl.minimum(start + chunk, length)
+
+    query_ptr += i_b * stride_q_b + i_h * stride_q_h
+    key_ptr = key_cache_ptr + i_b * stride_kc_b + i_h * stride_kc_h
+    value_ptr = value_cache_ptr + i_b * stride_vc_b + i_h * stride_vc_h
+    row = (i_b * H + i_h) * T  # of the partial results
+    if BLOCK_T == 1:
+        q = tl.load(query_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * qk_scale
+        m_i = tl.full((BLOCK_S,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK_S,), tl.float32)
+        acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+        m_i, l_i, acc = attend_one(
+            q, key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, m_i, l_i, acc, HEAD_DIM, BLOCK_S, BLOCK_D
+        )
+        m, l, o = merge_rows(m_i, l_i, acc)
+        if not IS_SPLIT:
+            tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
+        else:
+            tl.store(out_ptr + (row * num_splits + i_split) * HEAD_DIM + offs_d, o, mask=mask_d)
+            tl.store(state_ptr + row * num_splits + i_split, m)
+            tl.store(state_ptr + (B.to(tl.int64) * H * T + row) * num_splits + i_split, l)
+    else:
+        offs_t = tl.arange(0, BLOCK_T)
+        mask_q = (offs_t < T)[:, None] & mask_d[None, :]
+        q = tl.load(query_ptr + offs_t[:, None] * stride_q_t + offs_d[None, :], mask=mask_q, other=0.0)
+        limit = tl.zeros((BLOCK_T,), tl.int32) + length
+        if IS_CAUSAL:
+            limit += offs_t - (T - 1)
+        m_i = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK_T,), tl.float32)
+        acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        m_i, l_i, acc = attend_few(
+            q, limit, qk_scale, key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, m_i, l_i, acc,
+            HEAD_DIM, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
+        mask_t = offs_t < T
+        if not IS_SPLIT:
+            out_row = (i_b * T + offs_t[:, None]) * H + i_h
+            out = normalise(l_i[:, None], acc).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + out_row * HEAD_DIM + offs_d[None, :], out, mask=mask_q)
+        else:
+            partial = (row + offs_t) * num_splits + i_split
+            tl.store(out_ptr + partial[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask_q)
+            tl.store(state_ptr + partial, m_i, mask=mask_t)
+            tl.store(state_ptr + B.to(tl.int64) * H * T * num_splits + partial, l_i, mask=mask_t)
+
+
+@triton.jit
+def _merge_splits_kernel(
+    partial_ptr,  # (B, H, T, NUM_SPLITS, D) fp32
+    state_ptr,  # (2, B, H, T, NUM_SPLITS) fp32: maximum and sum of each split
+    out_ptr,  # (B, T, H, D)
+    B,
+    T,
+    H,
+    USE_PDL: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_h = tl.program_id(0).to(tl.int64)
+    i_t = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    offs_i = tl.arange(0, BLOCK_SPLITS)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_i = offs_i < NUM_SPLITS
+    mask_d = offs_d < HEAD_DIM
+    row = ((i_b * H + i_h) * T + i_t) * NUM_SPLITS + offs_i
+    if USE_PDL:
+        gdc_wait()
+    m_i = tl.load(state_ptr + row, mask=mask_i, other=float("-inf"))
+    l_i = tl.load(state_ptr + B.to(tl.int64) * H * T * NUM_SPLITS + row, mask=mask_i, other=0.0)
+    acc = tl.load(
+        partial_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_i[:, None] & mask_d[None, :], other=0.0
+    )
+    _, l, o = merge_rows(m_i, l_i, acc)
+    out = normalise(l, o).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + ((i_b * T + i_t) * H + i_h) * HEAD_DIM + offs_d, out, mask=mask_d)
+
+
+class Tiles(NamedTuple):
+    """How a launch is cut: keys a tile, programs a head, warps a program, stages of the load pipeline."""
+
+    BLOCK_S: int
+    NUM_SPLITS: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tiles(B: int, T: int, H: int, S: int) -> Tiles:
+    """Tiles from shapes alone (never from values: the split is part of the result's rounding)."""
+    splits = max(1, min(S // 128, round(264 / (B * H))))
+    if T > 1:
+        return Tiles(64, splits, 4, 2)
+    return Tiles(64, splits, 4, 2)
+
+
+def _launch(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_length: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    B, T, H, D = query.shape
+    S = key_cache.shape[2]
+    BLOCK_S, NUM_SPLITS, num_warps, num_stages = tiles or choose_tiles(B, T, H, S)
+    BLOCK_D = triton.next_power_of_2(D)
+    out = query.new_empty((B, T, H, D))
+    partial, state = out, out
+    if NUM_SPLITS > 1:
+        partial = torch.empty((B, H, T, NUM_SPLITS, D), dtype=torch.float32, device=query.device)
+        state = torch.empty((2, B, H, T, NUM_SPLITS), dtype=torch.float32, device=query.device)
+    use_pdl = NUM_SPLITS > 1 and has_pdl(query.device)
+    _decode_attention_kernel[(NUM_SPLITS, H, B)](
+        query_ptr=query,
+        key_cache_ptr=key_cache,
+        value_cache_ptr=value_cache,
+        kv_length_ptr=query if kv_length is None else kv_length,
+        out_ptr=partial,
+        state_ptr=state,
+        qk_scale=scale * LOG2E,
+        stride_q_b=query.stride(0),
+        stride_q_t=query.stride(1),
+        stride_q_h=query.stride(2),
+        stride_kc_b=key_cache.stride(0),
+        stride_kc_h=key_cache.stride(1),
+        stride_kc_s=key_cache.stride(2),
+        stride_vc_b=value_cache.stride(0),
+        stride_vc_h=value_cache.stride(1),
+        stride_vc_s=value_cache.stride(2),
+        stride_l_b=kv_length.stride(0) if kv_length is not None and kv_length.dim() else 0,
+        B=B,
+        T=T,
+        H=H,
+        S=S,
+        num_splits=NUM_SPLITS,
+        HAS_LENGTH=kv_length is not None,
+        IS_CAUSAL=is_causal,
+        IS_SPLIT=NUM_SPLITS > 1,
+        USE_PDL=use_pdl,
+        HEAD_DIM=D,
+        BLOCK_T=1 if T == 1 else 16,
+        BLOCK_S=BLOCK_S,
+        BLOCK_D=BLOCK_D,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    if NUM_SPLITS > 1:
+        _merge_splits_kernel[(H, T, B)](
+            partial_ptr=partial,
+            state_ptr=state,
+            out_ptr=out,
+            B=B,
+            T=T,
+            H=H,
+            USE_PDL=use_pdl,
+            NUM_SPLITS=NUM_SPLITS,
+            HEAD_DIM=D,
+            BLOCK_SPLITS=triton.next_power_of_2(NUM_SPLITS),
+            BLOCK_D=BLOCK_D,
+            num_warps=1,
+            **({"launch_pdl": True} if use_pdl else {}),
+        )
+    return out
+
+
+def _run_reference(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_length: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    return decode_attention_reference(query, key_cache, value_cache, kv_length, scale=scale, is_causal=is_causal)
+
+
+def _fake(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_length: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+_op = register(
+    "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? kv_length, float scale, bool is_causal)"
+    " -> Tensor",
+    kernel=_launch,
+    reference=_run_reference,
+    fake=_fake,
+)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_length: torch.Tensor | None = None,
+    *,
+    scale: float,
+    is_causal: bool = True,
+) -> torch.Tensor:
+    """Attends from T new tokens to a static cache; nothing is mutated.
+
+    Args:
+        query: (B, T, H, D), T from 1 to 16, D one of 32, 64, 80, 96, 128; fp32, fp16 or bf16; any strides with a dense
+            last dimension, as all tensors here.
+        key_cache, value_cache: (B, H, S, D), the query's dtype.
+        kv_length: int64 or int32 on the same device, 0-dim or (B,): how many slots hold keys, the T new tokens' own
+            included. None: all S, as in the cross cache. A length past S counts as S.
+        scale: multiplies the scores, in fp32. Whisper scales its query in the model's dtype and passes 1.0.
+        is_causal: each of the T tokens sees one slot less than the next (self-attention). False: all see kv_length slots.
+
+    Returns:
+        (B, T, H, D), contiguous, the query's dtype: what `out_proj` reads as (B, T, H * D). A query that sees no key
+        gives 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    check_states(query=query, key_cache=key_cache, value_cache=value_cache)
+    check_caches(query, key_cache, value_cache)
+    check_attention(query)
+    if kv_length is not None:
+        check_positions("kv_length", kv_length, query.shape[0], query.device)
+    return _op(query, key_cache, value_cache, kv_length, scale, is_causal)
