@@ -16,17 +16,41 @@ def safe_max(m):
 
 
 @triton.jit
-def load_tile(ptr, stride_s, offs_s, offs_d, mask_s, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows `offs_s` of a (S, D) slice; 0 where masked, so that what lies in an unused slot never counts."""
-    mask = mask_s[:, None]
+def load_tile(ptr, stride_s, start, end, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows start .. start + BLOCK_S - 1 of a (S, D) slice; 0 from row `end` on, so an unused slot's content never counts."""
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (start + offs_s < end)[:, None]
     if BLOCK_D != HEAD_DIM:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
-    return tl.load(ptr + offs_s.to(tl.int64)[:, None] * stride_s + offs_d[None, :], mask=mask, other=0.0)
+    # 64 bits for where the tile begins, 32 within it: wide offsets a row would cost the registers that hold the data.
+    ptr += tl.cast(start, tl.int64) * stride_s
+    return tl.load(ptr + (offs_s * stride_s)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_keys_values(
+    key_ptr,
+    value_ptr,
+    stride_k_s,
+    stride_v_s,
+    start,
+    end,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The tile of keys and of values that begins at `start`: (BLOCK_S, BLOCK_D) each."""
+    k = load_tile(key_ptr, stride_k_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D)
+    v = load_tile(value_ptr, stride_v_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D)
+    return k, v
 
 
 @triton.jit
 def attend_one(
     q,  # (BLOCK_D,) fp32, already times scale * log2(e)
+    k_next,  # (BLOCK_S, BLOCK_D): the first tile, which the caller loads as early as it may
+    v_next,
     key_ptr,
     value_ptr,
     stride_k_s,
@@ -40,13 +64,13 @@ def attend_one(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    offs_d = tl.arange(0, BLOCK_D)
     for i_s in range(start, end, BLOCK_S):
-        offs_s = i_s + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < end
-        k = load_tile(key_ptr, stride_k_s, offs_s, offs_d, mask_s, HEAD_DIM, BLOCK_D).to(tl.float32)
-        v = load_tile(value_ptr, stride_v_s, offs_s, offs_d, mask_s, HEAD_DIM, BLOCK_D).to(tl.float32)
-        score = tl.where(mask_s, tl.sum(q[None, :] * k, axis=1), float("-inf"))
+        # The next tile is on its way while this one is computed: Triton pipelines only loops around `tl.dot`.
+        k, v = k_next.to(tl.float32), v_next.to(tl.float32)
+        k_next, v_next = load_keys_values(
+            key_ptr, value_ptr, stride_k_s, stride_v_s, i_s + BLOCK_S, end, HEAD_DIM, BLOCK_S, BLOCK_D
+        )
+        score = tl.where(i_s + tl.arange(0, BLOCK_S) < end, tl.sum(q[None, :] * k, axis=1), float("-inf"))
         m_new = tl.maximum(m_i, score)
         alpha = tl.exp2(m_i - safe_max(m_new))
         p = tl.exp2(score - safe_max(m_new))
@@ -82,13 +106,10 @@ def attend_few(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    offs_d = tl.arange(0, BLOCK_D)
     for i_s in range(start, end, BLOCK_S):
+        k, v = load_keys_values(key_ptr, value_ptr, stride_k_s, stride_v_s, i_s, end, HEAD_DIM, BLOCK_S, BLOCK_D)
         offs_s = i_s + tl.arange(0, BLOCK_S)
-        mask_s = offs_s < end
-        k = load_tile(key_ptr, stride_k_s, offs_s, offs_d, mask_s, HEAD_DIM, BLOCK_D)
-        v = load_tile(value_ptr, stride_v_s, offs_s, offs_d, mask_s, HEAD_DIM, BLOCK_D)
-        visible = mask_s[None, :] & (offs_s[None, :] < limit[:, None])
+        visible = (offs_s < end)[None, :] & (offs_s[None, :] < limit[:, None])
         m_i, l_i, acc = attend_tile(q, k, v, visible, qk_scale, m_i, l_i, acc)
     return m_i, l_i, acc
 

@@ -47,7 +47,7 @@ if not HAS_TRITON:
     triton = tl = _Missing()
     gdc_launch_dependents = gdc_wait = None
 
-__all__ = ["HAS_TRITON", "INTERPRET", "backend", "gdc_launch_dependents", "gdc_wait", "has_pdl", "register", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRET", "backend", "gdc_launch_dependents", "gdc_wait", "has_pdl", "pdl_handover", "pdl_options", "register", "tl", "triton"]
 
 LIBRARY = torch.library.Library("whisper_triton", "FRAGMENT")
 
@@ -77,6 +77,16 @@ def has_pdl(device: torch.device) -> bool:
     return _PDL[index]
 
 
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Launch arguments that turn programmatic dependent launch on where it exists.
+
+    Every kernel of ours then lets the next one start at once and itself waits, before it touches memory, until the one
+    before it has finished and its writes are visible. So any two of them may follow each other in a stream, and so may
+    anybody else's kernels; what overlaps is the launch.
+    """
+    return {"USE_PDL": True, "launch_pdl": True} if has_pdl(device) else {"USE_PDL": False}
+
+
 def register(schema: str, *, kernel: Callable, reference: Callable, fake: Callable) -> Callable:
     """Registers the op `whisper_triton::<schema>` and returns its overload.
 
@@ -92,3 +102,11 @@ def register(schema: str, *, kernel: Callable, reference: Callable, fake: Callab
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"whisper_triton::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.whisper_triton, name).default
+
+
+@triton.jit
+def pdl_handover(USE_PDL: tl.constexpr):
+    """First statement of a kernel: lets the next kernel launch, then waits for the previous one's writes."""
+    if USE_PDL:
+        gdc_launch_dependents()
+        gdc_wait()

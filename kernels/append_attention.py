@@ -12,11 +12,13 @@ Bytes moved: 2 * B * H * (p + T) * D elements read, 2 * B * H * T * D written.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from ._attend import attend_few, attend_one, attend_tile, merge_rows, normalise
+from ._attend import attend_few, attend_one, attend_tile, load_keys_values, merge_rows, normalise
 from ._checks import check_attention, check_caches, check_positions, check_states
-from ._dispatch import register, tl, triton
+from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 from .decode_attention import LOG2E, decode_attention_reference
 from .update_kv_cache import update_kv_cache_reference
 
@@ -66,11 +68,13 @@ def _append_attention_kernel(
     T,
     H,
     S,
+    USE_PDL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,  # 1, or a tensor-core tile for T > 1
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    pdl_handover(USE_PDL)
     i_h = tl.program_id(0).to(tl.int64)
     i_b = tl.program_id(1).to(tl.int64)
     position = tl.load(cache_position_ptr + i_b * stride_cp_b).to(tl.int32)
@@ -84,6 +88,9 @@ def _append_attention_kernel(
     key_cache_ptr += i_b * stride_kc_b + i_h * stride_kc_h
     value_cache_ptr += i_b * stride_vc_b + i_h * stride_vc_h
     if BLOCK_T == 1:
+        k_next, v_next = load_keys_values(
+            key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, HEAD_DIM, BLOCK_S, BLOCK_D
+        )
         q = tl.load(query_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * qk_scale
         k = tl.load(key_ptr + offs_d, mask=mask_d, other=0.0)
         v = tl.load(value_ptr + offs_d, mask=mask_d, other=0.0)
@@ -96,8 +103,9 @@ def _append_attention_kernel(
         l_i = tl.where(is_first, 1.0, 0.0)
         acc = tl.where(is_first[:, None], v.to(tl.float32)[None, :], 0.0)
         m_i, l_i, acc = attend_one(
-            q, key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, m_i, l_i, acc, HEAD_DIM, BLOCK_S, BLOCK_D
-        )
+            q, k_next, v_next, key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, m_i, l_i, acc,
+            HEAD_DIM, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
         _, l, o = merge_rows(m_i, l_i, acc)
         tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
     else:
@@ -126,6 +134,19 @@ def _append_attention_kernel(
         tl.store(out_ptr + out_row * HEAD_DIM + offs_d[None, :], out, mask=mask_td)
 
 
+class Tiles(NamedTuple):
+    """How a launch is cut: keys a tile, warps a program, stages of the load pipeline."""
+
+    BLOCK_S: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tiles(T: int) -> Tiles:
+    """Tiles from shapes alone."""
+    return Tiles(64, 4, 2)
+
+
 def _launch(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -135,8 +156,10 @@ def _launch(
     cache_position: torch.Tensor,
     out: torch.Tensor,
     scale: float,
+    tiles: Tiles | None = None,
 ) -> None:
     B, T, H, D = query.shape
+    tiles = tiles or choose_tiles(T)
     _append_attention_kernel[(H, B)](
         query_ptr=query,
         key_ptr=key,
@@ -167,10 +190,11 @@ def _launch(
         S=key_cache.shape[2],
         HEAD_DIM=D,
         BLOCK_T=1 if T == 1 else 16,
-        BLOCK_S=64,
+        BLOCK_S=tiles.BLOCK_S,
         BLOCK_D=triton.next_power_of_2(D),
-        num_warps=4,
-        num_stages=2,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **pdl_options(query.device),
     )
 
 

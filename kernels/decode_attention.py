@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from ._attend import attend_few, attend_one, merge_rows, normalise
+from ._attend import attend_few, attend_one, load_keys_values, merge_rows, normalise
 from ._checks import check_attention, check_caches, check_positions, check_states
-from ._dispatch import gdc_launch_dependents, gdc_wait, has_pdl, register, tl, triton
+from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 LOG2E = 1.4426950408889634
 
@@ -34,6 +34,7 @@ def decode_attention_reference(
     *,
     scale: float,
     is_causal: bool = True,
+    read_ahead: bool = False,
 ) -> torch.Tensor:
     """What `decode_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
     B, T, _, _ = query.shape
@@ -57,7 +58,8 @@ def _decode_attention_kernel(
     value_cache_ptr,  # (B, H, S, D)
     kv_length_ptr,  # () or (B,) int; not read unless HAS_LENGTH
     out_ptr,  # (B, T, H, D), or partial (B, H, T, num_splits, D) fp32 if IS_SPLIT
-    state_ptr,  # partial (2, B, H, T, num_splits) fp32: maximum and sum; not used unless IS_SPLIT
+    max_ptr,  # partial (B, H, T, num_splits) fp32; this and sum_ptr not used unless IS_SPLIT
+    sum_ptr,  # partial (B, H, T, num_splits) fp32
     qk_scale,
     stride_q_b,
     stride_q_t,
@@ -69,7 +71,6 @@ def _decode_attention_kernel(
     stride_vc_h,
     stride_vc_s,
     stride_l_b,
-    B,
     T,
     H,
     S,
@@ -77,14 +78,15 @@ def _decode_attention_kernel(
     HAS_LENGTH: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    READ_AHEAD: tl.constexpr,  # all but the query may be read before the previous kernel has finished
     USE_PDL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,  # 1, or a tensor-core tile for T > 1
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    if USE_PDL:
-        gdc_launch_dependents()  # the merge may be launched now; it waits for our results itself
+    if not READ_AHEAD:
+        pdl_handover(USE_PDL)
     i_split = tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
@@ -103,21 +105,29 @@ def _decode_attention_kernel(
     value_ptr = value_cache_ptr + i_b * stride_vc_b + i_h * stride_vc_h
     row = (i_b * H + i_h) * T  # of the partial results
     if BLOCK_T == 1:
+        k, v = load_keys_values(
+            key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D
+        )
+        if READ_AHEAD:
+            pdl_handover(USE_PDL)
         q = tl.load(query_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * qk_scale
         m_i = tl.full((BLOCK_S,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_S,), tl.float32)
         acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
         m_i, l_i, acc = attend_one(
-            q, key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, m_i, l_i, acc, HEAD_DIM, BLOCK_S, BLOCK_D
-        )
+            q, k, v, key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, m_i, l_i, acc,
+            HEAD_DIM, BLOCK_S, BLOCK_D,
+        )  # fmt: skip
         m, l, o = merge_rows(m_i, l_i, acc)
         if not IS_SPLIT:
             tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
         else:
             tl.store(out_ptr + (row * num_splits + i_split) * HEAD_DIM + offs_d, o, mask=mask_d)
-            tl.store(state_ptr + row * num_splits + i_split, m)
-            tl.store(state_ptr + (B.to(tl.int64) * H * T + row) * num_splits + i_split, l)
+            tl.store(max_ptr + row * num_splits + i_split, m)
+            tl.store(sum_ptr + row * num_splits + i_split, l)
     else:
+        if READ_AHEAD:
+            pdl_handover(USE_PDL)
         offs_t = tl.arange(0, BLOCK_T)
         mask_q = (offs_t < T)[:, None] & mask_d[None, :]
         q = tl.load(query_ptr + offs_t[:, None] * stride_q_t + offs_d[None, :], mask=mask_q, other=0.0)
@@ -139,16 +149,16 @@ def _decode_attention_kernel(
         else:
             partial = (row + offs_t) * num_splits + i_split
             tl.store(out_ptr + partial[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=mask_q)
-            tl.store(state_ptr + partial, m_i, mask=mask_t)
-            tl.store(state_ptr + B.to(tl.int64) * H * T * num_splits + partial, l_i, mask=mask_t)
+            tl.store(max_ptr + partial, m_i, mask=mask_t)
+            tl.store(sum_ptr + partial, l_i, mask=mask_t)
 
 
 @triton.jit
 def _merge_splits_kernel(
     partial_ptr,  # (B, H, T, NUM_SPLITS, D) fp32
-    state_ptr,  # (2, B, H, T, NUM_SPLITS) fp32: maximum and sum of each split
+    max_ptr,  # (B, H, T, NUM_SPLITS) fp32
+    sum_ptr,  # (B, H, T, NUM_SPLITS) fp32
     out_ptr,  # (B, T, H, D)
-    B,
     T,
     H,
     USE_PDL: tl.constexpr,
@@ -157,6 +167,7 @@ def _merge_splits_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    pdl_handover(USE_PDL)
     i_h = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
@@ -165,10 +176,8 @@ def _merge_splits_kernel(
     mask_i = offs_i < NUM_SPLITS
     mask_d = offs_d < HEAD_DIM
     row = ((i_b * H + i_h) * T + i_t) * NUM_SPLITS + offs_i
-    if USE_PDL:
-        gdc_wait()
-    m_i = tl.load(state_ptr + row, mask=mask_i, other=float("-inf"))
-    l_i = tl.load(state_ptr + B.to(tl.int64) * H * T * NUM_SPLITS + row, mask=mask_i, other=0.0)
+    m_i = tl.load(max_ptr + row, mask=mask_i, other=float("-inf"))
+    l_i = tl.load(sum_ptr + row, mask=mask_i, other=0.0)
     acc = tl.load(
         partial_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_i[:, None] & mask_d[None, :], other=0.0
     )
@@ -201,6 +210,7 @@ def _launch(
     kv_length: torch.Tensor | None,
     scale: float,
     is_causal: bool,
+    read_ahead: bool,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     B, T, H, D = query.shape
@@ -208,18 +218,19 @@ def _launch(
     BLOCK_S, NUM_SPLITS, num_warps, num_stages = tiles or choose_tiles(B, T, H, S)
     BLOCK_D = triton.next_power_of_2(D)
     out = query.new_empty((B, T, H, D))
-    partial, state = out, out
+    partial, maxima, sums = out, out, out
     if NUM_SPLITS > 1:
         partial = torch.empty((B, H, T, NUM_SPLITS, D), dtype=torch.float32, device=query.device)
-        state = torch.empty((2, B, H, T, NUM_SPLITS), dtype=torch.float32, device=query.device)
-    use_pdl = NUM_SPLITS > 1 and has_pdl(query.device)
+        maxima, sums = torch.empty((2, B, H, T, NUM_SPLITS), dtype=torch.float32, device=query.device).unbind()
+    pdl = pdl_options(query.device)
     _decode_attention_kernel[(NUM_SPLITS, H, B)](
         query_ptr=query,
         key_cache_ptr=key_cache,
         value_cache_ptr=value_cache,
         kv_length_ptr=query if kv_length is None else kv_length,
         out_ptr=partial,
-        state_ptr=state,
+        max_ptr=maxima,
+        sum_ptr=sums,
         qk_scale=scale * LOG2E,
         stride_q_b=query.stride(0),
         stride_q_t=query.stride(1),
@@ -231,7 +242,6 @@ def _launch(
         stride_vc_h=value_cache.stride(1),
         stride_vc_s=value_cache.stride(2),
         stride_l_b=kv_length.stride(0) if kv_length is not None and kv_length.dim() else 0,
-        B=B,
         T=T,
         H=H,
         S=S,
@@ -239,29 +249,29 @@ def _launch(
         HAS_LENGTH=kv_length is not None,
         IS_CAUSAL=is_causal,
         IS_SPLIT=NUM_SPLITS > 1,
-        USE_PDL=use_pdl,
+        READ_AHEAD=read_ahead,
         HEAD_DIM=D,
         BLOCK_T=1 if T == 1 else 16,
         BLOCK_S=BLOCK_S,
         BLOCK_D=BLOCK_D,
         num_warps=num_warps,
         num_stages=num_stages,
+        **pdl,
     )
     if NUM_SPLITS > 1:
         _merge_splits_kernel[(H, T, B)](
             partial_ptr=partial,
-            state_ptr=state,
+            max_ptr=maxima,
+        sum_ptr=sums,
             out_ptr=out,
-            B=B,
             T=T,
             H=H,
-            USE_PDL=use_pdl,
             NUM_SPLITS=NUM_SPLITS,
             HEAD_DIM=D,
             BLOCK_SPLITS=triton.next_power_of_2(NUM_SPLITS),
             BLOCK_D=BLOCK_D,
             num_warps=1,
-            **({"launch_pdl": True} if use_pdl else {}),
+            **pdl,
         )
     return out
 
@@ -273,6 +283,7 @@ def _run_reference(
     kv_length: torch.Tensor | None,
     scale: float,
     is_causal: bool,
+    read_ahead: bool,
 ) -> torch.Tensor:
     return decode_attention_reference(query, key_cache, value_cache, kv_length, scale=scale, is_causal=is_causal)
 
@@ -284,13 +295,14 @@ def _fake(
     kv_length: torch.Tensor | None,
     scale: float,
     is_causal: bool,
+    read_ahead: bool,
 ) -> torch.Tensor:
     return query.new_empty(query.shape)
 
 
 _op = register(
-    "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? kv_length, float scale, bool is_causal)"
-    " -> Tensor",
+    "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? kv_length, float scale, bool is_causal,"
+    " bool read_ahead) -> Tensor",
     kernel=_launch,
     reference=_run_reference,
     fake=_fake,
@@ -305,6 +317,7 @@ def decode_attention(
     *,
     scale: float,
     is_causal: bool = True,
+    read_ahead: bool = False,
 ) -> torch.Tensor:
     """Attends from T new tokens to a static cache; nothing is mutated.
 
@@ -316,6 +329,9 @@ def decode_attention(
             included. None: all S, as in the cross cache. A length past S counts as S.
         scale: multiplies the scores, in fp32. Whisper scales its query in the model's dtype and passes 1.0.
         is_causal: each of the T tokens sees one slot less than the next (self-attention). False: all see kv_length slots.
+        read_ahead: promises that the caches and kv_length were written before the kernel that precedes this call was
+            launched without dependent launch (as PyTorch's all are). They are then read while that kernel still runs.
+            True of a cross cache from the second step of a window on. No effect before compute capability 9.0.
 
     Returns:
         (B, T, H, D), contiguous, the query's dtype: what `out_proj` reads as (B, T, H * D). A query that sees no key
@@ -329,4 +345,4 @@ def decode_attention(
     check_attention(query)
     if kv_length is not None:
         check_positions("kv_length", kv_length, query.shape[0], query.device)
-    return _op(query, key_cache, value_cache, kv_length, scale, is_causal)
+    return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead)

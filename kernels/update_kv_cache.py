@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from ._checks import check_caches, check_positions, check_states
-from ._dispatch import register, tl, triton
+from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
 def update_kv_cache_reference(
@@ -56,10 +56,12 @@ def _update_kv_cache_kernel(
     stride_cp_b,
     T,
     S,
+    USE_PDL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    pdl_handover(USE_PDL)
     # Heads run fastest: neighbouring programs read neighbouring rows of the (B, T, H, D) projection.
     i_h = tl.program_id(0).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
@@ -111,6 +113,7 @@ def _launch(
         BLOCK_T=BLOCK_T,
         BLOCK_D=triton.next_power_of_2(D),
         num_warps=1 if BLOCK_T <= 4 else 4,
+        **pdl_options(key.device),
     )
 
 
