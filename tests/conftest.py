@@ -1,0 +1,45 @@
+"""Set-up of the whole suite: where the kernels run, seeds, and the `gpu` marker."""
+
+import os
+import random
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+# Triton reads this when a kernel is defined, so it must be set before any test module imports one (torch does not).
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+# No test may depend on a model hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The tensors are small: more threads cost more than they bring, and a container may have fewer cores than it sees.
+torch.set_num_threads(min(4, torch.get_num_threads()))
+# The interpreter takes seconds for some examples; and the same examples each time, so that a run can be repeated.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU and not INTERPRET:
+        return
+    reason = "TRITON_INTERPRET=1 is set" if HAS_GPU else "no NVIDIA GPU"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run: the GPU, or the CPU through Triton's interpreter."""
+    return torch.device("cpu" if INTERPRET else "cuda")

@@ -1,0 +1,180 @@
+"""The name trap: `kernels` is also a package on PyPI, which transformers imports where it finds it.
+
+Ours must be importable as `whisper_triton.kernels` with that package present and absent, from a checkout and from an
+installed tree, from the root of the repository and from elsewhere, and must never stand in its way. Whatever an import
+finds depends on what was imported before, so each case runs in a fresh process.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+from whisper_triton import _versions
+
+ROOT = Path(__file__).parents[1]
+
+# The decorators are used on classes while transformers is imported; nothing else of the package matters to Whisper.
+PYPI_KERNELS = """
+from unittest.mock import MagicMock
+
+IS_PYPI_KERNELS = True
+
+
+def _decorator(*args, **kwargs):
+    return lambda decorated: decorated
+
+
+use_kernel_forward_from_hub = use_kernelized_func = use_kernel_func_from_hub = _decorator
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return MagicMock(name=name)
+"""
+
+CHECK_IMPORTS = """
+import os, sys
+
+from transformers import WhisperForConditionalGeneration
+from transformers.utils import is_kernels_available
+import whisper_triton
+from whisper_triton import kernels
+
+pypi = os.environ["EXPECT_PYPI_KERNELS"] == "1"
+assert is_kernels_available() == pypi
+if pypi:
+    import kernels as theirs
+    assert theirs.IS_PYPI_KERNELS
+
+assert os.path.dirname(whisper_triton.__file__) == os.environ["EXPECT_PACKAGE"], whisper_triton.__file__
+assert kernels.__path__ == [os.environ["EXPECT_KERNELS"]], kernels.__path__
+for op in kernels.__all__:
+    assert callable(getattr(kernels, op)), op
+folder = kernels.__path__[0] + os.sep
+names = [name for name, module in sys.modules.items() if (getattr(module, "__file__", None) or "").startswith(folder)]
+assert names and all(name.startswith("whisper_triton.kernels.") for name in names), names
+"""
+
+CHECK_WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what makes `import triton` fail as if it were not installed
+
+import torch
+import whisper_triton
+from whisper_triton import kernels
+
+query = torch.randn(2, 1, 3, 32)
+key_cache, value_cache = torch.randn(2, 2, 3, 8, 32)
+length = torch.tensor(5)
+expected = torch.nn.functional.scaled_dot_product_attention(
+    query.transpose(1, 2), key_cache[:, :, :5], value_cache[:, :, :5], scale=0.5
+).transpose(1, 2)
+for attend in (kernels.decode_attention, kernels.decode_attention_reference):
+    torch.testing.assert_close(attend(query, key_cache, value_cache, length, scale=0.5), expected)
+"""
+
+
+def run_python(code: str, cwd: Path, *paths: Path, **variables: str) -> None:
+    """Run `code` in a fresh interpreter in `cwd` with `paths` searched first."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **variables}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the package was installed, from a copy: a build leaves files in its source folder."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("whisper_triton", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", target, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def distribution(installed: Path) -> Message:
+    """The installed tree's METADATA."""
+    (metadata,) = installed.glob("whisper_triton-*.dist-info/METADATA")
+    return Parser().parsestr(metadata.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def pypi_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a stand-in for the PyPI package `kernels`, in a version that transformers accepts."""
+    folder = tmp_path_factory.mktemp("pypi")
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "__init__.py").write_text(PYPI_KERNELS)
+    (folder / f"kernels-{KERNELS_MIN_VERSION}.dist-info").mkdir()
+    (folder / f"kernels-{KERNELS_MIN_VERSION}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("with_pypi_kernels", [False, True], ids=["alone", "beside-pypi-kernels"])
+@pytest.mark.parametrize("place", ["root", "elsewhere", "installed"])
+def test_kernels_are_ours_and_transformers_keeps_its_own(
+    place: str, with_pypi_kernels: bool, installed: Path, pypi_kernels: Path, tmp_path: Path
+) -> None:
+    package, kernels = ROOT / "whisper_triton", ROOT / "kernels"
+    if place == "installed":
+        package, kernels = installed / "whisper_triton", installed / "whisper_triton" / "kernels"
+    run_python(
+        CHECK_IMPORTS,
+        ROOT if place == "root" else tmp_path,
+        *([] if place == "root" else [package.parent]),  # in its root Python finds the checkout by itself
+        *([pypi_kernels] if with_pypi_kernels else []),
+        EXPECT_PYPI_KERNELS=str(int(with_pypi_kernels)),
+        EXPECT_PACKAGE=str(package),
+        EXPECT_KERNELS=str(kernels),
+    )
+
+
+def test_installed_files(installed: Path) -> None:
+    def files(folder: Path) -> set[str]:
+        return {str(path.relative_to(folder)) for path in folder.rglob("*.py")}
+
+    assert {path.name for path in installed.iterdir()} - {"bin"} == {
+        "whisper_triton",
+        next(installed.glob("*.dist-info")).name,
+    }
+    assert files(installed / "whisper_triton" / "kernels") == files(ROOT / "kernels")
+    assert files(installed / "whisper_triton") - {f"kernels/{name}" for name in files(ROOT / "kernels")} == files(
+        ROOT / "whisper_triton"
+    )
+
+
+def test_kernels_folder_is_no_package() -> None:
+    # With an __init__.py, transformers would import our folder as that package from the root of a checkout.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_metadata_names_the_supported_ranges(distribution: Message) -> None:
+    requirements = {
+        requirement.name: requirement
+        for requirement in map(Requirement, distribution.get_all("Requires-Dist"))
+        if "extra" not in str(requirement.marker)
+    }
+    for package, versions in _versions.SUPPORTED.items():
+        assert requirements[package].specifier == SpecifierSet(versions)
+    assert str(requirements["triton"].marker) == 'platform_system == "Linux"'
+    assert SpecifierSet(distribution["Requires-Python"]) == SpecifierSet(_versions.PYTHON)
+
+
+@pytest.mark.parametrize("kind", ["checkout", "installed"])
+def test_references_run_where_triton_is_missing(kind: str, installed: Path, tmp_path: Path) -> None:
+    run_python(CHECK_WITHOUT_TRITON, tmp_path, ROOT if kind == "checkout" else installed)

@@ -1,0 +1,37 @@
+"""Anchor of the package `whisper_triton.kernels`, whose files lie in `kernels/` at the top of a checkout.
+
+That folder cannot be imported as `kernels`: the name belongs to a package on PyPI that transformers itself imports.
+So it holds no `__init__.py`, and this module becomes its package by setting `__path__`. Import the files as
+`whisper_triton.kernels.<name>` only: under two names a file would register its ops twice.
+
+The public functions are re-exported, each one in place of the submodule of the same name.
+"""
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+
+def _find_files() -> str:
+    # Beside an installed package `../kernels` is the other project's: only a folder with one of our files is ours.
+    for folder in (_HERE / "kernels", _HERE.parent / "kernels"):
+        if (folder / "update_kv_cache.py").is_file():
+            return str(folder)
+    raise ImportError(f"the kernels of whisper-triton lie neither in {_HERE / 'kernels'} nor in {_HERE.parent}")
+
+
+__path__ = [_find_files()]
+
+# Absolute imports, because to Python this is a plain module, whose relative imports start at `whisper_triton`.
+from whisper_triton.kernels.append_attention import append_attention, append_attention_reference  # noqa: E402
+from whisper_triton.kernels.decode_attention import decode_attention, decode_attention_reference  # noqa: E402
+from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_cache_reference  # noqa: E402
+
+__all__ = [
+    "append_attention",
+    "append_attention_reference",
+    "decode_attention",
+    "decode_attention_reference",
+    "update_kv_cache",
+    "update_kv_cache_reference",
+]
