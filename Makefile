@@ -1,0 +1,81 @@
+# `make demo` and `make test` need nothing but Python 3 and make: they create .venv and install into it once.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs as torch; empty: the usual build where nvidia-smi finds a GPU, a CPU build elsewhere.
+TORCH ?=
+TRANSFORMERS ?= transformers==5.23.0
+SAMPLE ?= $(firstword $(wildcard samples/*.flac))
+# More arguments for pytest, such as ARGS="-m gpu".
+ARGS ?=
+
+# The last pair of which a CPU build is known to serve; a newer torch, taken by itself, may bring gigabytes of CUDA.
+CPU_TORCH = 2.13.0
+CPU_TRITON = 'triton==3.7.1; platform_system == "Linux"'
+OLDEST_TRANSFORMERS = transformers==5.17.0
+
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+INSTALLED = $(VENV)/.installed
+OLDEST_VENV = $(VENV)-oldest
+
+.PHONY: help demo test test-oldest lint wheel clean
+
+help:
+	@echo "make demo         transcribe $(SAMPLE) with the demo model"
+	@echo "make test         run all tests; without a GPU the kernels run in Triton's interpreter"
+	@echo "make test-oldest  run what touches transformers with the oldest version supported"
+	@echo "make lint         ruff check and ruff format --check"
+	@echo "make wheel        build a wheel into dist/ and import it from an empty folder"
+	@echo "make clean        remove what these targets made, .venv too"
+	@echo "Variables: PYTHON=python3.12 TORCH=torch==2.9.1 TRANSFORMERS=transformers==5.20.0 SAMPLE=FILE ARGS='-k cache'"
+
+demo: $(INSTALLED)
+	$(VENV)/bin/whisper-triton transcribe $(SAMPLE) --model demo
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+# The kernels know nothing of transformers, so their tests would only repeat `make test`.
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest --ignore-glob='tests/kernels/*' $(ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+wheel: $(INSTALLED)
+	rm -rf build dist
+	$(VENV)/bin/python -m build --wheel
+	$(PIP) --no-deps --target build/installed dist/*.whl
+	test ! -e build/installed/kernels
+	cd build/installed && $(abspath $(VENV))/bin/python -c "import whisper_triton; \
+	  from whisper_triton import kernels; print('imported', whisper_triton.__file__, kernels.__path__[0])"
+
+clean:
+	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Editable, so that the command and the tests run what the checkout holds.
+$(INSTALLED): setup.py pyproject.toml Makefile whisper_triton/_versions.py
+	$(PYTHON) -m venv $(VENV)
+	@if [ -n "$(TORCH)" ]; then \
+	  echo "Installing $(TORCH) into $(VENV), once"; $(PIP) $(TORCH); \
+	elif nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "Installing torch into $(VENV), once"; $(PIP) torch; \
+	else \
+	  echo "No NVIDIA GPU: installing a CPU build of torch into $(VENV), once"; \
+	  $(PIP) torch==$(CPU_TORCH)+cpu $(CPU_TRITON) 2>/dev/null || { \
+	    echo "This package index has no build named +cpu: taking its torch $(CPU_TORCH), which may be larger"; \
+	    $(PIP) torch==$(CPU_TORCH) $(CPU_TRITON); }; \
+	fi
+	$(PIP) '$(TRANSFORMERS)' -e '.[demo,dev]'
+	touch $@
+
+# A second venv that sees the first one's packages and installs only what another transformers needs instead.
+$(OLDEST_VENV)/.installed: $(INSTALLED)
+	rm -rf $(OLDEST_VENV)
+	$(VENV)/bin/python -m venv $(OLDEST_VENV)
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$($(OLDEST_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_TRANSFORMERS) -e '.[demo,dev]'
+	touch $@
