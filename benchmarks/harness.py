@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-L2_MULTIPLE = 6  # bytes touched a replay, in units of the L2: at most a sixth of a buffer can survive to the next replay
+L2_MULTIPLE = (
+    6  # bytes touched a replay, in units of the L2: at most a sixth of a buffer can survive to the next replay
+)
 
 
 def num_buffers(bytes_a_call: int, at_least: int = 2, at_most: int = 64) -> int:

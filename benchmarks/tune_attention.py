@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from harness import measure, num_buffers, read_bandwidth, write_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from whisper_triton.kernels import append_attention as append  # also loads the module below
-from whisper_triton.kernels import decode_attention as decode
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.append_attention import _launch as launch_append
 from whisper_triton.kernels.decode_attention import Tiles as DecodeTiles
 from whisper_triton.kernels.decode_attention import _launch as launch_decode
 
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 H, D = 20, 64
 
 
@@ -42,6 +43,7 @@ def attempt(calls: list[Callable[[], object]]) -> float:
 
 def compile_ahead(jobs: list[Callable[[], object]]) -> None:
     """Compiles in threads what the measurements below launch; the results go to Triton's cache."""
+
     def run(job: Callable[[], object]) -> None:
         try:
             job()
@@ -55,23 +57,49 @@ def compile_ahead(jobs: list[Callable[[], object]]) -> None:
 
 def tune_decode(S: int, batches: list[int]) -> list[dict]:
     rows = []
-    shapes = [(b, w, n) for b, w, n in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8), (1,)) if 8 <= b * D // (32 * w) <= 64]
+    shapes = [
+        (b, w, n)
+        for b, w, n in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8), (1,))
+        if 8 <= b * D // (32 * w) <= 64
+    ]
     tiny = [torch.randn(2, H, S, D, device="cuda", dtype=torch.float16) for _ in range(2)]
     q = torch.randn(2, 1, H, D, device="cuda", dtype=torch.float16)
-    compile_ahead([lambda t=t, s=s: launch_decode(q, *tiny, None, 1.0, True, True, DecodeTiles(t[0], s, *t[1:])) for t in shapes for s in (1, 4)])
+    compile_ahead(
+        [
+            lambda t=t, s=s: launch_decode(q, *tiny, None, 1.0, True, True, DecodeTiles(t[0], s, *t[1:]))
+            for t in shapes
+            for s in (1, 4)
+        ]
+    )
     for B in batches:
         size = 2 * B * H * S * D * 2
-        caches = [[torch.randn(B, H, S, D, device="cuda", dtype=torch.float16) for _ in range(2)] for _ in range(num_buffers(size, at_most=40))]
+        caches = [
+            [torch.randn(B, H, S, D, device="cuda", dtype=torch.float16) for _ in range(2)]
+            for _ in range(num_buffers(size, at_most=40))
+        ]
         q = torch.randn(B, 1, H, D, device="cuda", dtype=torch.float16)
         found = []
-        for splits in {1: (6, 8, 10, 12, 13, 16, 18, 24), 2: (3, 4, 5, 6, 8, 12), 4: (2, 3, 4, 5, 6), 8: (1, 2, 3, 4, 5, 6, 8), 16: (1, 2, 3, 4)}.get(B, (1, 2, 3, 4)):
+        for splits in {
+            1: (6, 8, 10, 12, 13, 16, 18, 24),
+            2: (3, 4, 5, 6, 8, 12),
+            4: (2, 3, 4, 5, 6),
+            8: (1, 2, 3, 4, 5, 6, 8),
+            16: (1, 2, 3, 4),
+        }.get(B, (1, 2, 3, 4)):
             for b, w, n in shapes:
                 tiles = DecodeTiles(b, splits, w, n)
                 us = attempt([lambda c=c: launch_decode(q, *c, None, 1.0, True, True, tiles) for c in caches])
-                found.append({"op": "decode_attention", "B": B, "S": S, "tiles": list(tiles), "us": us, "GB/s": size / us / 1e3})
+                found.append(
+                    {"op": "decode_attention", "B": B, "S": S, "tiles": list(tiles), "us": us, "GB/s": size / us / 1e3}
+                )
         for name, backend in BACKENDS.items():
             with sdpa_kernel(backend):
-                us = attempt([lambda c=c: torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), *c, scale=1.0) for c in caches])
+                us = attempt(
+                    [
+                        lambda c=c: torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), *c, scale=1.0)
+                        for c in caches
+                    ]
+                )
             rows.append({"op": f"sdpa {name}", "B": B, "S": S, "us": us, "GB/s": size / us / 1e3})
             print(f"cross B={B} sdpa {name}: {us:.2f} us", flush=True)
         for row in best(found):
@@ -83,10 +111,17 @@ def tune_decode(S: int, batches: list[int]) -> list[dict]:
 
 def tune_append(batches: list[int]) -> list[dict]:
     rows, S = [], 448
-    shapes = [(b, w, n) for b, w, n in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8, 16), (1,)) if 8 <= b * D // (32 * w) <= 64]
+    shapes = [
+        (b, w, n)
+        for b, w, n in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8, 16), (1,))
+        if 8 <= b * D // (32 * w) <= 64
+    ]
     for B, length in itertools.product(batches, (20, 100, 440)):
         size = 2 * B * H * S * D * 2
-        caches = [[torch.randn(B, H, S, D, device="cuda", dtype=torch.float16) for _ in range(2)] for _ in range(num_buffers(size, at_most=64))]
+        caches = [
+            [torch.randn(B, H, S, D, device="cuda", dtype=torch.float16) for _ in range(2)]
+            for _ in range(num_buffers(size, at_most=64))
+        ]
         q, k, v, out = (torch.randn(B, 1, H, D, device="cuda", dtype=torch.float16) for _ in range(4))
         position = torch.tensor(length, device="cuda")
         found = []

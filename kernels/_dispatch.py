@@ -47,7 +47,19 @@ if not HAS_TRITON:
     triton = tl = _Missing()
     gdc_launch_dependents = gdc_wait = None
 
-__all__ = ["HAS_TRITON", "INTERPRET", "backend", "gdc_launch_dependents", "gdc_wait", "has_pdl", "pdl_handover", "pdl_options", "register", "tl", "triton"]
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRET",
+    "backend",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "has_pdl",
+    "pdl_handover",
+    "pdl_options",
+    "register",
+    "tl",
+    "triton",
+]
 
 LIBRARY = torch.library.Library("whisper_triton", "FRAGMENT")
 

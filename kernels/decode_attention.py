@@ -42,11 +42,15 @@ def decode_attention_reference(
     dtype = torch.promote_types(query.dtype, torch.float32)
     slots = torch.arange(S, device=query.device)
     length = torch.full((B, 1), S, device=query.device) if kv_length is None else kv_length.reshape(-1, 1).expand(B, 1)
-    limit = length.clamp(max=S) + (torch.arange(T, device=query.device) - (T - 1) if is_causal else 0)  # (B, T) or (B, 1)
+    limit = length.clamp(max=S) + (
+        torch.arange(T, device=query.device) - (T - 1) if is_causal else 0
+    )  # (B, T) or (B, 1)
     visible = slots < limit[:, None, :, None]  # (B, 1, T or 1, S)
     used = (slots < length)[:, None, :, None]  # (B, 1, S, 1): an unused slot may hold anything, NaN too
     scores = query.transpose(1, 2).to(dtype) @ key_cache.to(dtype).masked_fill(~used, 0).transpose(2, 3) * scale
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0)  # no key at all: 0, not NaN
+    weights = (
+        scores.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0)
+    )  # no key at all: 0, not NaN
     out = weights @ value_cache.to(dtype).masked_fill(~used, 0)
     return out.transpose(1, 2).to(query.dtype).contiguous()
 
@@ -105,9 +109,7 @@ def _decode_attention_kernel(
     value_ptr = value_cache_ptr + i_b * stride_vc_b + i_h * stride_vc_h
     row = (i_b * H + i_h) * T  # of the partial results
     if BLOCK_T == 1:
-        k, v = load_keys_values(
-            key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D
-        )
+        k, v = load_keys_values(key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D)
         if READ_AHEAD:
             pdl_handover(USE_PDL)
         q = tl.load(query_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * qk_scale
@@ -120,7 +122,9 @@ def _decode_attention_kernel(
         )  # fmt: skip
         m, l, o = merge_rows(m_i, l_i, acc)
         if not IS_SPLIT:
-            tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
+            tl.store(
+                out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d
+            )
         else:
             tl.store(out_ptr + (row * num_splits + i_split) * HEAD_DIM + offs_d, o, mask=mask_d)
             tl.store(max_ptr + row * num_splits + i_split, m)
@@ -195,12 +199,33 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def choose_tiles(B: int, T: int, H: int, S: int) -> Tiles:
-    """Tiles from shapes alone (never from values: the split is part of the result's rounding)."""
-    splits = max(1, min(S // 128, round(264 / (B * H))))
+# One query token, fp16, D = 64, 1500 keys: measured by benchmarks/tune_attention.py on one H100 80GB HBM3, 2026-11-22.
+# Up to so many heads in the batch (B * H): keys a tile, programs in all (0: one a head), warps a program.
+MEASURED_TILES = (
+    (30, 128, 260, 4),
+    (60, 64, 480, 2),
+    (120, 64, 480, 2),
+    (240, 32, 960, 1),
+    (480, 64, 0, 8),
+    (960, 32, 0, 4),
+)
+MANY_HEADS = (128, 0, 4)
+
+
+def choose_tiles(B: int, T: int, H: int, S: int, D: int, itemsize: int) -> Tiles:
+    """Tiles from shapes alone (never from values: the split of the keys is part of the result's rounding).
+
+    `itemsize`: bytes an element. A tile of wider rows than the measured ones holds fewer keys, so that it fits the same
+    registers.
+    """
+    BLOCK_S, programs, num_warps = next((tiles for heads, *tiles in MEASURED_TILES if heads >= B * H), MANY_HEADS)
     if T > 1:
-        return Tiles(64, splits, 4, 2)
-    return Tiles(64, splits, 4, 2)
+        BLOCK_S, num_warps = 32, 4
+    elif S <= 512:  # a self cache: too few keys to be worth the second launch that joins the splits
+        BLOCK_S, programs, num_warps = 128, 0, 4
+    BLOCK_S = max(16, BLOCK_S * 128 // (triton.next_power_of_2(D) * itemsize))
+    splits = max(1, min(programs // (B * H), S // 64, triton.cdiv(S, BLOCK_S)))
+    return Tiles(BLOCK_S, splits, num_warps, num_stages=2)
 
 
 def _launch(
@@ -215,7 +240,7 @@ def _launch(
 ) -> torch.Tensor:
     B, T, H, D = query.shape
     S = key_cache.shape[2]
-    BLOCK_S, NUM_SPLITS, num_warps, num_stages = tiles or choose_tiles(B, T, H, S)
+    BLOCK_S, NUM_SPLITS, num_warps, num_stages = tiles or choose_tiles(B, T, H, S, D, query.element_size())
     BLOCK_D = triton.next_power_of_2(D)
     out = query.new_empty((B, T, H, D))
     partial, maxima, sums = out, out, out
@@ -262,7 +287,7 @@ def _launch(
         _merge_splits_kernel[(H, T, B)](
             partial_ptr=partial,
             max_ptr=maxima,
-        sum_ptr=sums,
+            sum_ptr=sums,
             out_ptr=out,
             T=T,
             H=H,

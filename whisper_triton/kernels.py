@@ -23,6 +23,7 @@ def _find_files() -> str:
 __path__ = [_find_files()]
 
 # Absolute imports, because to Python this is a plain module, whose relative imports start at `whisper_triton`.
+from whisper_triton.kernels._dispatch import backend  # noqa: E402
 from whisper_triton.kernels.append_attention import append_attention, append_attention_reference  # noqa: E402
 from whisper_triton.kernels.decode_attention import decode_attention, decode_attention_reference  # noqa: E402
 from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_cache_reference  # noqa: E402
@@ -30,6 +31,7 @@ from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_ca
 __all__ = [
     "append_attention",
     "append_attention_reference",
+    "backend",
     "decode_attention",
     "decode_attention_reference",
     "update_kv_cache",

@@ -1,0 +1,177 @@
+"""Static caches of Whisper's decoder: fixed tensors, written in place by `update_kv_cache`.
+
+All layers of a self-attention cache share one position on the device (`cumulative_length`), advanced by the last layer: a
+step then adds once and not once a layer. Read it between steps; within a step it is the position of the step's first token.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import WhisperForConditionalGeneration
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+
+from .kernels import update_kv_cache
+
+
+class SelfAttentionLayer(StaticLayer):
+    """Keys and values (B, H, S, D) of one decoder layer's own tokens."""
+
+    def __init__(self, max_cache_len: int, cumulative_length: torch.Tensor, is_last: bool = True) -> None:
+        super().__init__(max_cache_len)
+        self.cumulative_length = cumulative_length
+        self.is_last = is_last
+        # What the host has written, for the error below. Steps in a compiled graph do not count: it is a lower bound.
+        self.host_length = 0
+
+    def claim(self, new_tokens: int) -> None:
+        """Raises ValueError where the host can tell that `new_tokens` more do not fit.
+
+        Under torch.compile it cannot; the kernels then drop what falls past the last slot.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if self.host_length + new_tokens > self.max_cache_len:
+            raise ValueError(
+                f"the cache has {self.max_cache_len} slots, {self.host_length} of them in use: {new_tokens} more do not fit"
+            )
+        self.host_length += new_tokens
+
+    def advance(self, new_tokens: int) -> None:
+        """Moves the shared position; called by every layer after its write, effective in the last."""
+        if self.is_last:
+            self.cumulative_length.add_(new_tokens)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes (B, H, T, D) states at the current position, in place; returns all slots (B, H, S, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.claim(key_states.shape[2])
+        update_kv_cache(
+            key_states.transpose(1, 2), value_states.transpose(1, 2), self.keys, self.values, self.cumulative_length
+        )
+        self.advance(key_states.shape[2])
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        super().reset()
+        self.host_length = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        _reorder_in_place(self, beam_idx)
+
+
+class CrossAttentionLayer(StaticLayer):
+    """Keys and values (B, H, S, D) of the encoder's S frames: written whole, once a window."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes (B, H, S, D) states over all slots, in place."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[2] != self.max_cache_len:
+            raise ValueError(
+                f"the cross cache has {self.max_cache_len} slots, the encoder gave {key_states.shape[2]} frames"
+            )
+        self.cumulative_length.zero_()
+        update_kv_cache(
+            key_states.transpose(1, 2), value_states.transpose(1, 2), self.keys, self.values, self.cumulative_length
+        )
+        self.cumulative_length.fill_(self.max_cache_len)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        self.cumulative_length.zero_()  # the content is overwritten whole: no need to clear hundreds of MB
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        _reorder_in_place(self, beam_idx)
+
+
+def _reorder_in_place(layer: StaticLayer, beam_idx: torch.LongTensor) -> None:
+    # The stock layer replaces its tensors; a captured graph would go on reading the old ones.
+    if layer.is_initialized:
+        for cache in (layer.keys, layer.values):
+            cache.copy_(cache.index_select(0, beam_idx.to(cache.device)))
+
+
+class StaticEncoderDecoderCache(EncoderDecoderCache):
+    """A static self-attention cache and a static cross-attention cache of as many layers as the decoder has.
+
+    Args:
+        num_layers: of the decoder. For turbo and distil `config.num_hidden_layers` is the encoder's.
+        max_cache_len: slots of the self cache.
+        num_frames: slots of the cross cache, that is the encoder's output length.
+        device: where the positions live; the caches follow the states they are given first.
+        is_compileable: whether `generate` may compile the forward pass that uses this cache.
+    """
+
+    def __init__(
+        self, num_layers: int, max_cache_len: int, num_frames: int, device: torch.device, is_compileable: bool = False
+    ) -> None:
+        position = torch.zeros((), dtype=torch.int64, device=device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(position)
+        last = num_layers - 1
+        super().__init__(
+            Cache(layers=[SelfAttentionLayer(max_cache_len, position, i == last) for i in range(num_layers)]),
+            Cache(layers=[CrossAttentionLayer(num_frames) for _ in range(num_layers)]),
+        )
+        self._is_compileable = is_compileable
+
+    @property
+    def is_compileable(self) -> bool:
+        return self._is_compileable
+
+    def to_legacy_cache(self) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], ...]:
+        """A layer's (self keys, self values, cross keys, cross values), views of the slots in use. Waits for the device."""
+        length = int(self.get_seq_length())
+        return tuple(
+            (own.keys[:, :, :length], own.values[:, :, :length], cross.keys, cross.values)
+            for own, cross in zip(self.self_attention_cache.layers, self.cross_attention_cache.layers, strict=True)
+        )
+
+    @classmethod
+    def from_legacy_cache(
+        cls, layers: tuple[tuple[torch.Tensor, ...], ...], max_cache_len: int
+    ) -> StaticEncoderDecoderCache:
+        """A cache of `max_cache_len` slots that holds copies of what `to_legacy_cache` returned."""
+        if not layers or any(len(layer) != 4 for layer in layers):
+            raise ValueError("a legacy cache is a tuple of (self keys, self values, cross keys, cross values) a layer")
+        cache = cls(len(layers), max_cache_len, layers[0][2].shape[2], layers[0][0].device)
+        for i, (key, value, cross_key, cross_value) in enumerate(layers):
+            cache.self_attention_cache.update(key, value, i)
+            cache.cross_attention_cache.update(cross_key, cross_value, i)
+            cache.is_updated[i] = True
+        return cache
+
+
+def build_static_cache(
+    model: WhisperForConditionalGeneration,
+    batch_size: int,
+    max_cache_len: int | None = None,
+    num_frames: int | None = None,
+    is_compileable: bool = False,
+) -> StaticEncoderDecoderCache:
+    """Allocates the static caches that `model` needs for `batch_size` sequences, in its dtype and on its device.
+
+    Args:
+        batch_size: B, beams included.
+        max_cache_len: slots for the decoder's own tokens; by default `config.max_target_positions` (448).
+        num_frames: frames of the encoder's output; by default `config.max_source_positions` (1500).
+        is_compileable: whether `generate` may compile the forward pass that uses this cache.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    config = model.config
+    max_cache_len = config.max_target_positions if max_cache_len is None else max_cache_len
+    num_frames = config.max_source_positions if num_frames is None else num_frames
+    if min(batch_size, max_cache_len, num_frames) < 1:
+        raise ValueError(f"sizes must be at least 1, got {batch_size=}, {max_cache_len=}, {num_frames=}")
+    cache = StaticEncoderDecoderCache(config.decoder_layers, max_cache_len, num_frames, model.device, is_compileable)
+    heads = config.decoder_attention_heads
+    for part in (cache.self_attention_cache, cache.cross_attention_cache):
+        part.early_initialization(batch_size, heads, config.d_model // heads, model.dtype, model.device)
+    return cache
