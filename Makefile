@@ -14,7 +14,9 @@ CPU_TORCH = 2.13.0
 CPU_TRITON = 'triton==3.7.1; platform_system == "Linux"'
 OLDEST_TRANSFORMERS = transformers==5.17.0
 
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Twice quiet: a warning for each package index that lacks a package tells nobody anything.
+PIP_INSTALL = -m pip install -qq --disable-pip-version-check
+PIP = $(VENV)/bin/python $(PIP_INSTALL)
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
 
@@ -58,6 +60,8 @@ clean:
 # Editable, so that the command and the tests run what the checkout holds.
 $(INSTALLED): setup.py pyproject.toml Makefile whisper_triton/_versions.py
 	$(PYTHON) -m venv $(VENV)
+	@# Alone first, because this refuses an unsupported Python at once and by name.
+	$(PIP) --no-deps -e .
 	@if [ -n "$(TORCH)" ]; then \
 	  echo "Installing $(TORCH) into $(VENV), once"; $(PIP) $(TORCH); \
 	elif nvidia-smi -L >/dev/null 2>&1; then \
@@ -77,5 +81,5 @@ $(OLDEST_VENV)/.installed: $(INSTALLED)
 	$(VENV)/bin/python -m venv $(OLDEST_VENV)
 	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > "$$($(OLDEST_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
-	$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_TRANSFORMERS) -e '.[demo,dev]'
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) $(OLDEST_TRANSFORMERS) -e '.[demo,dev]'
 	touch $@

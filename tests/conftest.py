@@ -2,6 +2,7 @@
 
 import os
 import random
+from importlib import metadata
 
 import hypothesis
 import numpy as np
@@ -21,6 +22,12 @@ torch.set_num_threads(min(4, torch.get_num_threads()))
 # The interpreter takes seconds for some examples; and the same examples each time, so that a run can be repeated.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_report_header() -> str:
+    installed = {distribution.name for distribution in metadata.distributions()}
+    packages = [f"{name} {metadata.version(name)}" for name in ("torch", "triton", "transformers") if name in installed]
+    return f"{', '.join(packages)}; kernels run {'in the interpreter' if INTERPRET else 'on the GPU'}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
