@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
+import whisper_triton
 from whisper_triton import _versions
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +162,10 @@ def test_installed_files(installed: Path) -> None:
 def test_kernels_folder_is_no_package() -> None:
     # With an __init__.py, transformers would import our folder as that package from the root of a checkout.
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_metadata_names_the_version(distribution: Message) -> None:
+    assert distribution["Version"] == whisper_triton.__version__
 
 
 def test_metadata_names_the_supported_ranges(distribution: Message) -> None:
