@@ -63,9 +63,7 @@ def test_missing_packages_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     _versions.check_versions()
 
 
-@pytest.mark.parametrize(
-    ("version", "supported"), [((3, 9), False), ((3, 10), True), ((3, 13), True), ((3, 14), False)]
-)
+@pytest.mark.parametrize(("version", "supported"), [((3, 9), False), ((3, 10), True), ((3, 13), True), ((3, 14), False)])
 def test_python(monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], supported: bool) -> None:
     installed(monkeypatch)
     monkeypatch.setattr(sys, "version_info", (*version, 7, "final", 0))

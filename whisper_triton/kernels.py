@@ -14,10 +14,11 @@ _HERE = Path(__file__).parent
 
 def _find_files() -> str:
     # Beside an installed package `../kernels` is the other project's: only a folder with one of our files is ours.
-    for folder in (_HERE / "kernels", _HERE.parent / "kernels"):
+    folders = (_HERE / "kernels", _HERE.parent / "kernels")
+    for folder in folders:
         if (folder / "update_kv_cache.py").is_file():
             return str(folder)
-    raise ImportError(f"the kernels of whisper-triton lie neither in {_HERE / 'kernels'} nor in {_HERE.parent}")
+    raise ImportError(f"the kernels of whisper-triton lie neither in {folders[0]} nor in {folders[1]}")
 
 
 __path__ = [_find_files()]
