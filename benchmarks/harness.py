@@ -6,6 +6,7 @@ so a measurement captures one call a buffer in a CUDA graph, with enough buffers
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import statistics
@@ -16,9 +17,7 @@ from pathlib import Path
 
 import torch
 
-L2_MULTIPLE = (
-    6  # bytes touched a replay, in units of the L2: at most a sixth of a buffer can survive to the next replay
-)
+L2_MULTIPLE = 6  # bytes touched a replay, in units of the L2: at most a sixth of a buffer can survive to the next replay
 
 
 def num_buffers(bytes_a_call: int, at_least: int = 2, at_most: int = 64) -> int:
@@ -66,6 +65,42 @@ def read_bandwidth() -> float:
     x = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
     median, _ = measure([lambda: x.sum()], replays=20)
     return x.nbytes / median / 1e3
+
+
+def check(name: str, out: torch.Tensor, exact: torch.Tensor, stock: torch.Tensor) -> None:
+    """Refuses to go on with a wrong result: `out` may be at most twice as far from `exact` (float64) as `stock` is."""
+
+    def error(result: torch.Tensor) -> float:
+        return ((result.double() - exact).norm() / exact.norm()).item()
+
+    if not error(out) <= 2 * error(stock):
+        raise SystemExit(f"{name} is wrong: relative error {error(out):.2e}, PyTorch's {error(stock):.2e}")
+
+
+def clones(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Copies of a call's large tensors, as many as rotate past the L2."""
+    size = sum(t.nbytes for t in tensors)
+    return [[t.clone() for t in tensors] for _ in range(num_buffers(size))]
+
+
+def parse_args(description: str, output: str) -> argparse.Namespace:
+    """The arguments that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / output, help="row file to write")
+    return parser.parse_args()
+
+
+def print_table(rows: Sequence[dict[str, object]]) -> None:
+    """Aligned columns, one line a row, numbers with three significant places at least."""
+
+    def text(value: object) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, *([text(row.get(c, "-")) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def environment() -> dict[str, object]:

@@ -58,9 +58,7 @@ def compile_ahead(jobs: list[Callable[[], object]]) -> None:
 def tune_decode(S: int, batches: list[int]) -> list[dict]:
     rows = []
     shapes = [
-        (b, w, n)
-        for b, w, n in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8), (1,))
-        if 8 <= b * D // (32 * w) <= 64
+        (b, w, n) for b, w, n in itertools.product((16, 32, 64, 128, 256), (1, 2, 4, 8), (1,)) if 8 <= b * D // (32 * w) <= 64
     ]
     tiny = [torch.randn(2, H, S, D, device="cuda", dtype=torch.float16) for _ in range(2)]
     q = torch.randn(2, 1, H, D, device="cuda", dtype=torch.float16)

@@ -35,9 +35,7 @@ def check_caches(states: torch.Tensor, key_cache: torch.Tensor, value_cache: tor
     """`states` (B, T, H, D) fits the caches (B, H, S, D)."""
     B, T, H, D = states.shape
     if key_cache.shape != value_cache.shape:
-        raise ValueError(
-            f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} differ in shape"
-        )
+        raise ValueError(f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} differ in shape")
     if (key_cache.shape[0], key_cache.shape[1], key_cache.shape[3]) != (B, H, D):
         raise ValueError(f"caches {tuple(key_cache.shape)} (B, H, S, D) do not fit states {(B, T, H, D)} (B, T, H, D)")
     if min(B, T, H, D, key_cache.shape[2]) == 0:

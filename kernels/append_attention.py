@@ -107,9 +107,7 @@ def _append_attention_kernel(
             HEAD_DIM, BLOCK_S, BLOCK_D,
         )  # fmt: skip
         _, l, o = merge_rows(m_i, l_i, acc)
-        tl.store(
-            out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d
-        )
+        tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
     else:
         offs_t = tl.arange(0, BLOCK_T)
         mask_t = offs_t < T

@@ -42,15 +42,11 @@ def decode_attention_reference(
     dtype = torch.promote_types(query.dtype, torch.float32)
     slots = torch.arange(S, device=query.device)
     length = torch.full((B, 1), S, device=query.device) if kv_length is None else kv_length.reshape(-1, 1).expand(B, 1)
-    limit = length.clamp(max=S) + (
-        torch.arange(T, device=query.device) - (T - 1) if is_causal else 0
-    )  # (B, T) or (B, 1)
+    limit = length.clamp(max=S) + (torch.arange(T, device=query.device) - (T - 1) if is_causal else 0)  # (B, T) or (B, 1)
     visible = slots < limit[:, None, :, None]  # (B, 1, T or 1, S)
     used = (slots < length)[:, None, :, None]  # (B, 1, S, 1): an unused slot may hold anything, NaN too
     scores = query.transpose(1, 2).to(dtype) @ key_cache.to(dtype).masked_fill(~used, 0).transpose(2, 3) * scale
-    weights = (
-        scores.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0)
-    )  # no key at all: 0, not NaN
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0)  # no key at all: 0, not NaN
     out = weights @ value_cache.to(dtype).masked_fill(~used, 0)
     return out.transpose(1, 2).to(query.dtype).contiguous()
 
@@ -122,9 +118,7 @@ def _decode_attention_kernel(
         )  # fmt: skip
         m, l, o = merge_rows(m_i, l_i, acc)
         if not IS_SPLIT:
-            tl.store(
-                out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d
-            )
+            tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
         else:
             tl.store(out_ptr + (row * num_splits + i_split) * HEAD_DIM + offs_d, o, mask=mask_d)
             tl.store(max_ptr + row * num_splits + i_split, m)
@@ -182,9 +176,7 @@ def _merge_splits_kernel(
     row = ((i_b * H + i_h) * T + i_t) * NUM_SPLITS + offs_i
     m_i = tl.load(max_ptr + row, mask=mask_i, other=float("-inf"))
     l_i = tl.load(sum_ptr + row, mask=mask_i, other=0.0)
-    acc = tl.load(
-        partial_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_i[:, None] & mask_d[None, :], other=0.0
-    )
+    acc = tl.load(partial_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_i[:, None] & mask_d[None, :], other=0.0)
     _, l, o = merge_rows(m_i, l_i, acc)
     out = normalise(l, o).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + ((i_b * T + i_t) * H + i_h) * HEAD_DIM + offs_d, out, mask=mask_d)

@@ -71,12 +71,8 @@ def _update_kv_cache_kernel(
     mask_t = (offs_t < T) & (offs_s >= 0) & (offs_s < S)
     mask = mask_t[:, None] & (offs_d < HEAD_DIM)[None, :]
 
-    k = tl.load(
-        key_ptr + i_b * stride_k_b + i_h * stride_k_h + offs_t[:, None] * stride_k_t + offs_d[None, :], mask=mask
-    )
-    v = tl.load(
-        value_ptr + i_b * stride_v_b + i_h * stride_v_h + offs_t[:, None] * stride_v_t + offs_d[None, :], mask=mask
-    )
+    k = tl.load(key_ptr + i_b * stride_k_b + i_h * stride_k_h + offs_t[:, None] * stride_k_t + offs_d[None, :], mask=mask)
+    v = tl.load(value_ptr + i_b * stride_v_b + i_h * stride_v_h + offs_t[:, None] * stride_v_t + offs_d[None, :], mask=mask)
     key_row = key_cache_ptr + i_b * stride_kc_b + i_h * stride_kc_h + offs_s[:, None] * stride_kc_s
     value_row = value_cache_ptr + i_b * stride_vc_b + i_h * stride_vc_h + offs_s[:, None] * stride_vc_s
     tl.store(key_row + offs_d[None, :], k, mask=mask)

@@ -213,9 +213,7 @@ class TritonAttention(WhisperAttention):
         shape = (*states.shape[:-1], self.num_heads, self.head_dim)
         return self.k_proj(states).view(shape), self.v_proj(states).view(shape)
 
-    def _prompt_attention(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
-    ) -> torch.Tensor:
+    def _prompt_attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool) -> torch.Tensor:
         """PyTorch's SDPA, on (B, N, H, D) views: its backends read strides, and return the query's layout."""
         return scaled_dot_product_attention(
             query.transpose(1, 2),

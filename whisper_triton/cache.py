@@ -72,9 +72,7 @@ class CrossAttentionLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[2] != self.max_cache_len:
-            raise ValueError(
-                f"the cross cache has {self.max_cache_len} slots, the encoder gave {key_states.shape[2]} frames"
-            )
+            raise ValueError(f"the cross cache has {self.max_cache_len} slots, the encoder gave {key_states.shape[2]} frames")
         self.cumulative_length.zero_()
         update_kv_cache(
             key_states.transpose(1, 2), value_states.transpose(1, 2), self.keys, self.values, self.cumulative_length
@@ -133,9 +131,7 @@ class StaticEncoderDecoderCache(EncoderDecoderCache):
         )
 
     @classmethod
-    def from_legacy_cache(
-        cls, layers: tuple[tuple[torch.Tensor, ...], ...], max_cache_len: int
-    ) -> StaticEncoderDecoderCache:
+    def from_legacy_cache(cls, layers: tuple[tuple[torch.Tensor, ...], ...], max_cache_len: int) -> StaticEncoderDecoderCache:
         """A cache of `max_cache_len` slots that holds copies of what `to_legacy_cache` returned."""
         if not layers or any(len(layer) != 4 for layer in layers):
             raise ValueError("a legacy cache is a tuple of (self keys, self values, cross keys, cross values) a layer")
