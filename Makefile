@@ -63,7 +63,7 @@ $(INSTALLED): setup.py pyproject.toml Makefile whisper_triton/_versions.py
 	@# Alone first, because this refuses an unsupported Python at once and by name.
 	$(PIP) --no-deps -e .
 	@if [ -n "$(TORCH)" ]; then \
-	  echo "Installing $(TORCH) into $(VENV), once"; $(PIP) $(TORCH); \
+	  echo "Installing $(TORCH) into $(VENV), once"; $(PIP) '$(TORCH)'; \
 	elif nvidia-smi -L >/dev/null 2>&1; then \
 	  echo "Installing torch into $(VENV), once"; $(PIP) torch; \
 	else \
