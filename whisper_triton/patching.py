@@ -1,28 +1,39 @@
 """`accelerate` and `restore`: puts our attention and caches into one model, in place, and takes them out again.
 
 Nothing of transformers is rebound. Of the model's instance, the attention modules change class (parameters, hooks and
-submodules stay), the config names our attention, and three methods of `generate` are overridden on the instance.
+submodules stay), the config names our attention, and `forward` and three methods of `generate` are overridden on the
+instance: they hand `generate` our caches and replay each decoding step from a CUDA graph.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, WhisperForConditionalGeneration
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
+from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from .attention import NAME, TritonAttention
+from .attention import NAME, TritonAttention, is_length, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
+from .decoder import DecoderStep, why_not_captured
 
 _STATE = "_whisper_triton"
+_LOCK = threading.Lock()
+_CALL: ContextVar[object | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
+MAX_BYTES = 8 << 30  # of caches kept for captured steps, the batch size used last always among them
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
@@ -31,8 +42,14 @@ class _State:
     """What `restore` needs, kept on the model."""
 
     attn_implementation: str | None
-    overridden: tuple[str, ...]
-    compiled_cache: StaticEncoderDecoderCache | None = field(default=None, repr=False)
+    overridden: dict[str, MethodType]
+    steps: OrderedDict[int, DecoderStep] = field(default_factory=OrderedDict, repr=False)  # by batch size, oldest first
+    owner: object | None = None  # the `generate` call that the steps' caches belong to while it runs
+    in_use: DecoderStep | None = field(default=None, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        # A captured graph belongs to the weights it was captured over: a copied model captures its own.
+        return _State(self.attn_implementation, copy.deepcopy(self.overridden, memo))
 
 
 def is_accelerated(model: nn.Module) -> bool:
@@ -53,6 +70,7 @@ def accelerate(model: WhisperForConditionalGeneration) -> WhisperForConditionalG
     if is_accelerated(model):
         return model
     overrides = {
+        "forward": _forward,
         "generate": _generate,
         "_prepare_cache_for_generation": _prepare_cache_for_generation,
         "_prepare_static_cache": _prepare_static_cache,
@@ -63,9 +81,12 @@ def accelerate(model: WhisperForConditionalGeneration) -> WhisperForConditionalG
             module.__class__ = TritonAttention
             module.stock_attn_implementation = "eager" if stock == "eager" else "sdpa"
     model.config._attn_implementation = NAME
+    overridden = {}
     for name, function in overrides.items():
-        setattr(model, name, MethodType(functools.wraps(getattr(type(model), name))(function), model))
-    setattr(model, _STATE, _State(stock, tuple(overrides)))
+        if name not in vars(model):  # what the user has put there before us, a compiled forward pass say, stays
+            overridden[name] = MethodType(functools.wraps(getattr(type(model), name))(function), model)
+            setattr(model, name, overridden[name])
+    setattr(model, _STATE, _State(stock, overridden))
     return model
 
 
@@ -78,8 +99,10 @@ def restore(model: WhisperForConditionalGeneration) -> WhisperForConditionalGene
         if type(module) is TritonAttention and hasattr(module, "stock_attn_implementation"):
             module.__class__ = WhisperAttention
             del module.stock_attn_implementation
-    for name in (*state.overridden, _STATE):
-        delattr(model, name)
+    for name, method in state.overridden.items():
+        if vars(model).get(name) is method:
+            delattr(model, name)
+    delattr(model, _STATE)
     model.config._attn_implementation = state.attn_implementation
     return model
 
@@ -101,12 +124,62 @@ def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., A
 
 
 def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
+    state: _State = getattr(self, _STATE)
+    call = object()
+    with _LOCK:
+        if state.owner is None:
+            state.owner = call
+    outer = _CALL.set(call)
     # `return_token_timestamps=True` sets eager attention and leaves it so, which would end the acceleration for good.
-    before = self.config._attn_implementation
+    attn_implementation = self.config._attn_implementation
     try:
         return _stock(self, "generate")(*args, **kwargs)
     finally:
-        self.config._attn_implementation = before
+        self.config._attn_implementation = attn_implementation
+        _CALL.reset(outer)
+        if state.owner is call:
+            state.owner = state.in_use = None
+
+
+def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput | tuple[Any, ...]:
+    step = None if torch.compiler.is_compiling() or args else _captured_step(self, kwargs)
+    if step is None:
+        return _stock(self, "forward")(*args, **kwargs)
+    return Seq2SeqLMOutput(
+        logits=step(self, kwargs["decoder_input_ids"]),
+        past_key_values=step.cache,
+        encoder_last_hidden_state=kwargs["encoder_outputs"][0],
+    )
+
+
+# What `generate` passes to a step besides ids, cache and encoder outputs, with the values that a graph covers.
+_STEP_ARGUMENTS = {
+    "use_cache": (True,),
+    "return_dict": (True, None),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+}
+
+
+def _captured_step(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> DecoderStep | None:
+    """The step whose graph serves this forward pass, or None."""
+    step = getattr(self, _STATE).in_use
+    arguments = dict(kwargs)
+    ids, cache = arguments.pop("decoder_input_ids", None), arguments.pop("past_key_values", None)
+    mask = arguments.pop("decoder_attention_mask", None)
+    arguments.pop("attention_mask", None)  # of the encoder's frames, which Whisper ignores
+    if step is None or cache is not step.cache or arguments.pop("encoder_outputs", None) is None:
+        return None
+    covered = (
+        ids is not None
+        and ids.shape == step.input_ids.shape
+        and (mask is None or is_length(mask))
+        and all(cache.is_updated.values())
+        and not torch.is_grad_enabled()
+        and not (self.config.output_attentions or self.config.output_hidden_states)
+        and all(value in _STEP_ARGUMENTS.get(name, (None,)) for name, value in arguments.items())
+    )
+    return step if covered else None
 
 
 def _prepare_cache_for_generation(
@@ -128,11 +201,34 @@ def _prepare_cache_for_generation(
     )
     if covered:
         frames = model_kwargs["encoder_outputs"][0]
-        model_kwargs["past_key_values"] = build_static_cache(self, frames.shape[0], max_cache_length, frames.shape[1])
+        model_kwargs["past_key_values"] = _cache_for(self, frames.shape[0], max_cache_length, frames.shape[1])
     else:
         _stock(self, "_prepare_cache_for_generation")(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+
+def _cache_for(
+    self: WhisperForConditionalGeneration, batch_size: int, max_cache_len: int, num_frames: int
+) -> StaticEncoderDecoderCache:
+    """The cache of a captured step, kept from call to call, or one for this call alone."""
+    state: _State = getattr(self, _STATE)
+    reason = why_not_captured(self)
+    if reason is not None and self.device.type == "cuda":
+        report_once(f"steps are launched one kernel at a time: {reason}")
+    # A call inside another, or beside it in a second thread, must not write into the other's cache.
+    if reason is not None or state.owner is not _CALL.get():
+        return build_static_cache(self, batch_size, max_cache_len, num_frames)
+    step = state.steps.pop(batch_size, None)
+    if step is None or not step.fits(self, num_frames):
+        step = None  # frees the old one first
+        step = DecoderStep(self, batch_size, num_frames)
+    state.steps[batch_size] = step
+    while len(state.steps) > 1 and sum(kept.nbytes for kept in state.steps.values()) > MAX_BYTES:
+        state.steps.popitem(last=False)
+    step.cache.reset()
+    state.in_use = step
+    return step.cache
 
 
 def _prepare_static_cache(
