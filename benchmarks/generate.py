@@ -10,7 +10,6 @@ fp16 rounding may turn near ties, so the share of equal tokens is reported and a
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from pathlib import Path
@@ -71,63 +70,75 @@ def build_model(name: str, dtype: torch.dtype = torch.float16) -> WhisperForCond
     return model
 
 
-def bench(model: WhisperForConditionalGeneration, features: torch.Tensor, calls: int, **kwargs: object) -> dict[str, object]:
-    def generate() -> torch.Tensor:
-        return model.generate(features, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False, **kwargs)
+class Variant:
+    """One way to generate: a model of its own, so that what it has compiled stays while others are timed."""
 
-    torch._dynamo.reset()
-    start = time.perf_counter()
-    tokens = generate()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    generate()
-    times = []
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(calls):
+    def __init__(self, name: str, model: WhisperForConditionalGeneration, features: torch.Tensor, **kwargs: object) -> None:
+        self.name, self.model, self.features, self.kwargs = name, model, features, kwargs
         start = time.perf_counter()
-        generate()
+        self.tokens = self.generate()
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times)
-    return {
-        "tok/s": features.shape[0] * NEW_TOKENS / median,
-        "ms": 1000 * median,
-        "spread_ms": 500 * (max(times) - min(times)),
-        "first_s": first,
-        "peak_GB": torch.cuda.max_memory_allocated() / 1e9,
-        "tokens": tokens,
-    }
+        self.first_s = time.perf_counter() - start
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.generate()
+        self.extra_GB = (torch.cuda.max_memory_allocated() - before) / 1e9
+        self.times: list[float] = []
+
+    def generate(self) -> torch.Tensor:
+        return self.model.generate(
+            self.features, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False, **self.kwargs
+        )
+
+    def time_once(self) -> None:
+        start = time.perf_counter()
+        self.generate()
+        torch.cuda.synchronize()
+        self.times.append(time.perf_counter() - start)
+
+    def row(self, expected: torch.Tensor) -> dict[str, object]:
+        equal = (self.tokens == expected).float().mean().item()
+        if equal == 0.0:
+            raise SystemExit(f"{self.name}: no token equals stock's")
+        median = statistics.median(self.times)
+        return {
+            "B": self.features.shape[0],
+            "variant": self.name,
+            "tok/s": self.features.shape[0] * NEW_TOKENS / median,
+            "ms": 1000 * median,
+            "min_ms": 1000 * min(self.times),
+            "max_ms": 1000 * max(self.times),
+            "first_s": self.first_s,
+            "extra_GB": self.extra_GB,
+            "equal_tokens": equal,
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="large-v3", choices=SHAPES)
     parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
-    parser.add_argument("--calls", type=int, default=5, help="timed calls a variant")
+    parser.add_argument("--calls", type=int, default=10, help="timed calls a variant, taken in turns")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "generate.jsonl")
     args = parser.parse_args()
-    model = build_model(args.model)
+    stock, by_name, ours = (build_model(args.model) for _ in range(3))
+    by_name.set_attn_implementation("whisper_triton")
+    whisper_triton.accelerate(ours)
     rows = []
     for B in map(int, args.batch.split(",")):
-        features = torch.randn(B, model.config.num_mel_bins, 3000, device="cuda", dtype=model.dtype)
-        found = {}
-        model.set_attn_implementation("sdpa")
-        found["stock static+compile"] = bench(model, features, args.calls, cache_implementation="static")
-        model.set_attn_implementation("whisper_triton")
-        found["by name, static+compile"] = bench(model, features, args.calls, cache_implementation="static")
-        model.set_attn_implementation("sdpa")
-        found["stock dynamic"] = bench(model, features, args.calls)
-        with whisper_triton.accelerated(model):
-            found["accelerate"] = bench(model, features, args.calls)
-        expected = found["stock static+compile"]["tokens"]
-        for variant, row in found.items():
-            equal = (row.pop("tokens") == expected).float().mean().item()
-            if equal == 0.0:
-                raise SystemExit(f"{variant}: no token equals stock's")
-            rows.append({"model": args.model, "B": B, "variant": variant, **row, "equal_tokens": equal})
+        features = torch.randn(B, stock.config.num_mel_bins, 3000, device="cuda", dtype=stock.dtype)
+        torch._dynamo.reset()
+        variants = [
+            Variant("stock static+compile", stock, features, cache_implementation="static"),
+            Variant("attention by name, static+compile", by_name, features, cache_implementation="static"),
+            Variant("stock dynamic", stock, features),
+            Variant("accelerate", ours, features),
+        ]
+        for _ in range(args.calls):
+            for variant in variants:
+                variant.time_once()
+        rows += [{"model": args.model, **variant.row(variants[0].tokens)} for variant in variants]
         print_table(rows)
-        gc.collect()
-        torch.cuda.empty_cache()
     write_rows(args.output, rows)
 
 
