@@ -14,7 +14,6 @@ from contextlib import suppress
 
 import torch
 from harness import clones, measure, parse_args, write_rows
-
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.append_attention import _launch as launch_append
 from whisper_triton.kernels.decode_attention import Tiles as DecodeTiles

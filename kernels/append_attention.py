@@ -142,14 +142,17 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def choose_tiles(T: int, D: int, itemsize: int) -> Tiles:
+def choose_tiles(B: int, T: int, H: int, D: int, itemsize: int) -> Tiles:
     """Tiles from shapes alone; `itemsize`: bytes an element.
 
-    128 keys and 4 warps: the best compromise over lengths 20, 100 and 440 and batches 1 and 8 (fp16, D = 64), measured by
-    benchmarks/tune_attention.py on one H100 80GB HBM3, 2026-11-22. Wider rows: fewer keys, the same registers.
+    Few heads leave the chip empty and want long tiles, many want small programs: the best compromise over lengths 20, 100
+    and 440 at batches 1, 8 and 32 of 20 heads (fp16, D = 64), measured by benchmarks/tune_attention.py on one H100 80GB
+    HBM3, 2026-11-22. Wider rows: fewer keys, the same registers.
     """
-    BLOCK_S = 128 if T == 1 else 32
-    return Tiles(max(16, BLOCK_S * 128 // (triton.next_power_of_2(D) * itemsize)), num_warps=4, num_stages=2)
+    BLOCK_S, num_warps = (128, 4) if B * H <= 320 else (32, 1)
+    if T > 1:
+        BLOCK_S, num_warps = 32, 4
+    return Tiles(max(16, BLOCK_S * 128 // (triton.next_power_of_2(D) * itemsize)), num_warps, num_stages=2)
 
 
 def _launch(
@@ -164,7 +167,7 @@ def _launch(
     tiles: Tiles | None = None,
 ) -> None:
     B, T, H, D = query.shape
-    tiles = tiles or choose_tiles(T, D, query.element_size())
+    tiles = tiles or choose_tiles(B, T, H, D, query.element_size())
     _append_attention_kernel[(H, B)](
         query_ptr=query,
         key_ptr=key,

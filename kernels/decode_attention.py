@@ -194,12 +194,19 @@ class Tiles(NamedTuple):
 # One query token, fp16, D = 64, 1500 keys: measured by benchmarks/tune_attention.py on one H100 80GB HBM3, 2026-11-22.
 # Up to so many heads in the batch (B * H): keys a tile, programs in all (0: one a head), warps a program.
 MEASURED_TILES = (
-    (30, 128, 260, 4),
-    (60, 64, 480, 2),
-    (120, 64, 480, 2),
-    (240, 32, 960, 1),
-    (480, 64, 0, 8),
-    (960, 32, 0, 4),
+    (30, 128, 240, 4),
+    (70, 64, 480, 2),
+    (100, 128, 240, 4),
+    (140, 32, 720, 2),
+    (180, 32, 960, 1),
+    (264, 128, 0, 4),
+    (300, 32, 1400, 2),
+    (360, 32, 1920, 1),
+    (520, 64, 0, 4),
+    (600, 32, 2240, 2),
+    (720, 32, 0, 4),
+    (1040, 64, 0, 4),
+    (1200, 32, 2400, 2),
 )
 MANY_HEADS = (128, 0, 4)
 
