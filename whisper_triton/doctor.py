@@ -1,0 +1,66 @@
+"""What `whisper-triton doctor` prints: versions, GPU, and which path each part of the package takes here and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from whisper_triton import __version__
+from whisper_triton.kernels import backend
+from whisper_triton.kernels._dispatch import HAS_TRITON
+from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path, no_gpu_reason
+
+KERNELS = ("update_kv_cache", "decode_attention", "append_attention")
+PACKAGES = ("torch", "triton", "transformers")
+
+
+def report() -> str:
+    """The whole report, a fact a line."""
+    device = choose_device(None)
+    dtype = str(choose_dtype(None, device)).removeprefix("torch.")
+    path, reason = describe_path(device), _reason(device)
+    facts = [
+        ("whisper-triton", __version__),
+        ("python", platform.python_version()),
+        *((package, _version(package)) for package in PACKAGES),
+        ("GPU", _gpu(device)),
+        ("transcribe", f"{default_model(device, 'transcribe')} in {dtype} on {device.type}, unless told otherwise"),
+    ]
+    parts = [
+        *((kernel, path, reason) for kernel in KERNELS),
+        ("attention module", path, "decodes with the kernels above; what they do not cover goes the stock way, and is logged"),
+        ("encoder, prompts", "PyTorch SDPA", "many queries at a time: PyTorch's own attention serves them, on any device"),
+    ]
+    lines = [f"{name:<17} {value}" for name, value in facts]
+    width = max(len(taken) for _, taken, _ in parts)
+    lines += ["", *(f"{name:<17} {taken:<{width}}  {why}" for name, taken, why in parts)]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"none: {no_gpu_reason()}"
+    properties = torch.cuda.get_device_properties(device)
+    toolkit = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    more = f", and {torch.cuda.device_count() - 1} more" if torch.cuda.device_count() > 1 else ""
+    capability = f"compute capability {properties.major}.{properties.minor}"
+    return f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB, {toolkit}{more}"
+
+
+def _reason(device: torch.device) -> str:
+    """Why the kernels take the path they take."""
+    kind = backend(device)
+    if kind == "triton":
+        return "a GPU and Triton are there"
+    if kind == "interpreter":
+        return "TRITON_INTERPRET=1 is set: for tests, very slow"
+    return "no GPU" if HAS_TRITON else "Triton is not installed"

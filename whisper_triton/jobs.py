@@ -1,0 +1,208 @@
+"""The work of `whisper-triton transcribe`.
+
+Checks everything that can be checked before a model is loaded, then goes through the files batch by batch, reports the
+bad ones and carries on.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+from whisper_triton import accelerate
+from whisper_triton.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
+from whisper_triton.checkpoints import CheckpointError, load_model
+from whisper_triton.failure import Failure, complain
+from whisper_triton.output import Transcript, render
+from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path
+from whisper_triton.transcription import Speech, check_request, parse_language, transcribe
+
+BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]"
+
+
+def run(
+    audio: Sequence[str],
+    *,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    language: str | None,
+    task: str,
+    timestamps: bool,
+    batch_size: int,
+    output_format: str,
+    output_dir: Path | None,
+) -> bool:
+    """Transcribes the files `audio`, each once; the other arguments are the options of the command.
+
+    Returns:
+        Whether every file went well; each one that did not was reported.
+
+    Raises:
+        Failure: nothing can be done for any file.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    files = list(dict.fromkeys(audio))
+    try:
+        where = choose_device(device)
+        code = parse_language(language)
+        targets = _targets(files, output_dir, output_format)
+    except ValueError as error:
+        raise Failure(str(error), exit_code=2) from error
+    lengths = _probe(files)
+    if not lengths:
+        return False
+    if output_dir is not None:
+        _make_writable(output_dir)
+    precision = choose_dtype(dtype, where)
+
+    def emit(transcript: Transcript, file: str) -> bool:
+        return _write(render(transcript, output_format, timestamps=timestamps), targets.get(file))
+
+    try:
+        speak = _prepare(model or default_model(where, task), precision, where, code, task)
+        started = time.perf_counter()
+        seconds, done = _work(lengths, batch_size, speak, emit)
+    except torch.OutOfMemoryError as error:
+        raise Failure(f"{where} is out of memory: try a smaller --batch-size or --model") from error
+    wall = time.perf_counter() - started
+    if seconds:
+        facts = [
+            f"{seconds:.1f} s of audio in {wall:.2f} s (real-time factor {wall / seconds:.3f})",
+            f"{where} {str(precision).removeprefix('torch.')}",
+            describe_path(where),
+        ]
+        click.echo(", ".join(facts), err=True)
+    return done == len(files)
+
+
+def _targets(files: list[str], directory: Path | None, output_format: str) -> dict[str, Path]:
+    """The file to write for each input; none without an output directory.
+
+    Raises:
+        ValueError: two inputs would be written to one file, or one over an input, or cannot share stdout.
+    """
+    if directory is None:
+        if len(files) > 1 and output_format in ("srt", "vtt"):
+            raise ValueError(f"{output_format} of several files cannot share stdout: give --output-dir")
+        return {}
+    inputs = {Path(file).resolve() for file in files}
+    taken: dict[Path, str] = {}
+    for file in files:
+        target = directory / f"{Path(file).stem}.{output_format}"
+        if target in taken:
+            raise ValueError(f"{_shown(taken[target])} and {_shown(file)} would both be written to {_shown(target)}")
+        if target.resolve() in inputs:
+            raise ValueError(f"{_shown(target)} is an input and would be overwritten")
+        taken[target] = file
+    return {file: target for target, file in taken.items()}
+
+
+def _probe(files: list[str]) -> dict[str, float]:
+    """The length in seconds of each file that looks readable; reports the others."""
+    lengths = {}
+    for file in files:
+        try:
+            lengths[file] = probe_audio(file)
+        except AudioError as error:
+            complain(f"{_shown(file)}: {error}")
+    return lengths
+
+
+def _make_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Tried, because permissions do not tell of a read-only file system.
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise Failure(f"{_shown(directory)}: cannot write there: {error.strerror}") from error
+
+
+def _prepare(
+    name: str, dtype: torch.dtype, device: torch.device, language: str | None, task: str
+) -> Callable[..., list[Speech]]:
+    """Loads and accelerates the model; returns `transcribe` with all but recordings and progress filled in."""
+    try:
+        model, processor = load_model(name, dtype, device)
+    except CheckpointError as error:
+        raise Failure(str(error)) from error
+    try:
+        check_request(model, language, task)
+    except ValueError as error:
+        raise Failure(f"{name}: {error}", exit_code=2) from error
+    return partial(transcribe, accelerate(model), processor, language=language, task=task)
+
+
+def _work(
+    lengths: dict[str, float],
+    batch_size: int,
+    speak: Callable[..., list[Speech]],
+    emit: Callable[[Transcript, str], bool],
+) -> tuple[float, int]:
+    """Goes through the files; returns the seconds of audio transcribed and the number of files that went well."""
+    seconds, good = 0.0, 0
+    files = list(lengths)
+    with tqdm(total=sum(lengths.values()), bar_format=BAR, disable=None, leave=False) as bar:
+        for start in range(0, len(files), batch_size):
+            batch = files[start : start + batch_size]
+            before = bar.n
+            bar.set_description(f"{start}/{len(files)} files")
+            recordings = _load(batch)
+            if recordings:
+                show = partial(_advance, bar, before)
+                speeches = speak(list(recordings.values()), on_progress=show)
+                for (file, samples), speech in zip(recordings.items(), speeches, strict=True):
+                    duration = samples.size / SAMPLE_RATE
+                    good += emit(Transcript(_shown(file), duration=duration, **speech._asdict()), file)
+                    seconds += duration
+            _advance(bar, before, sum(lengths[file] for file in batch))
+    return seconds, good
+
+
+def _advance(bar: tqdm, before: float, done: float) -> None:
+    """Puts the bar at `before + done` seconds; the lengths it was given come from headers, so it is kept within them."""
+    bar.update(min(before + done, bar.total) - bar.n)
+
+
+def _load(files: list[str]) -> dict[str, np.ndarray]:
+    """The samples of each file that can be decoded; reports the others."""
+    recordings = {}
+    for file in files:
+        try:
+            recordings[file] = load_audio(file)
+        except AudioError as error:
+            with tqdm.external_write_mode():
+                complain(f"{_shown(file)}: {error}")
+    return recordings
+
+
+def _write(text: str, target: Path | None) -> bool:
+    """Writes to the file `target`, or to stdout where there is none; reports a failure and returns False."""
+    if target is None:
+        out = click.get_text_stream("stdout", errors="replace")  # a terminal may not know every language
+        with tqdm.external_write_mode():
+            out.write(text)
+            out.flush()
+        return True
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        with tqdm.external_write_mode():
+            complain(f"{_shown(target)}: {error.strerror}")
+        return False
+    return True
+
+
+def _shown(path: str | Path) -> str:
+    """A path as it can be printed, whatever bytes it is made of."""
+    return click.format_filename(str(path))
