@@ -15,6 +15,7 @@ from transformers.models.whisper.modeling_whisper import WhisperDecoder, Whisper
 
 from .attention import NAME, TritonAttention
 from .cache import StaticEncoderDecoderCache, build_static_cache
+from .fused import FusedDecoder, is_fusable
 
 # A graph replays kernels, not Python: modules whose forward pass we do not know might do something else a step.
 _KNOWN_MODULES = (
@@ -63,6 +64,7 @@ class DecoderStep:
         self.input_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         # Not read: a step finds the cross keys and values in the cache. It only tells the layers to attend to them.
         self.encoder_states = torch.zeros(batch_size, 1, model.config.d_model, dtype=model.dtype, device=model.device)
+        self.fused = FusedDecoder(model) if is_fusable(model, batch_size) else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: torch.Tensor
 
@@ -87,6 +89,9 @@ class DecoderStep:
         return self.logits.clone()  # the next replay overwrites them
 
     def _run(self, model: WhisperForConditionalGeneration) -> None:
+        if self.fused is not None:
+            self.logits = self.fused(self.input_ids, self.cache)
+            return
         hidden_states = model.model.decoder(
             input_ids=self.input_ids,
             encoder_hidden_states=self.encoder_states,

@@ -1,0 +1,78 @@
+"""The decoder's input for one new token a sequence: token embedding plus the embedding of the position.
+
+    out[b] = token_embedding[input_ids[b]] + position_embedding[cache_position]
+
+The position is read on the device, as everything that changes from step to step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._dispatch import pdl_handover, pdl_options, tl, triton
+
+
+def embed_tokens_reference(
+    input_ids: torch.Tensor, token_embedding: torch.Tensor, position_embedding: torch.Tensor, cache_position: torch.Tensor
+) -> torch.Tensor:
+    """What `embed_tokens` computes, in PyTorch."""
+    return token_embedding[input_ids.flatten()] + position_embedding[cache_position]
+
+
+@triton.jit
+def _embed_tokens_kernel(
+    input_ids_ptr,  # (B,) or (B, 1) int64
+    token_embedding_ptr,  # (V, K)
+    position_embedding_ptr,  # (P, K)
+    cache_position_ptr,  # () int64
+    out_ptr,  # (B, K)
+    stride_ids_b,
+    V,
+    P,
+    K,
+    USE_PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pdl_handover(USE_PDL)
+    i_b = tl.program_id(0)
+    offs_k = tl.arange(0, BLOCK_K)
+    token = tl.load(input_ids_ptr + i_b * stride_ids_b)
+    position = tl.load(cache_position_ptr)
+    # An id or a position out of range reads nothing; the host refuses both before, where it sees them.
+    inside = (token >= 0) & (token < V) & (position >= 0) & (position < P)
+    mask = (offs_k < K) & inside
+    x = tl.load(token_embedding_ptr + token * K + offs_k, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(position_embedding_ptr + position * K + offs_k, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + i_b * K + offs_k, x.to(out_ptr.dtype.element_ty), mask=offs_k < K)
+
+
+def embed_tokens(
+    input_ids: torch.Tensor, token_embedding: torch.Tensor, position_embedding: torch.Tensor, cache_position: torch.Tensor
+) -> torch.Tensor:
+    """Embeds one token a sequence.
+
+    Args:
+        input_ids: (B,) or (B, 1) int64. token_embedding: (V, K), position_embedding: (P, K), contiguous, of one dtype.
+        cache_position: 0-dim int64 on the same device.
+
+    Returns:
+        (B, K), contiguous, the embeddings' dtype; 0 for an id or a position out of range.
+    """
+    V, K = token_embedding.shape
+    B = input_ids.numel()
+    out = token_embedding.new_empty(B, K)
+    _embed_tokens_kernel[(B,)](
+        input_ids_ptr=input_ids,
+        token_embedding_ptr=token_embedding,
+        position_embedding_ptr=position_embedding,
+        cache_position_ptr=cache_position,
+        out_ptr=out,
+        stride_ids_b=input_ids.stride(0),
+        V=V,
+        P=position_embedding.shape[0],
+        K=K,
+        BLOCK_K=triton.next_power_of_2(K),
+        num_warps=4,
+        **pdl_options(out.device),
+    )
+    return out

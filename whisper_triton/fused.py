@@ -1,0 +1,106 @@
+"""The decoder's step as a chain of fused kernels, from the last token's id to the next token's logits.
+
+A layer is nine launches: layer norm and q/k/v; self-attention with the cache write; its output projection with bias and
+residual; layer norm and cross query; cross-attention and the joining of its splits; its output projection; layer norm, fc1 and
+GELU; fc2 and residual. The kernels read the model's own parameters: nothing is packed or copied.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoderLayer
+
+from .cache import StaticEncoderDecoderCache
+from .kernels import append_attention, decode_attention
+from .kernels._checks import DTYPES, HEAD_DIMS
+from .kernels.embed_tokens import embed_tokens
+from .kernels.skinny_linear import MAX_ROWS, LayerNorm, skinny_linear, split_width
+
+
+class _Layer(NamedTuple):
+    """One decoder layer's modules, with what the kernels want to know of its norms."""
+
+    module: WhisperDecoderLayer
+    self_norm: LayerNorm
+    cross_norm: LayerNorm
+    final_norm: LayerNorm
+
+
+def _norm(module: nn.LayerNorm) -> LayerNorm:
+    return LayerNorm(module.weight, module.bias, module.eps)
+
+
+def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
+    """Whether the fused chain covers `model` at `batch_size`: its widths, dtype, activation, and up to 16 rows."""
+    config = model.config
+    return (
+        batch_size <= MAX_ROWS
+        and model.dtype in DTYPES
+        and config.d_model // config.decoder_attention_heads in HEAD_DIMS
+        and config.activation_function == "gelu"
+        and split_width(config.d_model) is not None
+        and split_width(config.decoder_ffn_dim) is not None
+        and all(p.is_contiguous() and p.dtype == model.dtype for p in model.model.decoder.parameters())
+    )
+
+
+class FusedDecoder:
+    """The chain for one model whose `is_fusable` holds. It keeps references to the modules, not copies of weights."""
+
+    def __init__(self, model: WhisperForConditionalGeneration) -> None:
+        self.decoder = model.model.decoder
+        self.proj_out = model.proj_out
+        self.final_norm = _norm(self.decoder.layer_norm)
+        self.layers = [
+            _Layer(
+                module,
+                _norm(module.self_attn_layer_norm),
+                _norm(module.encoder_attn_layer_norm),
+                _norm(module.final_layer_norm),
+            )
+            for module in self.decoder.layers
+        ]
+
+    def __call__(self, input_ids: torch.Tensor, cache: StaticEncoderDecoderCache) -> torch.Tensor:
+        """Decodes `input_ids` (B, 1) at the cache's position, which it advances; returns logits (B, 1, vocabulary)."""
+        position = cache.get_seq_length()
+        x = embed_tokens(input_ids, self.decoder.embed_tokens.weight, self.decoder.embed_positions.weight, position)
+        for i, layer in enumerate(self.layers):
+            own, cross = cache.self_attention_cache.layers[i], cache.cross_attention_cache.layers[i]
+            x = self._self_attention(x, layer, own, position)
+            x = self._cross_attention(x, layer, cross)
+            fc1, fc2 = layer.module.fc1, layer.module.fc2
+            y = skinny_linear(x, (fc1.weight,), (fc1.bias,), layer_norm=layer.final_norm, gelu=True)
+            x = skinny_linear(y, (fc2.weight,), (fc2.bias,), residual=x)
+        own.advance(1)
+        return skinny_linear(x, (self.proj_out.weight,), (None,), layer_norm=self.final_norm)[:, None]
+
+    def _self_attention(self, x: torch.Tensor, layer: _Layer, cache: object, position: torch.Tensor) -> torch.Tensor:
+        attention: WhisperAttention = layer.module.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        qkv = skinny_linear(
+            x,
+            tuple(p.weight for p in projections),
+            tuple(p.bias for p in projections),
+            layer_norm=layer.self_norm,
+            scale=attention.scaling,
+        )
+        query, key, value = qkv.view(x.shape[0], 1, 3, attention.num_heads, attention.head_dim).unbind(2)
+        out = append_attention(query, key, value, cache.keys, cache.values, position, scale=1.0)
+        return skinny_linear(out.view(x.shape), (attention.out_proj.weight,), (attention.out_proj.bias,), residual=x)
+
+    def _cross_attention(self, x: torch.Tensor, layer: _Layer, cache: object) -> torch.Tensor:
+        attention: WhisperAttention = layer.module.encoder_attn
+        query = skinny_linear(
+            x,
+            (attention.q_proj.weight,),
+            (attention.q_proj.bias,),
+            layer_norm=layer.cross_norm,
+            scale=attention.scaling,
+        ).view(x.shape[0], 1, attention.num_heads, attention.head_dim)
+        out = decode_attention(query, cache.keys, cache.values, scale=1.0, read_ahead=True)
+        return skinny_linear(out.view(x.shape), (attention.out_proj.weight,), (attention.out_proj.bias,), residual=x)
