@@ -1,7 +1,7 @@
 """`accelerate` and `restore`: puts our attention and caches into one model, in place, and takes them out again.
 
 Nothing of transformers is rebound. Of the model's instance, the attention modules change class (parameters, hooks and
-submodules stay), the config names our attention, and `forward` and three methods of `generate` are overridden on the
+submodules stay), the config names our attention, and `forward` and four methods of `generate` are overridden on the
 instance: they hand `generate` our caches and replay each decoding step from a CUDA graph.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, WhisperForConditionalGeneration
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperAttention
@@ -74,6 +74,7 @@ def accelerate(model: WhisperForConditionalGeneration) -> WhisperForConditionalG
         "generate": _generate,
         "_prepare_cache_for_generation": _prepare_cache_for_generation,
         "_prepare_static_cache": _prepare_static_cache,
+        "_postprocess_outputs": _postprocess_outputs,
     }
     stock = model.config._attn_implementation
     for module in model.modules():
@@ -246,3 +247,13 @@ def _prepare_static_cache(
         )
     frames = model_kwargs["encoder_outputs"][0]
     return build_static_cache(self, frames.shape[0], max_cache_len, frames.shape[1], is_compileable=True)
+
+
+def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs: Any, **kwargs: Any) -> Any:
+    # With `return_dict_in_generate` stock hands the cache out, copied through the host. Of a cache that the caller never
+    # asked for, it gets what a dynamic one would hold: no unused slot, and no memory that the next call writes into.
+    cache = None if isinstance(seek_outputs, torch.Tensor) else seek_outputs.get("past_key_values")
+    is_ours = isinstance(cache, StaticEncoderDecoderCache) and not cache.is_compileable
+    if is_ours and kwargs["is_shortform"] and not getattr(cache, "_is_user_defined", False):
+        seek_outputs["past_key_values"] = EncoderDecoderCache(cache.to_legacy_cache())
+    return _stock(self, "_postprocess_outputs")(seek_outputs=seek_outputs, **kwargs)
