@@ -24,8 +24,12 @@ POSITION = 64
 
 
 def step_bytes(model: WhisperForConditionalGeneration, step: DecoderStep) -> int:
-    """What a step must read once: weights but the embedding table's other rows, the cross cache, the slots in use."""
-    weights = sum(p.nbytes for p in model.model.decoder.layers.parameters()) + model.proj_out.weight.nbytes
+    """What a step must read once: the weights that it uses, the cross cache, the slots in use of the self cache."""
+    layers = model.model.decoder.layers
+    once_a_window = [
+        p for layer in layers for m in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for p in m.parameters()
+    ]
+    weights = sum(p.nbytes for p in layers.parameters()) - sum(p.nbytes for p in once_a_window) + model.proj_out.weight.nbytes
     own = step.cache.self_attention_cache.layers
     used = sum(2 * layer.keys[:, :, : POSITION + 1].numel() * layer.keys.element_size() for layer in own)
     cross = sum(layer.keys.nbytes + layer.values.nbytes for layer in step.cache.cross_attention_cache.layers)
