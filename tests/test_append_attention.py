@@ -1,0 +1,456 @@
+"""`append_attention`: its error, the slots it writes and reads, and what must not matter to a result."""
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention_cases import (
+    BAD_ATTENTION,
+    BAD_CACHES,
+    CALLS,
+    DTYPES,
+    HEAD_DIMS,
+    LARGE_CALLS,
+    LAYOUTS,
+    BadInput,
+    GuardedAllocations,
+    Shape,
+    assert_close_as_pytorch,
+    assert_refused,
+    bad_positions,
+    bits,
+    captured,
+    dtype_name,
+    gpu_factor,
+    in_every_dtype,
+    lay_out,
+    layouts,
+    needles,
+    on_two_streams,
+    poisoned_allocations,
+    random_caches,
+    random_states,
+    sdpa,
+    small_dtypes,
+    small_shapes,
+    storage,
+    twin,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from whisper_triton.kernels import append_attention, append_attention_reference, update_kv_cache
+
+# Not `from whisper_triton.kernels import append_attention`, which is the function.
+module = importlib.import_module("whisper_triton.kernels.append_attention")
+
+OP = torch.ops.whisper_triton.append_attention.default
+SHAPE = Shape(B=2, T=2, H=3, D=32, S=8, length=6)
+SCALE = 0.2  # no power of two
+
+
+def arguments(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """New states, and caches into whose first `length` slots they just fit."""
+    query, key, value = random_states(shape, dtype, device, 3)
+    position = shape.length - shape.T
+    key_cache, value_cache = random_caches(shape, dtype, device, [position] * shape.B)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "cache_position": torch.tensor(position, device=device),
+    }
+
+
+def assert_right(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    *,
+    factor: float = 2,
+) -> torch.Tensor:
+    """The caches are as `update_kv_cache` leaves them, the result is as near to float64 as SDPA's, all else is as before."""
+    inputs = query, key, value, cache_position
+    before = [storage(tensor) for tensor in inputs]
+    wanted = twin(key_cache), twin(value_cache)
+    update_kv_cache(key, value, *wanted, cache_position)
+    lengths = (cache_position.expand(len(query)) + query.shape[1]).tolist()
+    exact = sdpa(query.double(), wanted[0].double(), wanted[1].double(), lengths, scale=SCALE)
+    pytorch = sdpa(query, *wanted, lengths, scale=SCALE)
+
+    referenced = twin(key_cache), twin(value_cache)
+    reference = append_attention_reference(query, key, value, *referenced, cache_position, scale=SCALE)
+    with poisoned_allocations():
+        out = append_attention(query, key, value, key_cache, value_cache, cache_position, scale=SCALE)
+    for result in (out, reference):
+        assert_close_as_pytorch(result, exact, pytorch, factor)
+    assert out.is_contiguous()
+    for caches in ((key_cache, value_cache), referenced):
+        assert all(torch.equal(storage(cache), storage(expected)) for cache, expected in zip(caches, wanted, strict=True))
+    for tensor, bits_before in zip(inputs, before, strict=True):
+        assert torch.equal(storage(tensor), bits_before)
+    return out
+
+
+def launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    *,
+    tiles: module.Tiles,
+    scale: float = SCALE,
+) -> torch.Tensor:
+    out = query.new_empty(query.shape)
+    module._launch(query, key, value, key_cache, value_cache, cache_position, out, scale, tiles)
+    return out
+
+
+# --- right results
+
+
+@pytest.mark.parametrize("shape", [SHAPE, Shape(3, 16, 2, 80, 70, 65), Shape(1, 1, 2, 64, 9, 1)], ids=str)
+def test_the_float64_reference_equals_sdpa(shape: Shape, device: torch.device) -> None:
+    call = arguments(shape, torch.float64, device)
+    result = append_attention_reference(**call, scale=SCALE)
+    caches = call["key_cache"], call["value_cache"]
+    torch.testing.assert_close(result, sdpa(call["query"], *caches, [shape.length] * shape.B, scale=SCALE))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), in_every_dtype(*CALLS))
+def test_the_error_is_within_twice_that_of_sdpa(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    assert_right(**arguments(shape, dtype, device))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=dtype_name)
+@pytest.mark.parametrize("form", ["one for each", "every second of a vector", "one for all, expanded", "one of a vector"])
+def test_every_sequence_may_have_its_own_position(form: str, dtype: torch.dtype, T: int, device: torch.device) -> None:
+    shape = Shape(B=3, T=T, H=2, D=64, S=70, length=70)
+    position = {
+        "one for each": torch.tensor([67, 0, 33], dtype=dtype, device=device),
+        "every second of a vector": torch.tensor([5, -9, 64, -9, 67], dtype=dtype, device=device)[::2],
+        "one for all, expanded": torch.tensor(40, dtype=dtype, device=device).expand(3),
+        "one of a vector": torch.tensor([0, 65, 0], dtype=dtype, device=device)[1],
+    }[form]
+    states = random_states(shape, torch.float32, device, 3)
+    caches = random_caches(shape, torch.float32, device, position.expand(3).tolist())
+    assert_right(*states, *caches, position)
+
+
+@pytest.mark.parametrize("position", range(-3, SHAPE.S + 2))
+@pytest.mark.parametrize("T", [1, 3])
+def test_the_caches_are_those_of_the_reference_at_every_position(position: int, T: int, device: torch.device) -> None:
+    # From the first slot to the last and past both ends, where tokens are dropped.
+    call = arguments(SHAPE._replace(T=T, length=SHAPE.S), torch.float16, device)
+    call["cache_position"].fill_(position)
+    expected = {name: twin(tensor) for name, tensor in call.items()}
+    append_attention(**call, scale=SCALE)
+    append_attention_reference(**expected, scale=SCALE)
+    for name, tensor in call.items():
+        assert torch.equal(storage(tensor), storage(expected[name])), name
+
+
+@pytest.mark.parametrize("inside", [1, 2, 3])
+@pytest.mark.parametrize(
+    "attend",
+    [
+        append_attention,
+        pytest.param(
+            append_attention_reference,
+            marks=pytest.mark.xfail(strict=True, reason="its causal limit counts back from the last slot, not the last token"),
+        ),
+    ],
+    ids=["kernel", "reference"],
+)
+def test_tokens_before_the_last_slot_are_right_though_later_ones_are_dropped(
+    attend: Callable[..., torch.Tensor], inside: int, device: torch.device
+) -> None:
+    call = arguments(SHAPE._replace(T=4, length=SHAPE.S + 4 - inside), torch.float32, device)
+    fitting = {name: tensor[:, :inside] if name in ("query", "key", "value") else twin(tensor) for name, tensor in call.items()}
+    expected = append_attention_reference(**fitting, scale=SCALE)
+    torch.testing.assert_close(attend(**call, scale=SCALE)[:, :inside], expected)
+
+
+@settings(max_examples=20)
+@given(data=st.data(), shape=small_shapes())
+def test_a_query_that_looks_for_one_key_returns_its_value_bit_for_bit(
+    data: st.DataObject, shape: Shape, device: torch.device
+) -> None:
+    dtype = data.draw(small_dtypes(shape.T), "dtype")
+    tiles = module.Tiles(data.draw(st.sampled_from([16, 32]), "keys a tile"), 4, 2)
+    room = st.integers(0, shape.S - shape.T)
+    positions = data.draw(st.lists(room, min_size=shape.B, max_size=shape.B), "positions")
+    codes = needles(shape.S, shape.D, dtype, device)
+    values = torch.randn(shape.cache, device=device).to(dtype)
+    states = [torch.empty(shape.states, dtype=dtype, device=device) for _ in range(4)]
+    query, key, value, expected = states
+    cache_layout = data.draw(layouts, "cache layout")
+    empty = torch.full(shape.cache, torch.nan, dtype=dtype, device=device)
+    caches = lay_out(empty, cache_layout), lay_out(empty, cache_layout)
+    for b, position in enumerate(positions):
+        caches[0][b, :, :position] = codes[:position]
+        caches[1][b, :, :position] = values[b, :, :position]
+        for t in range(shape.T):
+            slot = data.draw(st.integers(0, position + t), "slot")
+            query[b, t] = 64 * codes[slot]
+            key[b, t] = codes[position + t]
+            value[b, t] = values[b, :, position + t]
+            expected[b, t] = values[b, :, slot]
+    laid_out = [lay_out(tensor, data.draw(layouts, "layout")) for tensor in (query, key, value)]
+    with poisoned_allocations():
+        out = launch(*laid_out, *caches, torch.tensor(positions, device=device), tiles=tiles, scale=1.0)
+    assert torch.equal(bits(out), bits(expected))
+    for b, position in enumerate(positions):
+        assert torch.equal(caches[1][b, :, : position + shape.T], values[b, :, : position + shape.T])
+        assert caches[1][b, :, position + shape.T :].isnan().all()
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("state_layout", LAYOUTS)
+@pytest.mark.parametrize("cache_layout", LAYOUTS)
+def test_any_strides_are_read_and_written(state_layout: str, cache_layout: str, T: int, device: torch.device) -> None:
+    names = [*LAYOUTS]
+    call = arguments(SHAPE._replace(T=T), torch.float16, device)
+    tensors = [tensor for name, tensor in call.items() if name != "cache_position"]
+    # No two of a kind have the same strides.
+    first = [names.index(state_layout)] * 3 + [names.index(cache_layout)] * 2
+    turn = [0, 1, 2, 0, 1]
+    turned = [names[(i + by) % len(names)] for i, by in zip(first, turn, strict=True)]
+    assert_right(*map(lay_out, tensors, turned), call["cache_position"])
+
+
+# --- how it is launched
+
+
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+def test_any_number_of_keys_a_tile_gives_the_right_result(tile: int, device: torch.device) -> None:
+    for T in (1, 4):
+        call = arguments(Shape(B=1, T=T, H=2, D=32, S=160, length=150), torch.float32, device)
+        with poisoned_allocations():
+            out = launch(**call, tiles=module.Tiles(tile, 4, 2))
+        caches = call["key_cache"], call["value_cache"]
+        exact = sdpa(call["query"].double(), *(cache.double() for cache in caches), [150], scale=SCALE)
+        assert_close_as_pytorch(out, exact, sdpa(call["query"], *caches, [150], scale=SCALE))
+
+
+@pytest.mark.parametrize("D", [64, 80])
+@pytest.mark.parametrize("T", [1, 2, 16])
+def test_all_of_the_result_is_written_and_nothing_beside_it(T: int, D: int, device: torch.device) -> None:
+    call = arguments(Shape(2, T, 3, D, 40, 40), torch.float16, device)
+    with GuardedAllocations() as guarded:
+        launch(**call, tiles=module.Tiles(16, 4, 2))
+    guarded.check()
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("D", HEAD_DIMS)
+def test_tiles_are_powers_of_two(D: int, itemsize: int) -> None:
+    for B in (1, 8, 64, 1000):
+        for T in range(1, 17):
+            tiles = module.choose_tiles(B, T, 20, D, itemsize)
+            assert tiles.BLOCK_S >= 16
+            assert tiles.BLOCK_S.bit_count() == 1
+            assert tiles.num_warps in (1, 2, 4, 8)
+
+
+# --- what must not matter
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_what_lies_in_unused_slots_does_not_matter(T: int, device: torch.device) -> None:
+    call = arguments(Shape(B=2, T=T, H=2, D=64, S=100, length=40), torch.float16, device)
+    expected = append_attention(**call, scale=SCALE)
+    for filler in (0.0, torch.inf, -torch.inf, 60000.0):
+        for cache in ("key_cache", "value_cache"):
+            call[cache][:, :, 40 - T :] = filler
+        assert torch.equal(bits(append_attention(**call, scale=SCALE)), bits(expected)), filler
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")
+@pytest.mark.parametrize("T", [1, 3])
+def test_the_other_sequences_of_a_batch_do_not_matter(T: int, device: torch.device) -> None:
+    call = arguments(Shape(B=3, T=T, H=2, D=64, S=100, length=90), torch.float16, device)
+    call["cache_position"] = torch.tensor([20, 50, 87], device=device)
+    tiles = module.Tiles(32, 4, 2)
+    expected = launch(**call, tiles=tiles)[1:2]
+    alone = launch(**{name: tensor[1:2] for name, tensor in call.items()}, tiles=tiles)
+    assert torch.equal(bits(alone), bits(expected))
+    for positions, others in (([87, 50, 20], 1.0), ([0, 50, 100], torch.nan)):
+        for name, tensor in call.items():
+            if name != "cache_position":
+                tensor[::2] = others
+        call["cache_position"] = torch.tensor(positions, device=device)
+        assert torch.equal(bits(launch(**call, tiles=tiles)[1:2]), bits(expected))
+
+
+@pytest.mark.parametrize(("T", "times"), [(1, 2), (3, 2), pytest.param(1, 50, marks=pytest.mark.gpu)])
+def test_the_result_is_the_same_in_every_run(T: int, times: int, device: torch.device) -> None:
+    call = arguments(Shape(2, T, 6, 64, 448, 100), torch.float16, device)
+    first = append_attention(**call, scale=SCALE)
+    for _ in range(times - 1):
+        assert torch.equal(bits(append_attention(**call, scale=SCALE)), bits(first))
+
+
+# --- as an op of PyTorch
+
+
+def test_the_op_keeps_the_rules_of_torch_library(device: torch.device) -> None:
+    for dtype, T in ((torch.float16, 1), (torch.float32, 2)):
+        call = arguments(SHAPE._replace(T=T), dtype, device)
+        torch.library.opcheck(OP, (*call.values(), torch.zeros_like(call["query"]), SCALE))
+
+
+def assert_compiles(device: torch.device, **options: object) -> None:
+    """A whole-graph `torch.compile` of two layers equals eager bit for bit at every position, and compiles once."""
+
+    def step(query, key, value, key_cache, value_cache, cache_position):
+        out = append_attention(query, key, value, key_cache, value_cache, cache_position, scale=SCALE)
+        cache_position += 1
+        # The second layer reads what the first wrote.
+        return append_attention(out, key, value, key_cache, value_cache, cache_position, scale=SCALE)
+
+    call = arguments(SHAPE._replace(T=1, length=1), torch.float16, device)
+    eager = {name: twin(tensor) for name, tensor in call.items()}
+    compiled_step = torch.compile(step, fullgraph=True, **options)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for position in range(SHAPE.S - 1):
+            assert torch.equal(bits(compiled_step(**call)), bits(step(**eager))), position
+    for name, tensor in call.items():
+        assert torch.equal(storage(tensor), storage(eager[name])), name
+
+
+def test_compiles_without_a_graph_break(device: torch.device) -> None:
+    assert_compiles(device, backend="aot_eager")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiles_with_inductor(mode: str, device: torch.device) -> None:
+    assert_compiles(device, mode=mode)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *BAD_CACHES,
+        *BAD_ATTENTION,
+        *bad_positions("cache_position"),
+        BadInput("fewer keys", {"key": lambda t: t[:, :1]}, r"differ in shape: \(2, 2, 3, 32\), \(2, 1, 3, 32\)"),
+        BadInput("fewer values", {"value": lambda t: t[:1]}, r"differ in shape: .* \(1, 2, 3, 32\)$"),
+        BadInput("key in fp16", {"key": torch.Tensor.half}, r"key is torch\.float16 .* expected torch\.float32"),
+    ],
+    ids=lambda bad: bad.name,
+)
+def test_bad_input_is_refused_and_the_caches_stay_as_they_were(bad: BadInput, device: torch.device) -> None:
+    assert_refused(append_attention, arguments(SHAPE, torch.float32, device), bad, scale=SCALE)
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "dtype"), in_every_dtype(*LARGE_CALLS))
+def test_the_error_in_large_batches(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    assert_right(**arguments(shape, dtype, device), factor=gpu_factor(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("T", [1, 4])
+def test_a_captured_graph_follows_the_position_on_the_device(T: int, dtype: torch.dtype, device: torch.device) -> None:
+    shape = Shape(B=2, T=T, H=20, D=64, S=448, length=T)
+    call = arguments(shape, dtype, device)
+    expected = {name: twin(tensor) for name, tensor in call.items()}
+
+    def step() -> torch.Tensor:
+        out = append_attention(**call, scale=SCALE)
+        call["cache_position"].add_(T)
+        return out
+
+    graph, out = captured(step)
+    for name, tensor in call.items():
+        tensor.copy_(expected[name])
+    for position in range(0, shape.S, T):
+        for name in ("query", "key", "value"):
+            call[name].copy_(torch.randn(shape.states, dtype=dtype, device=device))
+            expected[name].copy_(call[name])
+        graph.replay()
+        append_attention_reference(**expected, scale=SCALE)
+        expected["cache_position"] += T
+        for name, tensor in call.items():
+            assert torch.equal(storage(tensor), storage(expected[name])), (name, position)
+        caches, lengths = (expected["key_cache"], expected["value_cache"]), [position + T] * shape.B
+        exact = sdpa(call["query"].double(), *(cache.double() for cache in caches), lengths, scale=SCALE)
+        assert_close_as_pytorch(out, exact, sdpa(call["query"], *caches, lengths, scale=SCALE), gpu_factor(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("B", [1, 32])
+def test_a_captured_chain_waits_for_each_query_and_each_cache(B: int, T: int, device: torch.device) -> None:
+    # Launches overlap on Hopper. Each query here is the result of the launch before it, and so are new keys and values;
+    # layers share their caches two by two, so that some read at once what the launch before wrote.
+    shape = Shape(B=B, T=T, H=20, D=64, S=448, length=T)
+    layers = [arguments(shape, torch.float16, device) for _ in range(4)]
+    first = layers[0]["query"]
+    caches = [layer[name] for layer in layers for name in ("key_cache", "value_cache")]
+    empty = [cache.clone() for cache in caches]
+    position = layers[0]["cache_position"]
+
+    def reset() -> None:
+        for cache, content in zip(caches, empty, strict=True):
+            cache.copy_(content)
+        position.zero_()
+
+    def step(synchronize: bool = False) -> torch.Tensor:
+        states = first
+        for layer in layers:
+            for _ in range(2):
+                # A scale that leaves few keys with weight, so that the result depends on the query.
+                states = append_attention(
+                    states, states, layer["value"], layer["key_cache"], layer["value_cache"], position, scale=4.0
+                )
+                if synchronize:
+                    torch.cuda.synchronize()
+        position.add_(T)
+        return states
+
+    graph, out = captured(step)
+    queries = torch.randn(20, *shape.states, dtype=torch.float16, device=device)
+    results = []
+    for replay in (True, False):
+        reset()
+        for query in queries:
+            first.copy_(query)
+            if replay:
+                graph.replay()
+            results.append((out if replay else step(synchronize=True)).clone())
+    for i in range(len(queries)):
+        assert torch.equal(bits(results[i]), bits(results[len(queries) + i])), i
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 4])
+def test_two_streams_do_not_disturb_each_other(T: int, device: torch.device) -> None:
+    shape = Shape(B=8, T=T, H=20, D=64, S=448, length=448)
+    calls = [arguments(shape, torch.float16, device) for _ in range(2)]
+    expected = [append_attention(**call, scale=SCALE) for call in calls]
+    results: list[list[torch.Tensor]] = [[], []]
+    on_two_streams(
+        (
+            lambda: results[0].append(append_attention(**calls[0], scale=SCALE)),
+            lambda: results[1].append(append_attention(**calls[1], scale=SCALE)),
+        ),
+        times=100,
+    )
+    for outs, wanted in zip(results, expected, strict=True):
+        assert all(torch.equal(bits(out), bits(wanted)) for out in outs)
