@@ -23,6 +23,11 @@ class SelfAttentionLayer(StaticLayer):
         # What the host has written, for the error below. Steps in a compiled graph do not count: it is a lower bound.
         self.host_length = 0
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self.cumulative_length.device != key_states.device:  # moved there, it would no longer be the layers' common one
+            raise ValueError(f"the cache's positions are on {self.cumulative_length.device}, the states on {key_states.device}")
+        super().lazy_initialization(key_states, value_states)
+
     def claim(self, new_tokens: int) -> None:
         """Raises ValueError where the host can tell that `new_tokens` more do not fit.
 
@@ -123,7 +128,13 @@ class StaticEncoderDecoderCache(EncoderDecoderCache):
         return self._is_compileable
 
     def to_legacy_cache(self) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], ...]:
-        """A layer's (self keys, self values, cross keys, cross values), views of the slots in use. Waits for the device."""
+        """A layer's (self keys, self values, cross keys, cross values), views of the slots in use. Waits for the device.
+
+        Raises:
+            ValueError: nothing has been decoded yet.
+        """
+        if not all(self.is_updated.values()):
+            raise ValueError("the cache holds no cross keys and values yet")
         length = int(self.get_seq_length())
         return tuple(
             (own.keys[:, :, :length], own.values[:, :, :length], cross.keys, cross.values)
@@ -132,7 +143,11 @@ class StaticEncoderDecoderCache(EncoderDecoderCache):
 
     @classmethod
     def from_legacy_cache(cls, layers: tuple[tuple[torch.Tensor, ...], ...], max_cache_len: int) -> StaticEncoderDecoderCache:
-        """A cache of `max_cache_len` slots that holds copies of what `to_legacy_cache` returned."""
+        """A cache of `max_cache_len` slots that holds copies of what `to_legacy_cache` returned.
+
+        Raises:
+            ValueError: something else, or more tokens than slots.
+        """
         if not layers or any(len(layer) != 4 for layer in layers):
             raise ValueError("a legacy cache is a tuple of (self keys, self values, cross keys, cross values) a layer")
         cache = cls(len(layers), max_cache_len, layers[0][2].shape[2], layers[0][0].device)
