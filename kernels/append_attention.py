@@ -32,6 +32,7 @@ def append_attention_reference(
     cache_position: torch.Tensor,
     *,
     scale: float,
+    read_ahead: bool = False,
 ) -> torch.Tensor:
     """What `append_attention` computes, in PyTorch: `update_kv_cache`, then causal `decode_attention`."""
     update_kv_cache_reference(key, value, key_cache, value_cache, cache_position)
@@ -68,13 +69,15 @@ def _append_attention_kernel(
     T,
     H,
     S,
+    READ_AHEAD: tl.constexpr,  # position and cached tokens may be read before the previous kernel has finished
     USE_PDL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,  # 1, or a tensor-core tile for T > 1
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pdl_handover(USE_PDL)
+    if not READ_AHEAD:
+        pdl_handover(USE_PDL)
     i_h = tl.program_id(0).to(tl.int64)
     i_b = tl.program_id(1).to(tl.int64)
     position = tl.load(cache_position_ptr + i_b * stride_cp_b).to(tl.int32)
@@ -91,6 +94,8 @@ def _append_attention_kernel(
         k_next, v_next = load_keys_values(
             key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, HEAD_DIM, BLOCK_S, BLOCK_D
         )
+        if READ_AHEAD:
+            pdl_handover(USE_PDL)
         q = tl.load(query_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * qk_scale
         k = tl.load(key_ptr + offs_d, mask=mask_d, other=0.0)
         v = tl.load(value_ptr + offs_d, mask=mask_d, other=0.0)
@@ -109,6 +114,8 @@ def _append_attention_kernel(
         _, l, o = merge_rows(m_i, l_i, acc)
         tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
     else:
+        if READ_AHEAD:
+            pdl_handover(USE_PDL)
         offs_t = tl.arange(0, BLOCK_T)
         mask_t = offs_t < T
         mask_td = mask_t[:, None] & mask_d[None, :]
@@ -164,6 +171,7 @@ def _launch(
     cache_position: torch.Tensor,
     out: torch.Tensor,
     scale: float,
+    read_ahead: bool,
     tiles: Tiles | None = None,
 ) -> None:
     B, T, H, D = query.shape
@@ -196,6 +204,7 @@ def _launch(
         T=T,
         H=H,
         S=key_cache.shape[2],
+        READ_AHEAD=read_ahead,
         HEAD_DIM=D,
         BLOCK_T=1 if T == 1 else 16,
         BLOCK_S=tiles.BLOCK_S,
@@ -215,6 +224,7 @@ def _run_reference(
     cache_position: torch.Tensor,
     out: torch.Tensor,
     scale: float,
+    read_ahead: bool,
 ) -> None:
     out.copy_(append_attention_reference(query, key, value, key_cache, value_cache, cache_position, scale=scale))
 
@@ -228,6 +238,7 @@ def _fake(
     cache_position: torch.Tensor,
     out: torch.Tensor,
     scale: float,
+    read_ahead: bool,
 ) -> None:
     return None
 
@@ -235,7 +246,7 @@ def _fake(
 # The result is an argument: an op that mutates a cache returns nothing, so that Inductor can functionalise it.
 _op = register(
     "append_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
-    " Tensor cache_position, Tensor(c!) out, float scale) -> ()",
+    " Tensor cache_position, Tensor(c!) out, float scale, bool read_ahead) -> ()",
     kernel=_launch,
     reference=_run_reference,
     fake=_fake,
@@ -251,6 +262,7 @@ def append_attention(
     cache_position: torch.Tensor,
     *,
     scale: float,
+    read_ahead: bool = False,
 ) -> torch.Tensor:
     """Writes T new keys and values at `cache_position` and attends causally to all up to and with them, in one launch.
 
@@ -260,6 +272,8 @@ def append_attention(
         key_cache, value_cache: (B, H, S, D), the query's dtype. Mutated: slots cache_position .. cache_position + T - 1.
         cache_position: int64 or int32 on the same device, 0-dim or (B,): the slot of the first new token.
         scale: multiplies the scores, in fp32. Whisper scales its query in the model's dtype and passes 1.0.
+        read_ahead: promises that cache_position and the slots before it were written before the kernel that precedes this
+            call was launched without dependent launch (as PyTorch's all are); see `decode_attention`.
 
     A token that falls outside the S slots is not written (the position is on the device, where nothing can be raised),
     and what is returned for it is not meaningful.
@@ -279,5 +293,5 @@ def append_attention(
         )
     check_positions("cache_position", cache_position, query.shape[0], query.device)
     out = query.new_empty(query.shape)
-    _op(query, key, value, key_cache, value_cache, cache_position, out, scale)
+    _op(query, key, value, key_cache, value_cache, cache_position, out, scale, read_ahead)
     return out

@@ -227,6 +227,26 @@ def choose_tiles(B: int, T: int, H: int, S: int, D: int, itemsize: int) -> Tiles
     return Tiles(BLOCK_S, splits, num_warps, num_stages=2)
 
 
+class SplitAttention(NamedTuple):
+    """Attention whose splits are not joined yet: `skinny_linear` joins them as it reads its input."""
+
+    partial: torch.Tensor  # (B, H, 1, NUM_SPLITS, D) fp32: values summed with the weights exp2(score - maximum)
+    maxima: torch.Tensor  # (B, H, 1, NUM_SPLITS) fp32
+    sums: torch.Tensor  # (B, H, 1, NUM_SPLITS) fp32: the weights' sums
+
+
+def decode_attention_splits(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, tiles: Tiles, *, scale: float
+) -> SplitAttention:
+    """`decode_attention` of one token over all slots, with `read_ahead`, that leaves the splits for its reader to join."""
+    B, _, H, D = query.shape
+    partial = torch.empty((B, H, 1, tiles.NUM_SPLITS, D), dtype=torch.float32, device=query.device)
+    maxima, sums = torch.empty((2, B, H, 1, tiles.NUM_SPLITS), dtype=torch.float32, device=query.device).unbind()
+    splits = SplitAttention(partial, maxima, sums)
+    _launch_splits(query, key_cache, value_cache, None, scale, False, True, tiles, splits)
+    return splits
+
+
 def _launch(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -238,23 +258,52 @@ def _launch(
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     B, T, H, D = query.shape
-    S = key_cache.shape[2]
-    BLOCK_S, NUM_SPLITS, num_warps, num_stages = tiles or choose_tiles(B, T, H, S, D, query.element_size())
-    BLOCK_D = triton.next_power_of_2(D)
+    tiles = tiles or choose_tiles(B, T, H, key_cache.shape[2], D, query.element_size())
+    NUM_SPLITS = tiles.NUM_SPLITS
     out = query.new_empty((B, T, H, D))
-    partial, maxima, sums = out, out, out
+    splits = SplitAttention(out, out, out)
     if NUM_SPLITS > 1:
         partial = torch.empty((B, H, T, NUM_SPLITS, D), dtype=torch.float32, device=query.device)
-        maxima, sums = torch.empty((2, B, H, T, NUM_SPLITS), dtype=torch.float32, device=query.device).unbind()
-    pdl = pdl_options(query.device)
-    _decode_attention_kernel[(NUM_SPLITS, H, B)](
+        splits = SplitAttention(partial, *torch.empty((2, B, H, T, NUM_SPLITS), device=query.device).unbind())
+    _launch_splits(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, tiles, splits)
+    if NUM_SPLITS > 1:
+        _merge_splits_kernel[(H, T, B)](
+            partial_ptr=splits.partial,
+            max_ptr=splits.maxima,
+            sum_ptr=splits.sums,
+            out_ptr=out,
+            T=T,
+            H=H,
+            NUM_SPLITS=NUM_SPLITS,
+            HEAD_DIM=D,
+            BLOCK_SPLITS=triton.next_power_of_2(NUM_SPLITS),
+            BLOCK_D=triton.next_power_of_2(D),
+            num_warps=1,
+            **pdl_options(query.device),
+        )
+    return out
+
+
+def _launch_splits(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_length: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    read_ahead: bool,
+    tiles: Tiles,
+    out: SplitAttention,
+) -> None:
+    B, T, H, D = query.shape
+    _decode_attention_kernel[(tiles.NUM_SPLITS, H, B)](
         query_ptr=query,
         key_cache_ptr=key_cache,
         value_cache_ptr=value_cache,
         kv_length_ptr=query if kv_length is None else kv_length,
-        out_ptr=partial,
-        max_ptr=maxima,
-        sum_ptr=sums,
+        out_ptr=out.partial,
+        max_ptr=out.maxima,
+        sum_ptr=out.sums,
         qk_scale=scale * LOG2E,
         stride_q_b=query.stride(0),
         stride_q_t=query.stride(1),
@@ -268,36 +317,20 @@ def _launch(
         stride_l_b=kv_length.stride(0) if kv_length is not None and kv_length.dim() else 0,
         T=T,
         H=H,
-        S=S,
-        num_splits=NUM_SPLITS,
+        S=key_cache.shape[2],
+        num_splits=tiles.NUM_SPLITS,
         HAS_LENGTH=kv_length is not None,
         IS_CAUSAL=is_causal,
-        IS_SPLIT=NUM_SPLITS > 1,
+        IS_SPLIT=out.partial.dim() == 5,
         READ_AHEAD=read_ahead,
         HEAD_DIM=D,
         BLOCK_T=1 if T == 1 else 16,
-        BLOCK_S=BLOCK_S,
-        BLOCK_D=BLOCK_D,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        **pdl,
+        BLOCK_S=tiles.BLOCK_S,
+        BLOCK_D=triton.next_power_of_2(D),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        **pdl_options(query.device),
     )
-    if NUM_SPLITS > 1:
-        _merge_splits_kernel[(H, T, B)](
-            partial_ptr=partial,
-            max_ptr=maxima,
-            sum_ptr=sums,
-            out_ptr=out,
-            T=T,
-            H=H,
-            NUM_SPLITS=NUM_SPLITS,
-            HEAD_DIM=D,
-            BLOCK_SPLITS=triton.next_power_of_2(NUM_SPLITS),
-            BLOCK_D=BLOCK_D,
-            num_warps=1,
-            **pdl,
-        )
-    return out
 
 
 def _run_reference(

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, tl, triton
+from .decode_attention import SplitAttention
 
 MAX_ROWS = 16
 
@@ -72,27 +73,47 @@ def load_weights(ptr, offs_n, N, K: tl.constexpr, START: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
+def join_splits(x_ptr, max_ptr, sum_ptr, FIRST: tl.constexpr, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr, D: tl.constexpr):
+    """Elements FIRST .. FIRST + WIDTH - 1 of an attention's result whose splits are not joined yet, as `SplitAttention`."""
+    offs_h = FIRST // D + tl.arange(0, WIDTH // D)
+    offs_d = tl.arange(0, D)
+    m = tl.full((WIDTH // D,), float("-inf"), tl.float32)
+    l = tl.zeros((WIDTH // D,), tl.float32)
+    acc = tl.zeros((WIDTH // D, D), tl.float32)
+    for i in tl.static_range(NUM_SPLITS):
+        rows = offs_h * NUM_SPLITS + i
+        m_i = tl.load(max_ptr + rows)
+        m_new = tl.maximum(m, m_i)
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(m_i - m_new)
+        l = l * alpha + p * tl.load(sum_ptr + rows)
+        acc = acc * alpha[:, None] + p[:, None] * tl.load(x_ptr + rows[:, None] * D + offs_d[None, :])
+        m = m_new
+    return tl.reshape(acc / l[:, None], (WIDTH,))
+
+
+@triton.jit
 def normalise_row(a, b, g_a, g_b, b_a, b_b, eps, K: tl.constexpr, TAIL: tl.constexpr):
     """Layer norm of a row that is held in two pieces `a` and `b` (`b` is unused if TAIL is 0)."""
-    total = tl.sum(a, axis=0)
+    # Both moments at once: one exchange between threads on the way of every step's longest chain, not two. What
+    # cancels in fp32 is far below the rounding of fp16 or bf16 inputs.
+    total, squares = tl.sum(a, axis=0), tl.sum(a * a, axis=0)
     if TAIL > 0:
         total += tl.sum(b, axis=0)
-    mean = total / K
-    a -= mean
-    squares = tl.sum(a * a, axis=0)
-    if TAIL > 0:
-        b -= mean
         squares += tl.sum(b * b, axis=0)
-    rstd = tl.rsqrt(squares / K + eps)
-    a = a * rstd * g_a + b_a
+    mean = total / K
+    rstd = tl.rsqrt(tl.maximum(squares / K - mean * mean, 0.0) + eps)
+    a = (a - mean) * rstd * g_a + b_a
     if TAIL > 0:
-        b = b * rstd * g_b + b_b
+        b = (b - mean) * rstd * g_b + b_b
     return a, b
 
 
 @triton.jit
 def _skinny_linear_kernel(
-    x_ptr,  # (B, K) fp16/bf16/fp32
+    x_ptr,  # (B, K) fp16/bf16/fp32; partial (1, H, 1, X_SPLITS, D) fp32 if X_SPLITS > 0
+    x_max_ptr,  # (1, H, 1, X_SPLITS) fp32, as x_sum_ptr not read unless X_SPLITS > 0
+    x_sum_ptr,  # (1, H, 1, X_SPLITS) fp32
     weight_0_ptr,  # (N, K)
     weight_1_ptr,  # (N, K), as weight_2 the same as weight_0 unless NUM_PARTS is 3
     weight_2_ptr,  # (N, K)
@@ -110,6 +131,8 @@ def _skinny_linear_kernel(
     K: tl.constexpr,
     HEAD: tl.constexpr,  # a program's K = HEAD + TAIL, powers of two: all widths of Whisper are of this form
     TAIL: tl.constexpr,
+    X_SPLITS: tl.constexpr,
+    X_HEAD_DIM: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,  # a bit a part
@@ -162,10 +185,15 @@ def _skinny_linear_kernel(
     if USE_PDL:
         gdc_wait()  # all above is constant; x and the residual are the previous kernels' work
     if BLOCK_B == 1:
-        x_head = tl.load(x_ptr + offs_head).to(tl.float32)
         x_tail = tl.zeros((max(TAIL, 1),), tl.float32)
-        if TAIL > 0:
-            x_tail = tl.load(x_ptr + offs_tail).to(tl.float32)
+        if X_SPLITS > 0:
+            x_head = join_splits(x_ptr, x_max_ptr, x_sum_ptr, 0, HEAD, X_SPLITS, X_HEAD_DIM)
+            if TAIL > 0:
+                x_tail = join_splits(x_ptr, x_max_ptr, x_sum_ptr, HEAD, TAIL, X_SPLITS, X_HEAD_DIM)
+        else:
+            x_head = tl.load(x_ptr + offs_head).to(tl.float32)
+            if TAIL > 0:
+                x_tail = tl.load(x_ptr + offs_tail).to(tl.float32)
         if HAS_NORM:
             x_head, x_tail = normalise_row(x_head, x_tail, g_head, g_tail, b_head, b_tail, eps, K, TAIL)
         y = tl.sum(w_head.to(tl.float32) * x_head[None, :], axis=1)
@@ -285,7 +313,7 @@ def split_width(width: int) -> tuple[int, int] | None:
 
 
 def skinny_linear(
-    x: torch.Tensor,
+    x: torch.Tensor | SplitAttention,
     weights: tuple[torch.Tensor, ...],
     biases: tuple[torch.Tensor | None, ...],
     *,
@@ -298,7 +326,7 @@ def skinny_linear(
     """Computes the formula above.
 
     Args:
-        x: (B, K), B from 1 to 16, contiguous; fp32, fp16 or bf16.
+        x: (B, K), B from 1 to 16, contiguous; fp32, fp16 or bf16. For one row also what `decode_attention_splits` returns.
         weights: one (N, K) weight or three, contiguous, in x's dtype; biases: (N,) or None for each.
         layer_norm: applied to x first. scale: multiplies the first weight's result. residual: (B, N), added last.
 
@@ -308,6 +336,11 @@ def skinny_linear(
     Raises:
         ValueError: shapes that do not fit.
     """
+    splits = None
+    if isinstance(x, SplitAttention):
+        splits, x = x, x.partial.new_empty(1, weights[0].shape[1], dtype=weights[0].dtype)
+        if splits.partial.shape[0] != 1:
+            raise ValueError(f"splits are joined for one row, got {splits.partial.shape[0]}")
     B, K = x.shape
     N = weights[0].shape[0]
     if not 1 <= B <= MAX_ROWS:
@@ -345,7 +378,9 @@ def skinny_linear(
     w, b = (weights * 3)[:3], (biases * 3)[:3]
     has_bias = sum((bias is not None) << i for i, bias in enumerate(biases))
     _skinny_linear_kernel[(triton.cdiv(N, BLOCK_N), len(weights), SPLIT_K)](
-        x_ptr=x,
+        x_ptr=x if splits is None else splits.partial,
+        x_max_ptr=x if splits is None else splits.maxima,
+        x_sum_ptr=x if splits is None else splits.sums,
         weight_0_ptr=w[0],
         weight_1_ptr=w[1],
         weight_2_ptr=w[2],
@@ -363,6 +398,8 @@ def skinny_linear(
         K=K,
         HEAD=widths[0],
         TAIL=widths[1],
+        X_SPLITS=0 if splits is None else splits.partial.shape[3],
+        X_HEAD_DIM=0 if splits is None else splits.partial.shape[4],
         NUM_PARTS=len(weights),
         SPLIT_K=SPLIT_K,
         HAS_BIAS=has_bias,

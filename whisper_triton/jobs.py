@@ -6,6 +6,8 @@ bad ones and carries on.
 
 from __future__ import annotations
 
+import io
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -52,6 +54,8 @@ def run(
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show every language
     files = list(dict.fromkeys(audio))
     try:
         where = choose_device(device)
@@ -189,10 +193,8 @@ def _load(files: list[str]) -> dict[str, np.ndarray]:
 def _write(text: str, target: Path | None) -> bool:
     """Writes to the file `target`, or to stdout where there is none; reports a failure and returns False."""
     if target is None:
-        out = click.get_text_stream("stdout", errors="replace")  # a terminal may not know every language
         with tqdm.external_write_mode():
-            out.write(text)
-            out.flush()
+            click.echo(text, nl=False)
         return True
     try:
         target.write_text(text, encoding="utf-8")
