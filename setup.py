@@ -31,11 +31,13 @@ setup(
         f"triton{SUPPORTED['triton']}; platform_system == 'Linux'",
         f"transformers{SUPPORTED['transformers']}",
         "click",
+        "huggingface-hub",
         "numpy",
         "packaging",
         "safetensors",
         "soundfile",
         "soxr",
+        "tokenizers",
         "tqdm",
     ],
     extras_require={
