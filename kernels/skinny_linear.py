@@ -294,15 +294,16 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def choose_tiles(B: int, N: int, K: int, is_plain: bool) -> Tiles:
-    """Tiles from shapes alone; K can be split where nothing but a bias and a residual surrounds the product."""
+def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, is_split: bool) -> Tiles:
+    """Tiles from shapes alone, and from what surrounds the product: `parts` weights at once, a layer norm before it, an
+    attention's splits joined before it. K can be split where nothing but a bias and a residual surrounds the product."""
     if B == 1:
         if N > 16384:
             return Tiles(32, 1, 8)
         if K > 2048:
             return Tiles(4, 1, 4)
-        return Tiles(8, 1, 2)
-    return Tiles(32, max(1, K // 1280) if K > 2048 and is_plain else 1, 8)
+        return Tiles(8, 1, 2) if has_norm else Tiles(16, 1, 8)
+    return Tiles(32, max(1, K // 1280) if K > 2048 else 1, 8)
 
 
 def split_width(width: int) -> tuple[int, int] | None:
@@ -349,9 +350,7 @@ def skinny_linear(
         raise ValueError(f"weights must be one or three contiguous ({N}, {K}), got {[tuple(w.shape) for w in weights]}")
     if not x.is_contiguous() or (residual is not None and (residual.shape != (B, N) or not residual.is_contiguous())):
         raise ValueError("x and residual must be contiguous, the residual (B, N)")
-    BLOCK_N, SPLIT_K, num_warps = tiles or choose_tiles(
-        B, N, K, layer_norm is None and not gelu and scale == 1.0 and len(weights) == 1
-    )
+    BLOCK_N, SPLIT_K, num_warps = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None, splits is not None)
     widths = split_width(K // SPLIT_K)
     if K % SPLIT_K or widths is None:
         raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two")
