@@ -191,10 +191,22 @@ def _load(files: list[str]) -> dict[str, np.ndarray]:
 
 
 def _write(text: str, target: Path | None) -> bool:
-    """Writes to the file `target`, or to stdout where there is none; reports a failure and returns False."""
+    """Writes to the file `target`, or to stdout where there is none.
+
+    Returns:
+        Whether it was written; reports why not.
+
+    Raises:
+        Failure: stdout takes no more.
+    """
     if target is None:
-        with tqdm.external_write_mode():
-            click.echo(text, nl=False)
+        try:
+            with tqdm.external_write_mode():
+                click.echo(text, nl=False)
+        except BrokenPipeError:  # as with `| head`: click ends the command quietly
+            raise
+        except OSError as error:
+            raise Failure(f"cannot write to stdout: {error.strerror}") from error
         return True
     try:
         target.write_text(text, encoding="utf-8")
