@@ -98,19 +98,10 @@ def assert_right(
     return out
 
 
-def launch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    cache_position: torch.Tensor,
-    *,
-    tiles: module.Tiles,
-    scale: float = SCALE,
-) -> torch.Tensor:
-    out = query.new_empty(query.shape)
-    module._launch(query, key, value, key_cache, value_cache, cache_position, out, scale, tiles)
+def launch(*, tiles: module.Tiles, scale: float = SCALE, **call: torch.Tensor) -> torch.Tensor:
+    """`append_attention` with tiles of the test's choice."""
+    out = call["query"].new_empty(call["query"].shape)
+    module._launch(**call, out=out, scale=scale, read_ahead=False, tiles=tiles)
     return out
 
 
@@ -191,27 +182,37 @@ def test_a_query_that_looks_for_one_key_returns_its_value_bit_for_bit(
     positions = data.draw(st.lists(room, min_size=shape.B, max_size=shape.B), "positions")
     codes = needles(shape.S, shape.D, dtype, device)
     values = torch.randn(shape.cache, device=device).to(dtype)
-    states = [torch.empty(shape.states, dtype=dtype, device=device) for _ in range(4)]
-    query, key, value, expected = states
+    query, key, value, expected = (torch.empty(shape.states, dtype=dtype, device=device) for _ in range(4))
     cache_layout = data.draw(layouts, "cache layout")
     empty = torch.full(shape.cache, torch.nan, dtype=dtype, device=device)
-    caches = lay_out(empty, cache_layout), lay_out(empty, cache_layout)
+    key_cache, value_cache = lay_out(empty, cache_layout), lay_out(empty, cache_layout)
     for b, position in enumerate(positions):
-        caches[0][b, :, :position] = codes[:position]
-        caches[1][b, :, :position] = values[b, :, :position]
+        key_cache[b, :, :position] = codes[:position]
+        value_cache[b, :, :position] = values[b, :, :position]
         for t in range(shape.T):
             slot = data.draw(st.integers(0, position + t), "slot")
             query[b, t] = 64 * codes[slot]
             key[b, t] = codes[position + t]
             value[b, t] = values[b, :, position + t]
             expected[b, t] = values[b, :, slot]
-    laid_out = [lay_out(tensor, data.draw(layouts, "layout")) for tensor in (query, key, value)]
     with poisoned_allocations():
-        out = launch(*laid_out, *caches, torch.tensor(positions, device=device), tiles=tiles, scale=1.0)
+        out = launch(
+            query=lay_out(query, data.draw(layouts, "query layout")),
+            key=lay_out(key, data.draw(layouts, "key layout")),
+            value=lay_out(value, data.draw(layouts, "value layout")),
+            key_cache=key_cache,
+            value_cache=value_cache,
+            cache_position=torch.tensor(positions, device=device),
+            tiles=tiles,
+            scale=1.0,
+        )
     assert torch.equal(bits(out), bits(expected))
     for b, position in enumerate(positions):
-        assert torch.equal(caches[1][b, :, : position + shape.T], values[b, :, : position + shape.T])
-        assert caches[1][b, :, position + shape.T :].isnan().all()
+        length = position + shape.T
+        assert torch.equal(key_cache[b, :, :length], codes[:length].expand(shape.H, length, shape.D))
+        assert torch.equal(value_cache[b, :, :length], values[b, :, :length])
+        assert key_cache[b, :, length:].isnan().all()
+        assert value_cache[b, :, length:].isnan().all()
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -292,6 +293,19 @@ def test_the_other_sequences_of_a_batch_do_not_matter(T: int, device: torch.devi
         assert torch.equal(bits(launch(**call, tiles=tiles)[1:2]), bits(expected))
 
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_reading_ahead_does_not_matter(T: int, device: torch.device) -> None:
+    results = []
+    for attend in (append_attention, append_attention_reference):
+        call = arguments(SHAPE._replace(T=T), torch.float16, device)
+        ahead = {name: twin(tensor) for name, tensor in call.items()}
+        results.append((attend(**call, scale=SCALE), attend(**ahead, scale=SCALE, read_ahead=True)))
+        for name, tensor in call.items():
+            assert torch.equal(storage(tensor), storage(ahead[name])), name
+    for expected, result in results:
+        assert torch.equal(bits(result), bits(expected))
+
+
 @pytest.mark.parametrize(("T", "times"), [(1, 2), (3, 2), pytest.param(1, 50, marks=pytest.mark.gpu)])
 def test_the_result_is_the_same_in_every_run(T: int, times: int, device: torch.device) -> None:
     call = arguments(Shape(2, T, 6, 64, 448, 100), torch.float16, device)
@@ -306,7 +320,7 @@ def test_the_result_is_the_same_in_every_run(T: int, times: int, device: torch.d
 def test_the_op_keeps_the_rules_of_torch_library(device: torch.device) -> None:
     for dtype, T in ((torch.float16, 1), (torch.float32, 2)):
         call = arguments(SHAPE._replace(T=T), dtype, device)
-        torch.library.opcheck(OP, (*call.values(), torch.zeros_like(call["query"]), SCALE))
+        torch.library.opcheck(OP, (*call.values(), torch.zeros_like(call["query"]), SCALE, T == 2))
 
 
 def assert_compiles(device: torch.device, **options: object) -> None:

@@ -21,9 +21,9 @@ from ctranslate2_writer import vocabulary, write_directory
 from whisper_models import tiny_whisper
 
 import whisper_triton
-from whisper_triton import jobs
+from whisper_triton import jobs, runtime
 from whisper_triton.checkpoints import DEMO_PACKAGE
-from whisper_triton.cli import main
+from whisper_triton.cli import DTYPES, main
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread", "reference_kernels")
@@ -280,6 +280,7 @@ def test_help_and_version(command: Callable[..., Result]) -> None:
     for option in ("model", "device", "dtype", "language", "task", "timestamps", "batch-size", "output-format"):
         assert f"--{option}" in text
     assert "doctor" in command("-h").stdout
+    assert set(DTYPES) == set(runtime.DTYPES)  # which help must not import
 
 
 def test_doctor(command: Callable[..., Result]) -> None:

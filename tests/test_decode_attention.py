@@ -326,6 +326,19 @@ def test_reading_ahead_does_not_matter(T: int, device: torch.device) -> None:
     assert torch.equal(bits(reference), bits(decode_attention_reference(**call, scale=SCALE)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=dtype_name)
+def test_the_default_dtype_does_not_matter(dtype: torch.dtype, device: torch.device) -> None:
+    call = arguments(SPLIT_SHAPE, torch.float32, device)
+    tiles = module.Tiles(32, 4, 4, 2)
+    expected = launch(**call, tiles=tiles)
+    torch.set_default_dtype(dtype)
+    try:
+        result = launch(**call, tiles=tiles)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(bits(result), bits(expected))
+
+
 @pytest.mark.parametrize(("T", "times"), [(1, 2), (3, 2), pytest.param(1, 50, marks=pytest.mark.gpu)])
 def test_the_result_is_the_same_in_every_run(T: int, times: int, device: torch.device) -> None:
     call = arguments(Shape(1, T, 6, 64, 600, 600), torch.float16, device)

@@ -53,7 +53,8 @@ def run(
         Failure: nothing can be done for any file.
     """
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():  # in a terminal, its bars show what it downloads
+        transformers.logging.disable_progress_bar()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every language
     files = list(dict.fromkeys(audio))
