@@ -1,0 +1,152 @@
+"""The fused chain and the captured step against the stock decoder."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from whisper_models import FRAMES, MEL_BINS, TEXT, tiny_whisper
+
+import whisper_triton
+from whisper_triton.decoder import DecoderStep, fingerprint, why_not_captured
+from whisper_triton.fused import FusedDecoder, is_fusable
+
+PROMPT = 3
+
+
+def inputs(model, B: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encoder states (B, frames, C) and ids (B, length)."""
+    states = torch.randn(B, FRAMES, model.config.d_model, device=model.device, dtype=model.dtype)
+    return states, torch.randint(0, TEXT, (B, length), device=model.device)
+
+
+def stock_logits(model, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(encoder_outputs=(states,), decoder_input_ids=ids, use_cache=False).logits
+
+
+def prefill(model, cache, states: torch.Tensor, ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        model(encoder_outputs=(states,), decoder_input_ids=ids, past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_the_fused_chain_gives_the_stock_decoders_logits(B, device):
+    model = tiny_whisper(device)
+    states, ids = inputs(model, B, PROMPT + 3)
+    expected = stock_logits(model, states, ids)
+    exact = stock_logits(copy.deepcopy(model).double(), states.double(), ids)
+    with whisper_triton.accelerated(model):
+        assert is_fusable(model, B)
+        cache = whisper_triton.build_static_cache(model, B)
+        prefill(model, cache, states, ids[:, :PROMPT])
+        fused = FusedDecoder(model)
+        for t in range(PROMPT, ids.shape[1]):
+            with torch.no_grad():
+                logits = fused(ids[:, t : t + 1], cache)
+            assert logits.shape == expected[:, t : t + 1].shape
+            error = (logits[:, 0] - exact[:, t]).norm() / exact[:, t].norm()
+            assert error <= 2 * (expected[:, t] - exact[:, t]).norm() / exact[:, t].norm() + torch.finfo(torch.float32).eps
+    assert int(cache.get_seq_length()) == ids.shape[1]
+
+
+def test_what_the_chain_does_not_cover_is_known_beforehand():
+    assert not is_fusable(tiny_whisper(), 17)
+    assert not is_fusable(tiny_whisper(dtype=torch.float64), 1)
+    assert not is_fusable(tiny_whisper(activation_function="relu"), 1)
+    assert not is_fusable(tiny_whisper(decoder_ffn_dim=448), 1)
+
+
+def test_a_step_is_captured_on_a_gpu_only():
+    assert "cpu" in why_not_captured(whisper_triton.accelerate(tiny_whisper()))
+
+
+def test_the_fingerprint_follows_the_weights():
+    model = tiny_whisper()
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    model.model.decoder.layers[1].fc1.weight.data = model.model.decoder.layers[1].fc1.weight.data.clone()
+    assert fingerprint(model) != before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("B", [1, 2, 8, 16, 20])
+class TestCapturedStep:
+    """Batch 20 is beyond the fused kernels: the graph then holds the model's own modules."""
+
+    def test_one_graph_serves_every_position(self, B, dtype, device):
+        model = tiny_whisper(device).to(dtype)
+        last = model.config.max_target_positions
+        states, ids = inputs(model, B, last)
+        stock = stock_logits(model, states, ids)
+        exact = stock_logits(copy.deepcopy(model).double(), states.double(), ids)
+        whisper_triton.accelerate(model)
+        step = DecoderStep(model, B, FRAMES)
+        prefill(model, step.cache, states, ids[:, :PROMPT])
+        ours = [step(model, ids[:, t : t + 1]) for t in range(PROMPT, last)]
+        graph = step.graph
+        error = (torch.cat(ours, 1) - exact[:, PROMPT:]).norm()
+        assert error <= 1.25 * (stock[:, PROMPT:] - exact[:, PROMPT:]).norm()
+
+        step.cache.reset()
+        prefill(model, step.cache, states, ids[:, :PROMPT])
+        again = [step(model, ids[:, t : t + 1]) for t in range(PROMPT, last)]
+        assert step.graph is graph
+        assert torch.equal(torch.cat(ours), torch.cat(again))
+
+    def test_a_row_does_not_depend_on_the_others(self, B, dtype, device):
+        if B == 1:
+            pytest.skip("one row has no others")
+        model = whisper_triton.accelerate(tiny_whisper(device).to(dtype))
+        states, ids = inputs(model, B, PROMPT + 5)
+        step = DecoderStep(model, B, FRAMES)
+        results = []
+        for others in (0, 1):
+            states[1:] += others
+            ids[1:, PROMPT:] = (ids[1:, PROMPT:] + others) % TEXT
+            step.cache.reset()
+            prefill(model, step.cache, states, ids[:, :PROMPT])
+            results.append(torch.cat([step(model, ids[:, t : t + 1]) for t in range(PROMPT, ids.shape[1])], 1))
+        assert torch.equal(results[0][0], results[1][0])
+        assert not torch.equal(results[0][1], results[1][1])
+
+    def test_a_full_cache_refuses_the_next_step_and_keeps_what_it_holds(self, B, dtype, device):
+        model = whisper_triton.accelerate(tiny_whisper(device).to(dtype))
+        last = model.config.max_target_positions
+        states, ids = inputs(model, B, last)
+        step = DecoderStep(model, B, FRAMES)
+        prefill(model, step.cache, states, ids[:, : last - 1])
+        step(model, ids[:, -1:])
+        before = [layer.keys.clone() for layer in step.cache.self_attention_cache.layers]
+        with pytest.raises(ValueError, match="slots"):
+            step(model, ids[:, -1:])
+        assert all(torch.equal(a, b.keys) for a, b in zip(before, step.cache.self_attention_cache.layers, strict=True))
+
+
+@pytest.mark.gpu
+class TestGenerate:
+    def test_the_step_is_kept_between_calls_and_captured_again_when_weights_move(self, device):
+        model = whisper_triton.accelerate(tiny_whisper(device))
+        features = torch.randn(2, MEL_BINS, 2 * FRAMES, device=device)
+        first = model.generate(features, max_new_tokens=10)
+        step = model._whisper_triton.steps[2]
+        assert torch.equal(model.generate(features, max_new_tokens=10), first)
+        assert model._whisper_triton.steps[2] is step
+        model.half().float()
+        model.generate(features, max_new_tokens=10)
+        assert model._whisper_triton.steps[2] is not step
+
+    def test_several_batch_sizes_live_side_by_side(self, device):
+        model = whisper_triton.accelerate(tiny_whisper(device))
+        for B in (1, 2, 4):
+            model.generate(torch.randn(B, MEL_BINS, 2 * FRAMES, device=device), max_new_tokens=5)
+        assert list(model._whisper_triton.steps) == [1, 2, 4]
+
+    def test_a_hook_on_the_decoder_is_called_at_every_step(self, device):
+        model = whisper_triton.accelerate(tiny_whisper(device))
+        calls = []
+        model.model.decoder.layers[0].fc1.register_forward_hook(lambda *args: calls.append(1))
+        ids = model.generate(torch.randn(1, MEL_BINS, 2 * FRAMES, device=device), max_new_tokens=8, min_new_tokens=8)
+        assert len(calls) >= 8 <= ids.shape[1]

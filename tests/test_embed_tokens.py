@@ -1,0 +1,28 @@
+"""embed_tokens: the sum of two rows, rounded once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from whisper_triton.kernels.embed_tokens import embed_tokens, embed_tokens_reference
+
+# Triton's interpreter cuts to bfloat16 where a GPU rounds.
+BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT16])
+@pytest.mark.parametrize(("B", "K"), [(1, 384), (5, 1280), (16, 48)])
+def test_equals_the_reference(B, K, dtype, device):
+    tokens, positions = torch.randn(99, K, device=device).to(dtype), torch.randn(20, K, device=device).to(dtype)
+    ids = torch.randint(0, 99, (B, 3), device=device)[:, 1:2]  # a column, as `generate` cuts it
+    for position in (0, 7, 19):
+        position = torch.tensor(position, device=device)
+        out = embed_tokens(ids, tokens, positions, position)
+        assert torch.equal(out, embed_tokens_reference(ids, tokens, positions, position))
+
+
+@pytest.mark.parametrize(("token", "position"), [(99, 0), (-1, 0), (0, 20), (0, -1)])
+def test_what_is_out_of_range_reads_nothing(token, position, device):
+    tokens, positions = torch.full((99, 64), torch.nan, device=device), torch.full((20, 64), torch.nan, device=device)
+    out = embed_tokens(torch.tensor([token], device=device), tokens, positions, torch.tensor(position, device=device))
+    assert torch.equal(out, torch.zeros(1, 64, device=device))

@@ -1,0 +1,167 @@
+"""skinny_linear against its float64 reference, no further from it than twice what PyTorch's own layers are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from whisper_triton.kernels.decode_attention import SplitAttention, Tiles, decode_attention_splits
+from whisper_triton.kernels.skinny_linear import LayerNorm, skinny_linear, skinny_linear_reference, split_width
+from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
+
+DTYPES = (torch.float32, torch.float16)
+
+
+def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+def make(B: int, K: int, N: int, parts: int, dtype: torch.dtype, device: torch.device):
+    """x, weights, biases (none for the second, as Whisper's k), a layer norm and a residual."""
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    weights = tuple(randn(N, K) / K**0.5 for _ in range(parts))
+    biases = tuple(None if i == 1 else randn(N) for i in range(parts))
+    return randn(B, K), weights, biases, LayerNorm(randn(K), randn(K), 1e-5), randn(B, N)
+
+
+def double(value):
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    if isinstance(value, LayerNorm):
+        return LayerNorm(value.weight.double(), value.bias.double(), value.eps)
+    return tuple(double(v) for v in value) if isinstance(value, tuple) else value
+
+
+def check(x, weights, biases, tiles: LinearTiles | None = None, **around) -> None:
+    exact = skinny_linear_reference(double(x), double(weights), double(biases), **{k: double(v) for k, v in around.items()})
+    ours = skinny_linear(x, weights, biases, tiles=tiles, **around)
+    # PyTorch's own layers in the model's dtype, each result rounded, as the stock decoder runs them.
+    norm = around.get("layer_norm")
+    y = x if norm is None else torch.nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    outs = [torch.nn.functional.linear(y, w, b) for w, b in zip(weights, biases, strict=True)]
+    outs[0] = outs[0] * around.get("scale", 1.0)
+    stock = torch.cat(outs, -1)
+    stock = torch.nn.functional.gelu(stock) if around.get("gelu") else stock
+    stock = stock + around["residual"] if around.get("residual") is not None else stock
+    assert ours.dtype == x.dtype
+    assert ours.shape == stock.shape
+    assert relative_error(ours, exact) <= 2 * relative_error(stock, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B", [1, 2, 5, 16])
+@pytest.mark.parametrize("K", [64, 384, 512, 1280])
+class TestEveryLinkOfALayer:
+    def test_layer_norm_and_three_projections_the_first_scaled(self, B, K, dtype, device):
+        x, weights, biases, norm, _ = make(B, K, 48, 3, dtype, device)
+        check(x, weights, biases, layer_norm=norm, scale=0.125)
+
+    def test_layer_norm_and_gelu(self, B, K, dtype, device):
+        x, weights, biases, norm, _ = make(B, K, 70, 1, dtype, device)
+        check(x, weights, biases, layer_norm=norm, gelu=True)
+
+    def test_residual(self, B, K, dtype, device):
+        x, weights, biases, _, residual = make(B, K, 33, 1, dtype, device)
+        check(x, weights, biases, residual=residual)
+
+    def test_no_bias_at_all(self, B, K, dtype, device):
+        x, weights, _, norm, _ = make(B, K, 40, 1, dtype, device)
+        check(x, weights, (None,), layer_norm=norm)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B", [2, 16])
+def test_a_split_k_is_summed_with_bias_and_residual(B, dtype, device):
+    x, weights, biases, _, residual = make(B, 1024, 300, 1, dtype, device)
+    check(x, weights, biases, tiles=LinearTiles(32, 4, 4), residual=residual)
+
+
+@pytest.mark.parametrize(("H", "D"), [(6, 64), (20, 64), (2, 32)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_attentions_splits_are_joined_as_they_are_read(H, D, dtype, device):
+    query = torch.randn(1, 1, H, D, device=device).to(dtype)
+    caches = [torch.randn(1, H, 150, D, device=device).to(dtype) for _ in range(2)]
+    _, weights, biases, _, residual = make(1, H * D, 40, 1, dtype, device)
+    splits = decode_attention_splits(query, *caches, Tiles(16, 5, 4, 2), scale=0.3)
+    assert isinstance(splits, SplitAttention)
+    joined = torch.nn.functional.scaled_dot_product_attention(
+        query.double().transpose(1, 2), *(c.double() for c in caches), scale=0.3
+    )
+    exact = skinny_linear_reference(joined.reshape(1, -1), double(weights), double(biases), residual=double(residual))
+    ours = skinny_linear(splits, weights, biases, residual=residual)
+    stock = torch.nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *caches, scale=0.3).reshape(1, -1)
+    stock = torch.nn.functional.linear(stock, weights[0], biases[0]) + residual
+    assert relative_error(ours, exact) <= 2 * relative_error(stock, exact)
+
+
+def test_a_row_is_the_same_whatever_the_other_rows_hold(device):
+    x, weights, biases, norm, _ = make(8, 384, 64, 1, torch.float16, device)
+    other = x.clone()
+    other[1:] = torch.randn_like(other[1:]) * 100
+    first, second = (skinny_linear(rows, weights, biases, layer_norm=norm) for rows in (x, other))
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+
+
+def test_results_are_the_same_from_run_to_run(device):
+    x, weights, biases, _, residual = make(4, 2048, 64, 1, torch.float16, device)
+    runs = [skinny_linear(x, weights, biases, residual=residual, tiles=LinearTiles(32, 2, 4)) for _ in range(3)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096, 5120])
+def test_every_width_of_whisper_is_a_sum_of_two_powers_of_two(width):
+    head, tail = split_width(width)
+    assert head + tail == width
+    assert head & (head - 1) == 0
+    assert tail & (tail - 1) == 0
+
+
+def test_other_widths_are_refused(device):
+    assert split_width(448) is None
+    x, weights, biases, _, _ = make(1, 448, 32, 1, torch.float32, device)
+    with pytest.raises(ValueError, match="448"):
+        skinny_linear(x, weights, biases)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w, b, r: (torch.cat([x] * 17), w, b, {}), "17"),
+        (lambda x, w, b, r: (x, (w[0], w[0]), (b[0], b[0]), {}), "one or three"),
+        (lambda x, w, b, r: (x, (w[0].T.contiguous().T,), b, {}), "contiguous"),
+        (lambda x, w, b, r: (x, w, b, {"residual": r[:, :-1]}), "residual"),
+        (lambda x, w, b, r: (x, w, b, {"gelu": True, "tiles": LinearTiles(32, 2, 4)}), "split"),
+    ],
+)
+def test_bad_input_is_refused_with_a_reason(change, message, device):
+    x, weights, biases, _, residual = make(1, 512, 64, 1, torch.float32, device)
+    x, weights, biases, around = change(x, weights, biases, residual)
+    with pytest.raises(ValueError, match=message):
+        skinny_linear(x, weights, biases, **around)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("B", [1, 2, 8, 16])
+class TestRealShapes:
+    """large-v3's links at their size, in every dtype."""
+
+    def test_qkv(self, B, dtype, device):
+        x, weights, biases, norm, _ = make(B, 1280, 1280, 3, dtype, device)
+        check(x, weights, biases, layer_norm=norm, scale=0.125)
+
+    def test_fc1(self, B, dtype, device):
+        x, weights, biases, norm, _ = make(B, 1280, 5120, 1, dtype, device)
+        check(x, weights, biases, layer_norm=norm, gelu=True)
+
+    def test_fc2(self, B, dtype, device):
+        x, weights, biases, _, residual = make(B, 5120, 1280, 1, dtype, device)
+        check(x, weights, biases, residual=residual)
+
+    def test_lm_head(self, B, dtype, device):
+        x, weights, _, norm, _ = make(B, 1280, 51866, 1, dtype, device)
+        check(x, weights, (None,), layer_norm=norm)
