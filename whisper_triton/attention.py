@@ -9,6 +9,8 @@ so once.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,13 +55,10 @@ def attention_mask(
     which transformers passes through as it does any 4-d mask; the kernel reads it on the device. Otherwise what SDPA gets:
     None (all visible, or causal over an empty cache) or a bool mask (B, 1, T, S).
     """
-    if (
-        q_length == 1
-        and attention_mask is None
-        and mask_function is causal_mask_function
-        and isinstance(q_offset, torch.Tensor)
-    ):
-        return (q_offset + 1).to(device=device, dtype=torch.int32).view(1, 1, 1, 1)
+    # The offset is a number in a dynamic cache, where all that is handed over is valid, and in a static one not yet allocated.
+    is_static = isinstance(q_offset, torch.Tensor) or kv_length > q_offset + 1
+    if q_length == 1 and attention_mask is None and mask_function is causal_mask_function and is_static:
+        return torch.as_tensor(q_offset + 1, device=device, dtype=torch.int32).view(1, 1, 1, 1)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -98,7 +97,7 @@ def attention_forward(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     one_token = query.shape[2] == 1 and (attention_mask is None or is_length(attention_mask))
-    reason = _not_covered(module, query, dropout, kwargs)
+    reason = _not_covered(module, query, query.shape[-1], (query, key, value), dropout, kwargs)
     if reason is None and query.shape[0] != key.shape[0]:
         reason = "query and key differ in batch size"
     if reason is None and one_token:
@@ -109,19 +108,33 @@ def attention_forward(
     return _stock_attention(module, query, key, value, attention_mask, dropout, scale, reason, kwargs)
 
 
-def _not_covered(module: nn.Module, query: torch.Tensor, dropout: float, kwargs: dict[str, Any]) -> str | None:
+def why_not_covered(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    """Why no kernel takes states of this kind, or None."""
+    if dtype not in DTYPES or head_dim not in HEAD_DIMS:
+        return f"{dtype} with head dim {head_dim}"
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return "autocast: states have another dtype than the model and its caches"
+    return None
+
+
+def _not_covered(
+    module: nn.Module,
+    states: torch.Tensor,
+    head_dim: int,
+    may_need_gradients: Iterable[torch.Tensor],
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> str | None:
     """Why the kernels cannot serve this call, or None."""
     if kwargs.get("output_attentions") or module.config.output_attentions:
         return "output_attentions=True: the kernels never hold the weights"
     if dropout > 0.0:
         return "dropout"
-    if torch.is_grad_enabled() and query.requires_grad:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in may_need_gradients):
         return "gradients: the kernels have no backward pass"
-    if query.dtype not in DTYPES or query.shape[-1] not in HEAD_DIMS:
-        return f"{query.dtype} with head dim {query.shape[-1]}"
     if kwargs.get("head_mask") is not None or kwargs.get("position_bias") is not None:
         return "a head mask or position bias"
-    return None
+    return why_not_covered(states.dtype, head_dim, states.device)
 
 
 def _stock_attention(
@@ -175,22 +188,25 @@ class TritonAttention(WhisperAttention):
         is_cross = key_value_states is not None
         kind = CrossAttentionLayer if is_cross else SelfAttentionLayer
         layer = self._cache_layer(past_key_values, is_cross)
-        query = (self.q_proj(hidden_states) * self.scaling).view(*hidden_states.shape[:-1], -1, self.head_dim)
-        T = query.shape[1]
+        sources = (hidden_states, key_value_states) if is_cross else (hidden_states,)
+        dropout = self.dropout if self.training else 0.0
+        kwargs_of_attention = kwargs | {"output_attentions": output_attentions}
+        # Decided before anything is computed: on the stock path hooks and adapters would else act on the query twice.
         covered = (
             self.config._attn_implementation == NAME
+            and (layer is None or isinstance(layer, kind))
+            and (attention_mask is None or (hidden_states.shape[1] == 1 and layer is not None and is_length(attention_mask)))
+            and (key_value_states is None or key_value_states.shape[0] == hidden_states.shape[0])
             and _not_covered(
-                self, query, self.dropout if self.training else 0.0, kwargs | {"output_attentions": output_attentions}
+                self, hidden_states, self.head_dim, chain(sources, self.parameters()), dropout, kwargs_of_attention
             )
             is None
-            and (layer is None or isinstance(layer, kind))
-            and (attention_mask is None or (T == 1 and layer is not None and is_length(attention_mask)))
-            and (key_value_states is None or key_value_states.shape[0] == query.shape[0])
         )
         if not covered:
             return super().forward(
                 hidden_states, key_value_states, past_key_values, attention_mask, output_attentions, **kwargs
             )
+        query = (self.q_proj(hidden_states) * self.scaling).view(*hidden_states.shape[:-1], -1, self.head_dim)
         if layer is None:
             key, value = self._project(key_value_states if is_cross else hidden_states)
             out = self._prompt_attention(query, key, value, is_causal=self.is_causal and not is_cross)
