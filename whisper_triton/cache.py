@@ -53,9 +53,7 @@ class SelfAttentionLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.claim(key_states.shape[2])
-        update_kv_cache(
-            key_states.transpose(1, 2), value_states.transpose(1, 2), self.keys, self.values, self.cumulative_length
-        )
+        _write(self, key_states, value_states)
         self.advance(key_states.shape[2])
         return self.keys, self.values
 
@@ -79,9 +77,7 @@ class CrossAttentionLayer(StaticLayer):
         if key_states.shape[2] != self.max_cache_len:
             raise ValueError(f"the cross cache has {self.max_cache_len} slots, the encoder gave {key_states.shape[2]} frames")
         self.cumulative_length.zero_()
-        update_kv_cache(
-            key_states.transpose(1, 2), value_states.transpose(1, 2), self.keys, self.values, self.cumulative_length
-        )
+        _write(self, key_states, value_states)
         self.cumulative_length.fill_(self.max_cache_len)
         return self.keys, self.values
 
@@ -90,6 +86,17 @@ class CrossAttentionLayer(StaticLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         _reorder_in_place(self, beam_idx)
+
+
+def _write(layer: StaticLayer, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        # The kernel has no backward pass: gradients would get lost without a word.
+        slots = layer.cumulative_length + torch.arange(key_states.shape[2], device=key_states.device)
+        layer.keys.index_copy_(2, slots, key_states)
+        layer.values.index_copy_(2, slots, value_states)
+    else:
+        key, value = key_states.transpose(1, 2), value_states.transpose(1, 2)
+        update_kv_cache(key, value, layer.keys, layer.values, layer.cumulative_length)
 
 
 def _reorder_in_place(layer: StaticLayer, beam_idx: torch.LongTensor) -> None:
@@ -107,11 +114,12 @@ class StaticEncoderDecoderCache(EncoderDecoderCache):
         max_cache_len: slots of the self cache.
         num_frames: slots of the cross cache, that is the encoder's output length.
         device: where the positions live; the caches follow the states they are given first.
-        is_compileable: whether `generate` may compile the forward pass that uses this cache.
+        is_compileable: what `generate` and the mask functions of transformers ask a static cache. False saves them work but
+            is only for attention of ours: any other is then told that every slot holds a token.
     """
 
     def __init__(
-        self, num_layers: int, max_cache_len: int, num_frames: int, device: torch.device, is_compileable: bool = False
+        self, num_layers: int, max_cache_len: int, num_frames: int, device: torch.device, is_compileable: bool = True
     ) -> None:
         position = torch.zeros((), dtype=torch.int64, device=device)
         if not torch.compiler.is_compiling():
@@ -163,7 +171,7 @@ def build_static_cache(
     batch_size: int,
     max_cache_len: int | None = None,
     num_frames: int | None = None,
-    is_compileable: bool = False,
+    is_compileable: bool = True,
 ) -> StaticEncoderDecoderCache:
     """Allocates the static caches that `model` needs for `batch_size` sequences, in its dtype and on its device.
 
@@ -171,7 +179,7 @@ def build_static_cache(
         batch_size: B, beams included.
         max_cache_len: slots for the decoder's own tokens; by default `config.max_target_positions` (448).
         num_frames: frames of the encoder's output; by default `config.max_source_positions` (1500).
-        is_compileable: whether `generate` may compile the forward pass that uses this cache.
+        is_compileable: see `StaticEncoderDecoderCache`. As with stock's static cache, `generate` compiles on a GPU.
 
     Raises:
         ValueError: a size below 1.

@@ -59,7 +59,9 @@ class DecoderStep:
 
     def __init__(self, model: WhisperForConditionalGeneration, batch_size: int, num_frames: int) -> None:
         self.num_frames = num_frames
-        self.cache: StaticEncoderDecoderCache = build_static_cache(model, batch_size, num_frames=num_frames)
+        self.cache: StaticEncoderDecoderCache = build_static_cache(
+            model, batch_size, num_frames=num_frames, is_compileable=False
+        )
         self.fingerprint = fingerprint(model)
         self.input_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
         # Not read: a step finds the cross keys and values in the cache. It only tells the layers to attend to them.

@@ -26,7 +26,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
-from .attention import NAME, TritonAttention, is_length, report_once
+from .attention import NAME, TritonAttention, is_length, report_once, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .decoder import DecoderStep, why_not_captured
 
@@ -198,7 +198,7 @@ def _prepare_cache_for_generation(
         and generation_mode in _MODES
         and not generation_config.is_assistant
         and not (generation_config.output_attentions or self.config.output_attentions)
-        and self.config._attn_implementation == NAME
+        and _takes_our_cache(self)
     )
     if covered:
         frames = model_kwargs["encoder_outputs"][0]
@@ -207,6 +207,11 @@ def _prepare_cache_for_generation(
         _stock(self, "_prepare_cache_for_generation")(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+
+def _takes_our_cache(self: WhisperForConditionalGeneration) -> bool:
+    head_dim = self.config.d_model // self.config.decoder_attention_heads
+    return self.config._attn_implementation == NAME and why_not_covered(self.dtype, head_dim, self.device) is None
 
 
 def _cache_for(
@@ -219,7 +224,7 @@ def _cache_for(
         report_once(f"steps are launched one kernel at a time: {reason}")
     # A call inside another, or beside it in a second thread, must not write into the other's cache.
     if reason is not None or state.owner is not _CALL.get():
-        return build_static_cache(self, batch_size, max_cache_len, num_frames)
+        return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
     step = state.steps.pop(batch_size, None)
     if step is None or not step.fits(self, num_frames):
         step = None  # frees the old one first
@@ -241,12 +246,12 @@ def _prepare_static_cache(
     model_kwargs: dict[str, Any],
 ) -> Cache:
     """For `cache_implementation="static"`: our cache, which `generate` compiles over."""
-    if "offloaded" in cache_implementation or self.config._attn_implementation != NAME:
+    if "offloaded" in cache_implementation or not _takes_our_cache(self):
         return _stock(self, "_prepare_static_cache")(
             cache_implementation, batch_size, max_cache_len, prefill_chunk_size, model_kwargs
         )
     frames = model_kwargs["encoder_outputs"][0]
-    return build_static_cache(self, frames.shape[0], max_cache_len, frames.shape[1], is_compileable=True)
+    return build_static_cache(self, frames.shape[0], max_cache_len, frames.shape[1])
 
 
 def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs: Any, **kwargs: Any) -> Any:
