@@ -171,16 +171,6 @@ def _skinny_linear_kernel(
     bias = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_BIAS != 0:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n & has_bias, other=0.0).to(tl.float32)
-    g_head = tl.zeros((HEAD,), tl.float32)
-    b_head = g_head
-    g_tail = tl.zeros((max(TAIL, 1),), tl.float32)
-    b_tail = g_tail
-    if HAS_NORM:
-        g_head = tl.load(norm_weight_ptr + offs_head).to(tl.float32)
-        b_head = tl.load(norm_bias_ptr + offs_head).to(tl.float32)
-        if TAIL > 0:
-            g_tail = tl.load(norm_weight_ptr + offs_tail).to(tl.float32)
-            b_tail = tl.load(norm_bias_ptr + offs_tail).to(tl.float32)
 
     if USE_PDL:
         gdc_wait()  # all above is constant; x and the residual are the previous kernels' work
@@ -195,6 +185,13 @@ def _skinny_linear_kernel(
             if TAIL > 0:
                 x_tail = tl.load(x_ptr + offs_tail).to(tl.float32)
         if HAS_NORM:
+            # Loaded only now, from the L2: registers that wait with the weights are registers the next kernel lacks.
+            g_head = tl.load(norm_weight_ptr + offs_head).to(tl.float32)
+            b_head = tl.load(norm_bias_ptr + offs_head).to(tl.float32)
+            g_tail, b_tail = x_tail, x_tail
+            if TAIL > 0:
+                g_tail = tl.load(norm_weight_ptr + offs_tail).to(tl.float32)
+                b_tail = tl.load(norm_bias_ptr + offs_tail).to(tl.float32)
             x_head, x_tail = normalise_row(x_head, x_tail, g_head, g_tail, b_head, b_tail, eps, K, TAIL)
         y = tl.sum(w_head.to(tl.float32) * x_head[None, :], axis=1)
         if TAIL > 0:

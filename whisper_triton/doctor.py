@@ -13,7 +13,6 @@ from whisper_triton.kernels._dispatch import HAS_TRITON
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path, no_gpu_reason
 
 KERNELS = ("update_kv_cache", "decode_attention", "append_attention")
-PACKAGES = ("torch", "triton", "transformers")
 
 
 def report() -> str:
@@ -24,7 +23,9 @@ def report() -> str:
     facts = [
         ("whisper-triton", __version__),
         ("python", platform.python_version()),
-        *((package, _version(package)) for package in PACKAGES),
+        ("torch", torch.__version__),  # which names the build, where the package's metadata may not
+        ("triton", _version("triton")),
+        ("transformers", _version("transformers")),
         ("GPU", _gpu(device)),
         ("transcribe", f"{default_model(device, 'transcribe')} in {dtype} on {device.type}, unless told otherwise"),
     ]
