@@ -85,8 +85,9 @@ class FusedDecoder:
             fc1, fc2 = layer.module.fc1, layer.module.fc2
             y = skinny_linear(x, (fc1.weight,), (fc1.bias,), layer_norm=layer.final_norm, gelu=True)
             x = skinny_linear(y, (fc2.weight,), (fc2.bias,), residual=x)
-        own.advance(1)
-        return skinny_linear(x, (self.proj_out.weight,), (None,), layer_norm=self.final_norm)[:, None]
+        logits = skinny_linear(x, (self.proj_out.weight,), (None,), layer_norm=self.final_norm)[:, None]
+        own.advance(1)  # PyTorch's launch waits for all before it: last, where nothing could overlap with it
+        return logits
 
     def _self_attention(self, x: torch.Tensor, layer: _Layer, cache: object, position: torch.Tensor) -> torch.Tensor:
         attention: WhisperAttention = layer.module.self_attn

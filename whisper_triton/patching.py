@@ -1,13 +1,12 @@
 """`accelerate` and `restore`: puts our attention and caches into one model, in place, and takes them out again.
 
 Nothing of transformers is rebound. Of the model's instance, the attention modules change class (parameters, hooks and
-submodules stay), the config names our attention, and `forward` and four methods of `generate` are overridden on the
-instance: they hand `generate` our caches and replay each decoding step from a CUDA graph.
+submodules stay), the config names our attention, and `forward`, four methods of `generate` and `save_pretrained` are
+overridden on the instance: they hand `generate` our caches and replay each decoding step from a CUDA graph.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import threading
 from collections import OrderedDict
@@ -47,9 +46,9 @@ class _State:
     owner: object | None = None  # the `generate` call that the steps' caches belong to while it runs
     in_use: DecoderStep | None = field(default=None, repr=False)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
-        # A captured graph belongs to the weights it was captured over: a copied model captures its own.
-        return _State(self.attn_implementation, copy.deepcopy(self.overridden, memo))
+    def __getstate__(self) -> dict[str, Any]:
+        # A captured graph belongs to the weights it was captured over: a copied or unpickled model captures its own.
+        return vars(self) | {"steps": OrderedDict(), "owner": None, "in_use": None}
 
 
 def is_accelerated(model: nn.Module) -> bool:
@@ -75,6 +74,7 @@ def accelerate(model: WhisperForConditionalGeneration) -> WhisperForConditionalG
         "_prepare_cache_for_generation": _prepare_cache_for_generation,
         "_prepare_static_cache": _prepare_static_cache,
         "_postprocess_outputs": _postprocess_outputs,
+        "save_pretrained": _save_pretrained,
     }
     stock = model.config._attn_implementation
     for module in model.modules():
@@ -125,7 +125,9 @@ def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., A
 
 
 def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
-    state: _State = getattr(self, _STATE)
+    state: _State | None = vars(self).get(_STATE)
+    if state is None:  # kept by somebody from before `restore`
+        return _stock(self, "generate")(*args, **kwargs)
     call = object()
     with _LOCK:
         if state.owner is None:
@@ -164,7 +166,8 @@ _STEP_ARGUMENTS = {
 
 def _captured_step(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> DecoderStep | None:
     """The step whose graph serves this forward pass, or None."""
-    step = getattr(self, _STATE).in_use
+    state: _State | None = vars(self).get(_STATE)  # None: kept, or compiled into something, from before `restore`
+    step = None if state is None else state.in_use
     arguments = dict(kwargs)
     ids, cache = arguments.pop("decoder_input_ids", None), arguments.pop("past_key_values", None)
     mask = arguments.pop("decoder_attention_mask", None)
@@ -262,3 +265,13 @@ def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs:
     if is_ours and kwargs["is_shortform"] and not getattr(cache, "_is_user_defined", False):
         seek_outputs["past_key_values"] = EncoderDecoderCache(cache.to_legacy_cache())
     return _stock(self, "_postprocess_outputs")(seek_outputs=seek_outputs, **kwargs)
+
+
+def _save_pretrained(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
+    # The name of the attention is not saved, but with `config.output_attentions` transformers saves it with eager alone.
+    attn_implementation = self.config._attn_implementation
+    self.config._attn_implementation = getattr(self, _STATE).attn_implementation
+    try:
+        return _stock(self, "save_pretrained")(*args, **kwargs)
+    finally:
+        self.config._attn_implementation = attn_implementation

@@ -103,7 +103,7 @@ def transcribe(
 
 
 def _is_multilingual(model: WhisperForConditionalGeneration) -> bool:
-    # Configurations without languages are from before 2023, whose models `generate` can only run as they come.
+    # Without languages in its configuration `generate` refuses to be told one, so such a model runs as it comes.
     return getattr(model.generation_config, "is_multilingual", True) and hasattr(model.generation_config, "lang_to_id")
 
 
