@@ -291,8 +291,8 @@ def test_doctor(command: Callable[..., Result]) -> None:
     assert facts["whisper-triton"] == whisper_triton.__version__
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     parts = result.stdout.split("\n\n")[1]
-    for part in ("update_kv_cache", "decode_attention", "append_attention", "attention module", "encoder, prompts"):
-        assert part in parts
+    names = ["update_kv_cache", "decode_attention", "append_attention", "attention module", "decoding step"]
+    assert [line[:17].rstrip() for line in parts.splitlines()] == [*names, "encoder, prompts"]
     if not torch.cuda.is_available():
         assert facts["GPU"].startswith("none: ")
         assert "PyTorch reference on CPU" in parts

@@ -10,6 +10,7 @@ import torch
 from whisper_triton import __version__
 from whisper_triton.kernels import backend
 from whisper_triton.kernels._dispatch import HAS_TRITON
+from whisper_triton.kernels.skinny_linear import MAX_ROWS
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path, no_gpu_reason
 
 KERNELS = ("update_kv_cache", "decode_attention", "append_attention")
@@ -32,12 +33,21 @@ def report() -> str:
     parts = [
         *((kernel, path, reason) for kernel in KERNELS),
         ("attention module", path, "decodes with the kernels above; what they do not cover goes the stock way, and is logged"),
+        ("decoding step", *_step(device)),
         ("encoder, prompts", "PyTorch SDPA", "many queries at a time: PyTorch's own attention serves them, on any device"),
     ]
     lines = [f"{name:<17} {value}" for name, value in facts]
     width = max(len(taken) for _, taken, _ in parts)
     lines += ["", *(f"{name:<17} {taken:<{width}}  {why}" for name, taken, why in parts)]
     return "\n".join(lines)
+
+
+def _step(device: torch.device) -> tuple[str, str]:
+    """How the steps of `generate` are run, and why."""
+    if device.type != "cuda":
+        return "module by module", "no GPU to capture a CUDA graph on"
+    why = f"up to {MAX_ROWS} sequences at a time through fused kernels, more through the attention module"
+    return "replayed CUDA graph", why
 
 
 def _version(package: str) -> str:
