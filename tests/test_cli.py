@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import importlib.util
 import json
 import os
@@ -10,8 +12,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
+import click
 import numpy as np
 import pytest
 import soundfile
@@ -24,11 +26,11 @@ import whisper_triton
 from whisper_triton import jobs, runtime
 from whisper_triton.checkpoints import DEMO_PACKAGE
 from whisper_triton.cli import DTYPES, main
+from whisper_triton.failure import Failure
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("one_thread", "reference_kernels")
 
-Completed = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "samples" / "valley.flac"
 TEXT = SAMPLE.with_suffix(".txt").read_text().strip()
@@ -70,12 +72,12 @@ def fails(result: Result, exit_code: int, *messages: str) -> None:
         assert message in line
 
 
-def run_process(*args: str | Path, stdout: int | IO[str] = subprocess.PIPE, **environment: str) -> Completed:
+def run_process(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command as a shell would, without Triton's interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     arguments = [sys.executable, "-m", "whisper_triton", *map(str, args)]
-    return subprocess.run(arguments, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+    return subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=120)
 
 
 @needs_demo
@@ -98,7 +100,8 @@ def test_on_a_gpu() -> None:
 
 
 @needs_demo
-def test_formats(command: Callable[..., Result]) -> None:
+def test_formats(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "load_model", functools.cache(jobs.load_model))
     outputs = {}
     for output_format in ("txt", "srt", "vtt", "json"):
         result = command("transcribe", SAMPLE, "--model", "demo", "--output-format", output_format, "--device", "cpu")
@@ -203,11 +206,13 @@ def test_a_file_that_cannot_be_written(command: Callable[..., Result], short: Pa
     assert result.stderr.splitlines()[0] == f"whisper-triton: {target}: Is a directory"
 
 
-def test_stdout_that_takes_no_more(short: Path, english: Path) -> None:
-    with open("/dev/full", "w") as full:
-        done = run_process("transcribe", short, "--model", english, stdout=full)
-    assert done.stderr.splitlines()[0] == "whisper-triton: cannot write to stdout: No space left on device"
-    assert done.returncode != 0
+def test_stdout_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(click, "echo", write)
+    with pytest.raises(Failure, match="cannot write to stdout: No space left on device"):
+        jobs._write("words\n", None)
 
 
 def test_multilingual(command: Callable[..., Result], short: Path, tmp_path: Path) -> None:
