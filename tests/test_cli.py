@@ -20,6 +20,7 @@ import soundfile
 import torch
 from click.testing import CliRunner, Result
 from ctranslate2_writer import vocabulary, write_directory
+from tqdm import tqdm
 from whisper_models import tiny_whisper
 
 import whisper_triton
@@ -250,6 +251,22 @@ def test_the_same_file_twice_is_done_once(command: Callable[..., Result], short:
     result = command("transcribe", short, short, "--model", english)
     assert result.exit_code == 0
     assert result.stdout.count("\n") == 1
+
+
+def test_progress_bar(command: Callable[..., Result], short: Path, english: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shown(tqdm):
+        def __init__(self, **options: object) -> None:
+            assert options["disable"] is None  # which means: only in a terminal
+            super().__init__(**(options | {"disable": False, "ncols": 100}))
+
+    monkeypatch.setattr(jobs, "tqdm", Shown)
+    other = short.with_suffix(".flac")
+    other.write_bytes(short.read_bytes())
+    result = command("transcribe", short, other, "--model", english)
+    assert result.exit_code == 0
+    for part in ("0/2 files:   0%", "1/2 files:  50%", "1/2 files: 100%", "0/0 s of audio"):
+        assert part in result.stderr
+    assert "files" not in result.stdout
 
 
 def test_model_is_accelerated(
