@@ -19,7 +19,7 @@ import torch
 from ._attend import attend_few, attend_one, attend_tile, load_keys_values, merge_rows, normalise
 from ._checks import check_attention, check_caches, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
-from .decode_attention import LOG2E, decode_attention_reference
+from .decode_attention import LOG2E, attend_reference
 from .update_kv_cache import update_kv_cache_reference
 
 
@@ -36,8 +36,8 @@ def append_attention_reference(
 ) -> torch.Tensor:
     """What `append_attention` computes, in PyTorch: `update_kv_cache`, then causal `decode_attention`."""
     update_kv_cache_reference(key, value, key_cache, value_cache, cache_position)
-    kv_length = cache_position + query.shape[1]
-    return decode_attention_reference(query, key_cache, value_cache, kv_length, scale=scale)
+    limit = cache_position.reshape(-1, 1) + torch.arange(1, query.shape[1] + 1, device=query.device)
+    return attend_reference(query, key_cache, value_cache, limit.expand(query.shape[0], -1), scale)
 
 
 @triton.jit

@@ -39,12 +39,19 @@ def decode_attention_reference(
     """What `decode_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
     B, T, _, _ = query.shape
     S = key_cache.shape[2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    slots = torch.arange(S, device=query.device)
     length = torch.full((B, 1), S, device=query.device) if kv_length is None else kv_length.reshape(-1, 1).expand(B, 1)
-    limit = length.clamp(max=S) + (torch.arange(T, device=query.device) - (T - 1) if is_causal else 0)  # (B, T) or (B, 1)
-    visible = slots < limit[:, None, :, None]  # (B, 1, T or 1, S)
-    used = (slots < length)[:, None, :, None]  # (B, 1, S, 1): an unused slot may hold anything, NaN too
+    tokens = torch.arange(T, device=query.device)
+    return attend_reference(query, key_cache, value_cache, length.clamp(max=S) + (tokens - (T - 1)) * is_causal, scale)
+
+
+def attend_reference(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, limit: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of (B, T, H, D) over (B, H, S, D) in which query t of row b sees the slots before `limit[b, t]`."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    slots = torch.arange(key_cache.shape[2], device=query.device)
+    visible = slots < limit[:, None, :, None]  # (B, 1, T, S)
+    used = visible.any(2)[..., None]  # (B, 1, S, 1): an unused slot may hold anything, NaN too
     scores = query.transpose(1, 2).to(dtype) @ key_cache.to(dtype).masked_fill(~used, 0).transpose(2, 3) * scale
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).masked_fill(~visible, 0)  # no key at all: 0, not NaN
     out = weights @ value_cache.to(dtype).masked_fill(~used, 0)
@@ -264,7 +271,9 @@ def _launch(
     splits = SplitAttention(out, out, out)
     if NUM_SPLITS > 1:
         partial = torch.empty((B, H, T, NUM_SPLITS, D), dtype=torch.float32, device=query.device)
-        splits = SplitAttention(partial, *torch.empty((2, B, H, T, NUM_SPLITS), device=query.device).unbind())
+        splits = SplitAttention(
+            partial, *torch.empty((2, B, H, T, NUM_SPLITS), dtype=torch.float32, device=query.device).unbind()
+        )
     _launch_splits(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, tiles, splits)
     if NUM_SPLITS > 1:
         _merge_splits_kernel[(H, T, B)](

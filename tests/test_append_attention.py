@@ -151,17 +151,7 @@ def test_the_caches_are_those_of_the_reference_at_every_position(position: int, 
 
 
 @pytest.mark.parametrize("inside", [1, 2, 3])
-@pytest.mark.parametrize(
-    "attend",
-    [
-        append_attention,
-        pytest.param(
-            append_attention_reference,
-            marks=pytest.mark.xfail(strict=True, reason="its causal limit counts back from the last slot, not the last token"),
-        ),
-    ],
-    ids=["kernel", "reference"],
-)
+@pytest.mark.parametrize("attend", [append_attention, append_attention_reference], ids=["kernel", "reference"])
 def test_tokens_before_the_last_slot_are_right_though_later_ones_are_dropped(
     attend: Callable[..., torch.Tensor], inside: int, device: torch.device
 ) -> None:

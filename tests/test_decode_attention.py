@@ -326,7 +326,6 @@ def test_reading_ahead_does_not_matter(T: int, device: torch.device) -> None:
     assert torch.equal(bits(reference), bits(decode_attention_reference(**call, scale=SCALE)))
 
 
-@pytest.mark.xfail(strict=True, reason="the splits' maxima and sums are allocated in the default dtype")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=dtype_name)
 def test_the_default_dtype_does_not_matter(dtype: torch.dtype, device: torch.device) -> None:
     call = arguments(SPLIT_SHAPE, torch.float32, device)
