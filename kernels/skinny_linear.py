@@ -205,9 +205,9 @@ def _skinny_linear_kernel(
         x_tail = x_head
         if TAIL > 0:
             x_tail = tl.load(x_ptr + offs_b[:, None] * K + offs_tail[None, :], mask=mask_b, other=0.0)
-        y = tl.dot(x_head, tl.trans(w_head), input_precision="ieee")
+        y = tl.dot(x_head, tl.trans(w_head))
         if TAIL > 0:
-            y = tl.dot(x_tail, tl.trans(w_tail), y, input_precision="ieee")
+            y = tl.dot(x_tail, tl.trans(w_tail), y)
         bias = bias[None, :]
         offs_residual = offs_b[:, None] * N + offs_n[None, :]
         offs_out = offs_b[:, None] * (NUM_PARTS * N) + offs_n[None, :]
@@ -335,7 +335,8 @@ def skinny_linear(
     """Computes the formula above.
 
     Args:
-        x: (B, K), B from 1 to 16, contiguous; fp32, fp16 or bf16. For one row also what `decode_attention_splits` returns.
+        x: (B, K), B from 1 to 16, contiguous; fp16, bf16, or fp32 with B = 1. For one row also what
+            `decode_attention_splits` returns.
         weights: one (N, K) weight or three, contiguous, in x's dtype; biases: (N,) or None for each.
         layer_norm: applied to x first. scale: multiplies the first weight's result. residual: (B, N), added last.
 
@@ -354,6 +355,8 @@ def skinny_linear(
     N = weights[0].shape[0]
     if not 1 <= B <= MAX_ROWS:
         raise ValueError(f"skinny_linear takes 1 to {MAX_ROWS} rows, got {B}")
+    if B > 1 and x.dtype == torch.float32:
+        raise ValueError("fp32 takes one row: tensor cores would round it to tf32, and two tiles of it do not fit a program")
     if len(weights) not in (1, 3) or any(w.shape != (N, K) or not w.is_contiguous() for w in weights):
         raise ValueError(f"weights must be one or three contiguous ({N}, {K}), got {[tuple(w.shape) for w in weights]}")
     if not x.is_contiguous() or (residual is not None and (residual.shape != (B, N) or not residual.is_contiguous())):

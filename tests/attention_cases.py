@@ -235,8 +235,15 @@ def sdpa(
     T = query.shape[1]
     rows = []
     for b, length in enumerate(lengths):
-        q = query[b : b + 1].transpose(1, 2)
-        k, v = (cache[b : b + 1, :, :length] for cache in (key_cache, value_cache))
+        # Copies: some of PyTorch's kernels fault on a first element that does not lie at a multiple of 16 bytes.
+        q, k, v = (
+            tensor.clone(memory_format=torch.contiguous_format)
+            for tensor in (
+                query[b : b + 1].transpose(1, 2),
+                key_cache[b : b + 1, :, :length],
+                value_cache[b : b + 1, :, :length],
+            )
+        )
         mask = torch.ones(T, length, dtype=torch.bool, device=query.device).tril(length - T) if is_causal and T > 1 else None
         rows.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2))
     return torch.cat(rows)

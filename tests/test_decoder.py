@@ -31,9 +31,9 @@ def prefill(model, cache, states: torch.Tensor, ids: torch.Tensor) -> None:
         model(encoder_outputs=(states,), decoder_input_ids=ids, past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize("B", [1, 3])
-def test_the_fused_chain_gives_the_stock_decoders_logits(B, device):
-    model = tiny_whisper(device)
+@pytest.mark.parametrize(("B", "dtype"), [(1, torch.float32), (1, torch.float16), (3, torch.float16)])
+def test_the_fused_chain_gives_the_stock_decoders_logits(B, dtype, device):
+    model = tiny_whisper(device).to(dtype)
     states, ids = inputs(model, B, PROMPT + 3)
     expected = stock_logits(model, states, ids)
     exact = stock_logits(copy.deepcopy(model).double(), states.double(), ids)
@@ -46,13 +46,13 @@ def test_the_fused_chain_gives_the_stock_decoders_logits(B, device):
             with torch.no_grad():
                 logits = fused(ids[:, t : t + 1], cache)
             assert logits.shape == expected[:, t : t + 1].shape
-            error = (logits[:, 0] - exact[:, t]).norm() / exact[:, t].norm()
-            assert error <= 2 * (expected[:, t] - exact[:, t]).norm() / exact[:, t].norm() + torch.finfo(torch.float32).eps
+            assert (logits[:, 0] - exact[:, t]).norm() <= 2 * (expected[:, t] - exact[:, t]).norm()
     assert int(cache.get_seq_length()) == ids.shape[1]
 
 
 def test_what_the_chain_does_not_cover_is_known_beforehand():
-    assert not is_fusable(tiny_whisper(), 17)
+    assert not is_fusable(tiny_whisper(dtype=torch.float16), 17)
+    assert not is_fusable(tiny_whisper(), 2)
     assert not is_fusable(tiny_whisper(dtype=torch.float64), 1)
     assert not is_fusable(tiny_whisper(activation_function="relu"), 1)
     assert not is_fusable(tiny_whisper(decoder_ffn_dim=448), 1)

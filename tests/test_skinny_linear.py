@@ -50,8 +50,10 @@ def check(x, weights, biases, tiles: LinearTiles | None = None, **around) -> Non
     assert relative_error(ours, exact) <= 2 * relative_error(stock, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("B", [1, 2, 5, 16])
+ROWS = [(1, torch.float32), (1, torch.float16), (2, torch.float16), (5, torch.float16), (16, torch.float16)]
+
+
+@pytest.mark.parametrize(("B", "dtype"), ROWS)
 @pytest.mark.parametrize("K", [64, 384, 512, 1280])
 class TestEveryLinkOfALayer:
     def test_layer_norm_and_three_projections_the_first_scaled(self, B, K, dtype, device):
@@ -71,10 +73,9 @@ class TestEveryLinkOfALayer:
         check(x, weights, (None,), layer_norm=norm)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B", [2, 16])
-def test_a_split_k_is_summed_with_bias_and_residual(B, dtype, device):
-    x, weights, biases, _, residual = make(B, 1024, 300, 1, dtype, device)
+def test_a_split_k_is_summed_with_bias_and_residual(B, device):
+    x, weights, biases, _, residual = make(B, 1024, 300, 1, torch.float16, device)
     check(x, weights, biases, tiles=LinearTiles(32, 4, 4), residual=residual)
 
 
@@ -131,6 +132,7 @@ def test_other_widths_are_refused(device):
     ("change", "message"),
     [
         (lambda x, w, b, r: (torch.cat([x] * 17), w, b, {}), "17"),
+        (lambda x, w, b, r: (torch.cat([x] * 2), w, b, {}), "fp32"),
         (lambda x, w, b, r: (x, (w[0], w[0]), (b[0], b[0]), {}), "one or three"),
         (lambda x, w, b, r: (x, (w[0].T.contiguous().T,), b, {}), "contiguous"),
         (lambda x, w, b, r: (x, w, b, {"residual": r[:, :-1]}), "residual"),
@@ -145,8 +147,10 @@ def test_bad_input_is_refused_with_a_reason(change, message, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("B", [1, 2, 8, 16])
+@pytest.mark.parametrize(
+    ("B", "dtype"),
+    [(1, torch.float32), *((B, dtype) for B in (1, 2, 8, 16) for dtype in (torch.float16, torch.bfloat16))],
+)
 class TestRealShapes:
     """large-v3's links at their size, in every dtype."""
 

@@ -112,7 +112,7 @@ def why_not_covered(dtype: torch.dtype, head_dim: int, device: torch.device) -> 
     """Why no kernel takes states of this kind, or None."""
     if dtype not in DTYPES or head_dim not in HEAD_DIMS:
         return f"{dtype} with head dim {head_dim}"
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type):
         return "autocast: states have another dtype than the model and its caches"
     return None
 

@@ -36,11 +36,11 @@ def _norm(module: nn.LayerNorm) -> LayerNorm:
 
 
 def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
-    """Whether the fused chain covers `model` at `batch_size`: its widths, dtype, activation, and up to 16 rows."""
+    """Whether the fused chain covers `model` at `batch_size`: widths, dtype, activation, up to 16 rows (fp32: one)."""
     config = model.config
     return (
         batch_size <= MAX_ROWS
-        and model.dtype in DTYPES
+        and (model.dtype in DTYPES if batch_size == 1 else model.dtype in (torch.float16, torch.bfloat16))
         and config.d_model // config.decoder_attention_heads in HEAD_DIMS
         and config.activation_function == "gelu"
         and split_width(config.d_model) is not None
