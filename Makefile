@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # What pip installs as torch; empty: the usual build where nvidia-smi finds a GPU, a CPU build elsewhere.
 TORCH ?=
-TRANSFORMERS ?= transformers==5.23.0
+# The newest that is tested; from 5.21 on transformers wants Python 3.11.
+TRANSFORMERS ?= $(shell $(PYTHON) -c "import sys; print('transformers==' + ('5.23.0' if sys.version_info >= (3, 11) else '5.20.2'))")
 SAMPLE ?= $(firstword $(wildcard samples/*.flac))
 # More arguments for pytest, such as ARGS="-m gpu".
 ARGS ?=
