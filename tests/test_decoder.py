@@ -70,6 +70,16 @@ def test_the_fingerprint_follows_the_weights():
     assert fingerprint(model) != before
 
 
+def test_a_step_built_in_inference_mode_serves_outside_it():
+    model = whisper_triton.accelerate(tiny_whisper())
+    with torch.inference_mode():
+        step = DecoderStep(model, 1, FRAMES)
+        prefill(model, step.cache, *inputs(model, 1, PROMPT))
+    step.cache.reset()
+    step.input_ids.fill_(1)
+    assert int(step.cache.get_seq_length()) == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("B", [1, 2, 8, 16, 20])

@@ -59,13 +59,15 @@ class DecoderStep:
 
     def __init__(self, model: WhisperForConditionalGeneration, batch_size: int, num_frames: int) -> None:
         self.num_frames = num_frames
-        self.cache: StaticEncoderDecoderCache = build_static_cache(
-            model, batch_size, num_frames=num_frames, is_compileable=False
-        )
         self.fingerprint = fingerprint(model)
-        self.input_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
-        # Not read: a step finds the cross keys and values in the cache. It only tells the layers to attend to them.
-        self.encoder_states = torch.zeros(batch_size, 1, model.config.d_model, dtype=model.dtype, device=model.device)
+        # What is kept from call to call must not be an inference tensor, which only inference mode may write again.
+        with torch.inference_mode(False):
+            self.cache: StaticEncoderDecoderCache = build_static_cache(
+                model, batch_size, num_frames=num_frames, is_compileable=False
+            )
+            self.input_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
+            # Not read: a step finds the cross keys and values in the cache. It only tells the layers to attend to them.
+            self.encoder_states = torch.zeros(batch_size, 1, model.config.d_model, dtype=model.dtype, device=model.device)
         self.fused = FusedDecoder(model) if is_fusable(model, batch_size) else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits: torch.Tensor
