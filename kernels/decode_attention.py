@@ -39,16 +39,21 @@ def decode_attention_reference(
     """What `decode_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
     B, T, _, _ = query.shape
     S = key_cache.shape[2]
+    if kv_length is None and (T == 1 or not is_causal):
+        return attend_reference(query, key_cache, value_cache, None, scale)
     length = torch.full((B, 1), S, device=query.device) if kv_length is None else kv_length.reshape(-1, 1).expand(B, 1)
     tokens = torch.arange(T, device=query.device)
     return attend_reference(query, key_cache, value_cache, length.clamp(max=S) + (tokens - (T - 1)) * is_causal, scale)
 
 
 def attend_reference(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, limit: torch.Tensor, scale: float
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, limit: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Attention of (B, T, H, D) over (B, H, S, D) in which query t of row b sees the slots before `limit[b, t]`."""
+    """Attention of (B, T, H, D) over (B, H, S, D) in which query t of row b sees the slots before `limit[b, t]`, or all."""
     dtype = torch.promote_types(query.dtype, torch.float32)
+    if limit is None:
+        scores = query.transpose(1, 2).to(dtype) @ key_cache.to(dtype).transpose(2, 3) * scale
+        return (scores.softmax(-1) @ value_cache.to(dtype)).transpose(1, 2).to(query.dtype).contiguous()
     slots = torch.arange(key_cache.shape[2], device=query.device)
     visible = slots < limit[:, None, :, None]  # (B, 1, T, S)
     used = visible.any(2)[..., None]  # (B, 1, S, 1): an unused slot may hold anything, NaN too

@@ -17,8 +17,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 # No test may depend on a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The tensors are small: more threads cost more than they bring, and a container may have fewer cores than it sees.
-torch.set_num_threads(min(4, torch.get_num_threads()))
+# The tensors are small: a second thread brings nothing, and where the cores are busy it costs seventyfold.
+torch.set_num_threads(1)
 # The interpreter takes seconds for some examples; and the same examples each time, so that a run can be repeated.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")

@@ -47,7 +47,8 @@ def load_tokenizer(directory: Path, vocab_size: int) -> WhisperTokenizer:
     added = sorted(backend.get_added_tokens_decoder().items())
     # In the order of their ids, because transformers takes what follows the last one for the first timestamp.
     special = [token.content for _, token in added if token.special and token.content not in TIMESTAMPS]
-    tokenizer = WhisperTokenizer(tokenizer_object=backend, extra_special_tokens=special)
+    # The pad token is what openai's own tokenizers have; a pipeline with a batch size asks for one.
+    tokenizer = WhisperTokenizer(tokenizer_object=backend, extra_special_tokens=special, pad_token=END_OF_TEXT)
     for token in (END_OF_TEXT, "<|startoftranscript|>", "<|startofprev|>", "<|notimestamps|>"):
         token_id(tokenizer, token)
     return tokenizer
