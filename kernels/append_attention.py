@@ -80,8 +80,8 @@ def _append_attention_kernel(
         pdl_handover(USE_PDL)
     i_h = tl.program_id(0).to(tl.int64)
     i_b = tl.program_id(1).to(tl.int64)
-    position = tl.load(cache_position_ptr + i_b * stride_cp_b).to(tl.int32)
-    end = tl.minimum(position, S)  # of the keys that are in the cache already
+    position = tl.load(cache_position_ptr + i_b * stride_cp_b).to(tl.int64)
+    end = tl.minimum(tl.maximum(position, 0), S).to(tl.int32)  # of the keys that are in the cache already
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
 
@@ -100,8 +100,8 @@ def _append_attention_kernel(
         k = tl.load(key_ptr + offs_d, mask=mask_d, other=0.0)
         v = tl.load(value_ptr + offs_d, mask=mask_d, other=0.0)
         mask_new = mask_d & (position >= 0) & (position < S)
-        tl.store(key_cache_ptr + position.to(tl.int64) * stride_kc_s + offs_d, k, mask=mask_new)
-        tl.store(value_cache_ptr + position.to(tl.int64) * stride_vc_s + offs_d, v, mask=mask_new)
+        tl.store(key_cache_ptr + position * stride_kc_s + offs_d, k, mask=mask_new)
+        tl.store(value_cache_ptr + position * stride_vc_s + offs_d, v, mask=mask_new)
         # The new token is where row 0 of the tile starts from.
         is_first = tl.arange(0, BLOCK_S) == 0
         m_i = tl.where(is_first, tl.sum(q * k.to(tl.float32), axis=0), float("-inf"))
@@ -122,7 +122,7 @@ def _append_attention_kernel(
         q = tl.load(query_ptr + offs_t[:, None] * stride_q_t + offs_d[None, :], mask=mask_td, other=0.0)
         k = tl.load(key_ptr + offs_t[:, None] * stride_k_t + offs_d[None, :], mask=mask_td, other=0.0)
         v = tl.load(value_ptr + offs_t[:, None] * stride_v_t + offs_d[None, :], mask=mask_td, other=0.0)
-        offs_s = (position + offs_t).to(tl.int64)
+        offs_s = position + offs_t
         mask_new = mask_td & (offs_s >= 0)[:, None] & (offs_s < S)[:, None]
         tl.store(key_cache_ptr + offs_s[:, None] * stride_kc_s + offs_d[None, :], k, mask=mask_new)
         tl.store(value_cache_ptr + offs_s[:, None] * stride_vc_s + offs_d[None, :], v, mask=mask_new)

@@ -107,7 +107,7 @@ def _decode_attention_kernel(
 
     length = S
     if HAS_LENGTH:
-        length = tl.minimum(tl.load(kv_length_ptr + i_b * stride_l_b).to(tl.int32), S)
+        length = tl.minimum(tl.load(kv_length_ptr + i_b * stride_l_b).to(tl.int64), S).to(tl.int32)
     chunk = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_S) * BLOCK_S
     start = i_split * chunk
     end = tl.minimum(start + chunk, length)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from ._checks import check_positions
 from ._dispatch import pdl_handover, pdl_options, tl, triton
 
 
@@ -57,8 +58,21 @@ def embed_tokens(
 
     Returns:
         (B, K), contiguous, the embeddings' dtype; 0 for an id or a position out of range.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
     """
     V, K = token_embedding.shape
+    if input_ids.dtype != torch.int64 or input_ids.numel() != input_ids.shape[0]:
+        raise ValueError(f"input_ids must be int64 (B,) or (B, 1), got {input_ids.dtype} {tuple(input_ids.shape)}")
+    if position_embedding.shape[1:] != (K,) or position_embedding.dtype != token_embedding.dtype:
+        raise ValueError(
+            f"position_embedding is {position_embedding.dtype} {tuple(position_embedding.shape)}, the tokens' "
+            f"{token_embedding.dtype} {tuple(token_embedding.shape)}"
+        )
+    if not token_embedding.is_contiguous() or not position_embedding.is_contiguous():
+        raise ValueError("embeddings must be contiguous")
+    check_positions("cache_position", cache_position, 1, token_embedding.device)
     B = input_ids.numel()
     out = token_embedding.new_empty(B, K)
     _embed_tokens_kernel[(B,)](

@@ -359,6 +359,13 @@ def skinny_linear(
         raise ValueError("fp32 takes one row: tensor cores would round it to tf32, and two tiles of it do not fit a program")
     if len(weights) not in (1, 3) or any(w.shape != (N, K) or not w.is_contiguous() for w in weights):
         raise ValueError(f"weights must be one or three contiguous ({N}, {K}), got {[tuple(w.shape) for w in weights]}")
+    vectors = [(bias, N) for bias in biases] + [(v, K) for v in (layer_norm or ())[:2]]
+    if len(biases) != len(weights) or any(v is not None and v.shape != (n,) for v, n in vectors):
+        shapes = [None if v is None else tuple(v.shape) for v, _ in vectors]
+        raise ValueError(f"a bias of ({N},) or None for each weight and a layer norm of ({K},) are wanted, got {shapes}")
+    tensors = [*weights, *(v for v, _ in vectors), residual]
+    if any(t is not None and (t.dtype != x.dtype or t.device != x.device or t.data_ptr() % 16) for t in tensors):
+        raise ValueError(f"all tensors must be {x.dtype} on {x.device} like x, and begin at a multiple of 16 bytes")
     if not x.is_contiguous() or (residual is not None and (residual.shape != (B, N) or not residual.is_contiguous())):
         raise ValueError("x and residual must be contiguous, the residual (B, N)")
     BLOCK_N, SPLIT_K, num_warps = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None, splits is not None)

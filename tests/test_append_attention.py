@@ -459,3 +459,14 @@ def test_two_streams_do_not_disturb_each_other(T: int, device: torch.device) -> 
     )
     for outs, wanted in zip(results, expected, strict=True):
         assert all(torch.equal(bits(out), bits(wanted)) for out in outs)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("position", [2**32 + 3, -(2**32) + 3, 2**62, -4, -(2**62)])
+def test_a_position_far_outside_writes_nothing(position: int, T: int, device: torch.device) -> None:
+    call = arguments(SHAPE._replace(T=T), torch.float32, device)
+    call["cache_position"] = torch.tensor(position, device=device)
+    before = {name: storage(call[name]).clone() for name in ("key_cache", "value_cache")}
+    append_attention(**call, scale=SCALE)
+    for name, buffer in before.items():
+        assert torch.equal(storage(call[name]), buffer), name

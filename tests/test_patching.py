@@ -1,8 +1,12 @@
 """`accelerate` and `restore`: in place, reversible without a trace, and invisible to all that uses a model."""
 
 import copy
+import inspect
 import io
+import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +395,86 @@ def test_a_pipeline_transcribes_as_with_stock(
     assert "thousands of years" in ours["text"]
     if "return_timestamps" in kwargs:
         assert [chunk["text"].strip() for chunk in ours["chunks"]] == ours["text"].split()
+
+
+class TestModelsThatAreNotAlone:
+    def test_another_class_does_not_change_the_signature_of_the_first_models_methods(self, device: torch.device) -> None:
+        class Other(WhisperForConditionalGeneration):
+            def generate(self, foo: int = 1, **kwargs: Any) -> Any:
+                return super().generate(**kwargs)
+
+        first = accelerate(tiny_whisper(device))
+        signature = inspect.signature(first.generate)
+        accelerate(Other(first.config))
+        assert inspect.signature(first.generate) == signature
+
+    def test_models_with_one_config_are_all_restored(self, device: torch.device) -> None:
+        first = tiny_whisper(device)
+        second = WhisperForConditionalGeneration(first.config).to(device)
+        assert second.config is first.config
+        for model in (first, second):
+            accelerate(model)
+        restore(first)
+        assert first.config._attn_implementation == "whisper_triton"  # the second needs it
+        restore(second)
+        assert first.config._attn_implementation == "sdpa"
+
+    def test_calls_in_two_threads_leave_the_acceleration_on(self, device: torch.device) -> None:
+        """The second begins while the first has eager attention, for token timestamps, and ends after it."""
+        model, features = accelerate(tiny_whisper(device)), mel(1, device)
+        first_runs, second_runs, first_done = threading.Event(), threading.Event(), threading.Event()
+
+        class Meet(StoppingCriteria):
+            def __init__(self, signal: threading.Event, wait: threading.Event) -> None:
+                self.signal, self.wait = signal, wait
+
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+                self.signal.set()
+                assert self.wait.wait(60)
+                return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        def first() -> None:
+            criteria = StoppingCriteriaList([Meet(first_runs, second_runs)])
+            model.generate(features, return_token_timestamps=True, stopping_criteria=criteria, max_new_tokens=3)
+            first_done.set()
+
+        def second() -> None:
+            assert first_runs.wait(60)
+            assert model.config._attn_implementation == "eager"
+            model.generate(features, stopping_criteria=StoppingCriteriaList([Meet(second_runs, first_done)]), max_new_tokens=3)
+
+        with ThreadPoolExecutor(2) as pool:
+            for done in [pool.submit(first), pool.submit(second)]:
+                done.result(timeout=120)
+        assert model.config._attn_implementation == "whisper_triton"
+
+    @pytest.mark.parametrize("keep", [slice(0, 2), slice(0, 4, 2)], ids=["the first layers", "every second layer"])
+    def test_a_model_with_layers_taken_out_generates_as_stock(self, keep: slice, device: torch.device) -> None:
+        model = tiny_whisper(device, seed=3, decoder_layers=4)
+        model.model.decoder.layers = model.model.decoder.layers[keep]
+        features = mel(1, device)
+        stock = model.generate(features, max_new_tokens=8)
+        with accelerated(model):
+            assert torch.equal(model.generate(features, max_new_tokens=8), stock)
+
+    def test_a_pickled_model_says_that_it_is_not_accelerated_and_can_be(self, device: torch.device) -> None:
+        model, features = tiny_whisper(device, seed=3), mel(1, device)
+        stock = model.generate(features, max_new_tokens=8)
+        loaded = pickle.loads(pickle.dumps(accelerate(model)))
+        assert not is_accelerated(loaded)
+        assert torch.equal(loaded.generate(features, max_new_tokens=8), stock)
+        assert is_accelerated(accelerate(loaded))
+        assert torch.equal(loaded.generate(features, max_new_tokens=8), stock)
+        restore(loaded)
+        assert loaded.config._attn_implementation == "sdpa"
+        assert torch.equal(loaded.generate(features, max_new_tokens=8), stock)
+
+    def test_a_shorter_static_cache_is_no_reason_to_compile_anew(self, device: torch.device) -> None:
+        sizes = {}
+        for name, plug_in in (("stock", lambda model: model), ("ours", accelerate)):
+            model = plug_in(tiny_whisper(device, seed=3))
+            for length in (20, 10):
+                model.generate(mel(1, device), cache_implementation="static", max_new_tokens=length, disable_compile=True)
+                sizes.setdefault(name, []).append(model._previous_max_cache_length)
+        assert sizes["ours"] == sizes["stock"]
+        assert sizes["ours"][0] == sizes["ours"][1]

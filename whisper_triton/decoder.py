@@ -11,7 +11,12 @@ import torch
 from torch import nn
 from transformers import WhisperForConditionalGeneration
 from transformers.activations import GELUActivation
-from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperDecoderLayer, WhisperPositionalEmbedding
+from transformers.models.whisper.modeling_whisper import (
+    WhisperDecoder,
+    WhisperDecoderLayer,
+    WhisperModel,
+    WhisperPositionalEmbedding,
+)
 
 from .attention import NAME, TritonAttention
 from .cache import StaticEncoderDecoderCache, build_static_cache
@@ -19,7 +24,7 @@ from .fused import FusedDecoder, is_fusable
 
 # A graph replays kernels, not Python: modules whose forward pass we do not know might do something else a step.
 _KNOWN_MODULES = (
-    WhisperDecoder, WhisperDecoderLayer, WhisperPositionalEmbedding, TritonAttention, GELUActivation,
+    WhisperModel, WhisperDecoder, WhisperDecoderLayer, WhisperPositionalEmbedding, TritonAttention, GELUActivation,
     nn.ModuleList, nn.LayerNorm, nn.Linear, nn.Embedding,
 )  # fmt: skip
 
@@ -28,15 +33,25 @@ def why_not_captured(model: WhisperForConditionalGeneration) -> str | None:
     """Why a step of `model` cannot be replayed from a graph, or None."""
     if model.device.type != "cuda":
         return f"the model is on {model.device}"
-    if model.training:
-        return "the model is in training mode"
     if model.config._attn_implementation != NAME:
         return f"attention is {model.config._attn_implementation}"
-    for module in (*model.model.decoder.modules(), model.proj_out):
+    for module in (model.model, *model.model.decoder.modules(), model.proj_out):
         if type(module) not in _KNOWN_MODULES:
             return f"a module of the decoder is {type(module).__name__}"
+        if "forward" in vars(module):
+            return f"{type(module).__name__} has a forward pass of its own"
+        if module.training:
+            return f"{type(module).__name__} is in training mode"
         if module._forward_pre_hooks or any(not _is_recorder(hook) for hook in module._forward_hooks.values()):
             return f"{type(module).__name__} has a forward hook"
+    parameters = (*model.model.decoder.parameters(), model.proj_out.weight)
+    for parameter in parameters:
+        # Quantised and sharded weights are other tensors inside, which a kernel could not read and we could not follow.
+        if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+            return f"a weight of the decoder is {type(parameter.data).__name__}"
+    for parameter in parameters:
+        if parameter.device != model.device:
+            return f"the decoder lies on {parameter.device} and {model.device}"
     return None
 
 
@@ -78,9 +93,9 @@ class DecoderStep:
         parts = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
         return sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
 
-    def fits(self, model: WhisperForConditionalGeneration, num_frames: int) -> bool:
-        """Whether the graph still reads the model's weights and the cross cache has as many slots."""
-        return self.num_frames == num_frames and self.fingerprint == fingerprint(model)
+    def fits(self, model: WhisperForConditionalGeneration) -> bool:
+        """Whether the graph still reads the model's weights."""
+        return self.fingerprint == fingerprint(model)
 
     def __call__(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
         """Decodes `input_ids` (B, 1) at the cache's position and advances it; returns logits (B, 1, vocabulary)."""
@@ -116,7 +131,8 @@ class DecoderStep:
         graph = torch.cuda.CUDAGraph()
         for layer in layers:
             layer.host_length = host_length
-        with torch.cuda.graph(graph), torch.no_grad():
+        # "thread_local": what other threads do meanwhile, a data loader's pinned memory say, is no concern of this capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
             self._run(model)
         # The warm-up advanced the position and filled one slot, which the first replay writes again.
         self.cache.get_seq_length().copy_(position)

@@ -45,7 +45,10 @@ def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
         and config.activation_function == "gelu"
         and split_width(config.d_model) is not None
         and split_width(config.decoder_ffn_dim) is not None
-        and all(p.is_contiguous() and p.dtype == model.dtype for p in model.model.decoder.parameters())
+        and all(
+            p.is_contiguous() and p.dtype == model.dtype and p.data_ptr() % 16 == 0
+            for p in (*model.model.decoder.parameters(), model.proj_out.weight)
+        )
     )
 
 
@@ -55,6 +58,11 @@ def split_tiles(num_heads: int) -> Tiles:
     Measured by benchmarks/tune_step.py on one H100 80GB HBM3, 2026-11-22 (20 heads).
     """
     return Tiles(64, 8, 4, 2) if num_heads >= 12 else Tiles(64, 12, 4, 2)
+
+
+def joins_splits(width: int, head_dim: int) -> bool:
+    """Whether `skinny_linear` can join the splits of such an attention: both of its tiles hold whole heads."""
+    return head_dim & (head_dim - 1) == 0 and all(part % head_dim == 0 for part in split_width(width))
 
 
 class FusedDecoder:
@@ -78,8 +86,9 @@ class FusedDecoder:
         """Decodes `input_ids` (B, 1) at the cache's position, which it advances; returns logits (B, 1, vocabulary)."""
         position = cache.get_seq_length()
         x = embed_tokens(input_ids, self.decoder.embed_tokens.weight, self.decoder.embed_positions.weight, position)
-        for i, layer in enumerate(self.layers):
-            own, cross = cache.self_attention_cache.layers[i], cache.cross_attention_cache.layers[i]
+        for layer in self.layers:
+            index = layer.module.self_attn.layer_idx
+            own, cross = cache.self_attention_cache.layers[index], cache.cross_attention_cache.layers[index]
             x = self._self_attention(x, layer, own, position)
             x = self._cross_attention(x, layer, cross)
             fc1, fc2 = layer.module.fc1, layer.module.fc2
@@ -112,7 +121,7 @@ class FusedDecoder:
             layer_norm=layer.cross_norm,
             scale=attention.scaling,
         ).view(x.shape[0], 1, attention.num_heads, attention.head_dim)
-        if x.shape[0] == 1:
+        if x.shape[0] == 1 and joins_splits(x.shape[1], attention.head_dim):
             out = decode_attention_splits(query, cache.keys, cache.values, split_tiles(attention.num_heads), scale=1.0)
         else:
             out = decode_attention(query, cache.keys, cache.values, scale=1.0, read_ahead=True).view(x.shape)

@@ -1,0 +1,235 @@
+"""What an accelerated model does in `generate` instead of stock: our caches, and steps replayed from a CUDA graph.
+
+`OVERRIDES` names the methods that `accelerate` puts on a model's instance. Each falls back to the class's own method for what
+it does not cover.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, WhisperForConditionalGeneration
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.generation import GenerationMode
+from transformers.modeling_outputs import Seq2SeqLMOutput
+
+from .attention import NAME, is_length, report_once, why_not_covered
+from .cache import StaticEncoderDecoderCache, build_static_cache
+from .decoder import DecoderStep, why_not_captured
+
+STATE = "_whisper_triton"
+MAX_BYTES = 8 << 30  # of caches kept for captured steps, the batch size in use always among them
+_LOCK = threading.Lock()
+_CALL: ContextVar[object | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+
+@dataclass
+class State:
+    """What an accelerated model carries: what `restore` needs, and the steps captured for it."""
+
+    attn_implementation: str | None
+    overridden: dict[str, MethodType]
+    steps: OrderedDict[int, DecoderStep] = field(default_factory=OrderedDict, repr=False)  # by batch size, oldest first
+    calls: int = 0  # of `generate` that are running, in any thread
+    attn_implementation_before_calls: str | None = None
+    owner: object | None = None  # the one of them that the steps' caches belong to
+    in_use: DecoderStep | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A captured graph belongs to the weights it was captured over: a copied model captures its own.
+        return vars(self) | {"steps": OrderedDict(), "calls": 0, "owner": None, "in_use": None}
+
+
+def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., Any]:
+    return getattr(type(model), name).__get__(model)
+
+
+def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
+    state: State | None = vars(self).get(STATE)
+    if state is None:  # kept by somebody from before `restore`
+        return _stock(self, "generate")(*args, **kwargs)
+    call = object()
+    with _LOCK:
+        state.calls += 1
+        if state.owner is None:
+            state.owner = call
+        if state.calls == 1:
+            state.attn_implementation_before_calls = self.config._attn_implementation
+    outer = _CALL.set(call)
+    try:
+        return _stock(self, "generate")(*args, **kwargs)
+    finally:
+        _CALL.reset(outer)
+        with _LOCK:
+            state.calls -= 1
+            if state.owner is call:
+                state.owner = state.in_use = None
+            if state.calls == 0:
+                # `return_token_timestamps=True` sets eager attention and leaves it so, which would end the acceleration.
+                self.config._attn_implementation = state.attn_implementation_before_calls
+
+
+def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput | tuple[Any, ...]:
+    step = None if torch.compiler.is_compiling() or args else _captured_step(self, kwargs)
+    if step is None:
+        return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
+    return Seq2SeqLMOutput(
+        logits=step(self, kwargs["decoder_input_ids"]),
+        past_key_values=step.cache,
+        encoder_last_hidden_state=kwargs["encoder_outputs"][0],
+    )
+
+
+# What `generate` passes to a step besides ids, cache and encoder outputs, with the values that a graph covers.
+_STEP_ARGUMENTS = {
+    "use_cache": (True,),
+    "return_dict": (True, None),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+}
+
+
+def _captured_step(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> DecoderStep | None:
+    """The step whose graph serves this forward pass, or None."""
+    state: State | None = vars(self).get(STATE)  # None: kept, or compiled into something, from before `restore`
+    step = None if state is None else state.in_use
+    arguments = dict(kwargs)
+    ids, cache = arguments.pop("decoder_input_ids", None), arguments.pop("past_key_values", None)
+    mask = arguments.pop("decoder_attention_mask", None)
+    arguments.pop("attention_mask", None)  # of the encoder's frames, which Whisper ignores
+    if step is None or cache is not step.cache or arguments.pop("encoder_outputs", None) is None:
+        return None
+    covered = (
+        ids is not None
+        and ids.shape == step.input_ids.shape
+        and (mask is None or is_length(mask))
+        and all(cache.is_updated.values())
+        and not torch.is_grad_enabled()
+        and not (self.config.output_attentions or self.config.output_hidden_states)
+        and all(value in _STEP_ARGUMENTS.get(name, (None,)) for name, value in arguments.items())
+    )
+    return step if covered else None
+
+
+def _prepare_cache_for_generation(
+    self: WhisperForConditionalGeneration,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    covered = (
+        model_kwargs.get("past_key_values") is None
+        and generation_config.cache_implementation in (None, "dynamic")
+        and generation_config.use_cache is not False
+        and generation_mode in _MODES
+        and not generation_config.is_assistant
+        and not (generation_config.output_attentions or self.config.output_attentions)
+        and _takes_our_cache(self)
+    )
+    if covered:
+        frames = model_kwargs["encoder_outputs"][0]
+        model_kwargs["past_key_values"] = _cache_for(self, frames.shape[0], max_cache_length, frames.shape[1])
+    else:
+        _stock(self, "_prepare_cache_for_generation")(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+
+def _takes_our_cache(self: WhisperForConditionalGeneration) -> bool:
+    head_dim = self.config.d_model // self.config.decoder_attention_heads
+    decoder = self.model.decoder
+    return (
+        self.config._attn_implementation == NAME
+        and why_not_covered(self.dtype, head_dim, self.device) is None
+        # One cache layer a decoder layer, in order, on one device: not so where layers were taken out or spread.
+        and [layer.self_attn.layer_idx for layer in decoder.layers] == list(range(self.config.decoder_layers))
+        and all(parameter.device == self.device for parameter in decoder.parameters())
+    )
+
+
+def _cache_for(
+    self: WhisperForConditionalGeneration, batch_size: int, max_cache_len: int, num_frames: int
+) -> StaticEncoderDecoderCache:
+    """The cache of a captured step, kept from call to call, or one for this call alone."""
+    state: State = getattr(self, STATE)
+    reason = why_not_captured(self)
+    if reason is not None and self.device.type == "cuda":
+        report_once(f"steps are launched one kernel at a time: {reason}")
+    # A call inside another, or beside it in a second thread, must not write into the other's cache.
+    if state.owner is not _CALL.get():
+        return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
+    state.in_use = None  # this call's last window, or its last temperature
+    for size in [size for size, step in state.steps.items() if reason is not None or not step.fits(self)]:
+        del state.steps[size]
+    if reason is not None:
+        return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
+    step = state.steps.pop(batch_size, None)
+    if step is None or step.num_frames != num_frames:
+        step = None  # the old one's memory first
+        while state.steps and sum(kept.nbytes for kept in state.steps.values()) > MAX_BYTES:
+            state.steps.popitem(last=False)
+        step = DecoderStep(self, batch_size, num_frames)
+    state.steps[batch_size] = step
+    step.cache.reset()
+    state.in_use = step
+    return step.cache
+
+
+def _prepare_static_cache(
+    self: WhisperForConditionalGeneration,
+    cache_implementation: str,
+    batch_size: int,
+    max_cache_len: int,
+    prefill_chunk_size: int | None,
+    model_kwargs: dict[str, Any],
+) -> Cache:
+    """For `cache_implementation="static"`: our cache, which `generate` compiles over."""
+    if "offloaded" in cache_implementation or not _takes_our_cache(self):
+        return _stock(self, "_prepare_static_cache")(
+            cache_implementation, batch_size, max_cache_len, prefill_chunk_size, model_kwargs
+        )
+    # As stock does: a cache no shorter than the last one, so that the compiled forward pass need not be compiled anew.
+    max_cache_len = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))
+    self._previous_max_cache_length = max_cache_len
+    frames = model_kwargs["encoder_outputs"][0]
+    return build_static_cache(self, frames.shape[0], max_cache_len, frames.shape[1])
+
+
+def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs: Any, **kwargs: Any) -> Any:
+    # With `return_dict_in_generate` stock hands the cache out, copied through the host. Of a cache that the caller never
+    # asked for, it gets what a dynamic one would hold: no unused slot, and no memory that the next call writes into.
+    cache = None if isinstance(seek_outputs, torch.Tensor) else seek_outputs.get("past_key_values")
+    is_ours = isinstance(cache, StaticEncoderDecoderCache) and not cache.is_compileable
+    if is_ours and kwargs["is_shortform"] and not getattr(cache, "_is_user_defined", False):
+        seek_outputs["past_key_values"] = EncoderDecoderCache(cache.to_legacy_cache())
+    return _stock(self, "_postprocess_outputs")(seek_outputs=seek_outputs, **kwargs)
+
+
+def _save_pretrained(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
+    # The name of the attention is not saved, but with `config.output_attentions` transformers saves it with eager alone.
+    attn_implementation = self.config._attn_implementation
+    self.config._attn_implementation = getattr(self, STATE).attn_implementation
+    try:
+        return _stock(self, "save_pretrained")(*args, **kwargs)
+    finally:
+        self.config._attn_implementation = attn_implementation
+
+
+OVERRIDES: dict[str, Callable[..., Any]] = {
+    "forward": _forward,
+    "generate": _generate,
+    "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "_prepare_static_cache": _prepare_static_cache,
+    "_postprocess_outputs": _postprocess_outputs,
+    "save_pretrained": _save_pretrained,
+}
