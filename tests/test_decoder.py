@@ -53,20 +53,16 @@ def test_the_fused_chain_gives_the_stock_decoders_logits(B, dtype, device):
 @pytest.mark.parametrize(("d_model", "heads"), [(320, 4), (384, 4), (256, 2), (128, 4)])
 def test_every_head_dim_goes_through_the_chain(d_model, heads, device):
     """80 and 96 are no powers of two, and of 128 a row of 384 would hold no whole number in each of its two tiles."""
-    ours, stock = [], []
-    for seed in range(2):  # one row of logits alone is as often half as far from the truth as stock's as twice
-        model = tiny_whisper(device, seed=seed, d_model=d_model, decoder_attention_heads=heads, encoder_attention_heads=heads)
-        states, ids = inputs(model, 1, PROMPT + 1)
-        expected = stock_logits(model, states, ids)[:, -1]
-        exact = stock_logits(copy.deepcopy(model).double(), states.double(), ids)[:, -1]
-        with whisper_triton.accelerated(model), torch.no_grad():
-            assert is_fusable(model, 1)
-            cache = whisper_triton.build_static_cache(model, 1)
-            prefill(model, cache, states, ids[:, :-1])
-            logits = FusedDecoder(model)(ids[:, -1:], cache)[:, 0]
-        ours.append((logits - exact).norm())
-        stock.append((expected - exact).norm())
-    assert sum(ours) <= 2 * sum(stock)
+    model = tiny_whisper(device, d_model=d_model, decoder_attention_heads=heads, encoder_attention_heads=heads).half()
+    states, ids = inputs(model, 1, PROMPT + 1)
+    expected = stock_logits(model, states, ids)[:, -1]
+    exact = stock_logits(copy.deepcopy(model).double(), states.double(), ids)[:, -1]
+    with whisper_triton.accelerated(model), torch.no_grad():
+        assert is_fusable(model, 1)
+        cache = whisper_triton.build_static_cache(model, 1)
+        prefill(model, cache, states, ids[:, :-1])
+        logits = FusedDecoder(model)(ids[:, -1:], cache)[:, 0]
+    assert (logits - exact).norm() <= 2 * (expected - exact).norm()
 
 
 def test_what_the_chain_does_not_cover_is_known_beforehand():
