@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from generate import SHAPES, build_model
+from generate import SHAPES, build_model, check
 from harness import print_table, read_bandwidth, time_graph, write_rows
 from transformers import WhisperForConditionalGeneration
 
@@ -34,29 +34,6 @@ def step_bytes(model: WhisperForConditionalGeneration, step: DecoderStep) -> int
     used = sum(2 * layer.keys[:, :, : POSITION + 1].numel() * layer.keys.element_size() for layer in own)
     cross = sum(layer.keys.nbytes + layer.values.nbytes for layer in step.cache.cross_attention_cache.layers)
     return weights + used + cross
-
-
-def relative_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((logits.double() - exact).norm() / exact.norm()).item()
-
-
-def check(model: WhisperForConditionalGeneration, B: int) -> tuple[float, float]:
-    """(our, stock's) relative error of a step's logits after a prompt; exits if ours exceeds 1.25 times stock's."""
-    ids = torch.randint(0, 50000, (B, 5), device="cuda")
-    states = torch.randn(B, model.config.max_source_positions, model.config.d_model, device="cuda", dtype=model.dtype)
-    with torch.no_grad():
-        stock = model(encoder_outputs=(states,), decoder_input_ids=ids, use_cache=False).logits[:, -1]
-        model.double()
-        exact = model(encoder_outputs=(states.double(),), decoder_input_ids=ids, use_cache=False).logits[:, -1]
-        model.to(states.dtype)
-        with whisper_triton.accelerated(model):
-            step = DecoderStep(model, B, states.shape[1])
-            model(encoder_outputs=(states,), decoder_input_ids=ids[:, :4], past_key_values=step.cache, use_cache=True)
-            ours = step(model, ids[:, 4:])[:, -1]
-    errors = relative_error(ours, exact), relative_error(stock, exact)
-    if not errors[0] <= 1.25 * errors[1]:
-        raise SystemExit(f"the step is wrong at batch {B}: relative error {errors[0]:.2e}, stock's {errors[1]:.2e}")
-    return errors
 
 
 def bench(model: WhisperForConditionalGeneration, name: str, B: int, bandwidth: float) -> dict[str, object]:

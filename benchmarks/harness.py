@@ -20,10 +20,10 @@ import torch
 L2_MULTIPLE = 6  # bytes touched a replay, in units of the L2: at most a sixth of a buffer can survive to the next replay
 
 
-def num_buffers(bytes_a_call: int, at_least: int = 2, at_most: int = 64) -> int:
-    """How many copies of a call's buffers a graph rotates through so that they pass the L2."""
+def num_buffers(bytes_a_call: int) -> int:
+    """How many copies of a call's buffers a graph rotates through so that what is touched passes the L2; at least 2."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(at_least, min(at_most, -(-L2_MULTIPLE * l2 // bytes_a_call)))
+    return max(2, -(-L2_MULTIPLE * l2 // bytes_a_call))
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -77,10 +77,16 @@ def check(name: str, out: torch.Tensor, exact: torch.Tensor, stock: torch.Tensor
         raise SystemExit(f"{name} is wrong: relative error {error(out):.2e}, PyTorch's {error(stock):.2e}")
 
 
-def clones(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Copies of a call's large tensors, as many as rotate past the L2."""
+def clones(tensors: Sequence[torch.Tensor], touched: int | None = None, most_bytes: int = 16 << 30) -> list[list[torch.Tensor]]:
+    """Copies of a call's large tensors, as many as rotate past the L2 when a call touches `touched` bytes of them (all).
+
+    Exits if that takes more than `most_bytes`: what would then be measured is the L2.
+    """
     size = sum(t.nbytes for t in tensors)
-    return [[t.clone() for t in tensors] for _ in range(num_buffers(size))]
+    count = num_buffers(size if touched is None else touched)
+    if count * size > most_bytes:
+        raise SystemExit(f"{count} buffers of {size} bytes would be needed to pass the L2")
+    return [[t.clone() for t in tensors] for _ in range(count)]
 
 
 def parse_args(description: str, output: str) -> argparse.Namespace:

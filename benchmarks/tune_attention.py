@@ -64,7 +64,8 @@ def tune_decode(B: int) -> list[dict[str, object]]:
 
 def tune_append(B: int, length: int) -> list[dict[str, object]]:
     query, key, value, out = (randn(B, 1, H, D) for _ in range(4))
-    caches, position = clones([randn(B, H, 448, D) for _ in range(2)]), torch.tensor(length - 1, device="cuda")
+    caches = clones([randn(B, H, 448, D) for _ in range(2)], touched=2 * B * H * length * D * 2)
+    position = torch.tensor(length - 1, device="cuda")
     rows = []
     for keys, warps in CUTS:
         tiles = AppendTiles(keys, warps, 2)
