@@ -22,6 +22,7 @@ from whisper_triton.kernels import _dispatch
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64, 80, 96, 128)
 MAX_TOKENS = 16  # of a call that attends
+MARGIN = 4096  # canaries before and after a tensor: more elements than a tile of new tokens has
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAN_BITS = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0, torch.float32: 0x7FC00000, torch.float64: 0x7FF8 << 48}
 
@@ -110,7 +111,7 @@ def canaries(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 
 def _contiguous(a: int, b: int, c: int, d: int, **options) -> torch.Tensor:
-    return canaries(a * b * c * d + 128, **options)[64:-64].view(a, b, c, d)
+    return canaries(a * b * c * d + 2 * MARGIN, **options)[MARGIN:-MARGIN].view(a, b, c, d)
 
 
 def _swapped(a: int, b: int, c: int, d: int, **options) -> torch.Tensor:
@@ -195,8 +196,6 @@ def poisoned_allocations() -> Iterator[None]:
 class GuardedAllocations(TorchDispatchMode):
     """Every tensor allocated inside is the contiguous middle of a buffer of canaries, which must be whole at the end."""
 
-    MARGIN = 256
-
     def __init__(self) -> None:
         super().__init__()
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -205,16 +204,16 @@ class GuardedAllocations(TorchDispatchMode):
         tensor = func(*args, **kwargs or {})
         if func not in (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format) or not tensor.numel():
             return tensor
-        buffer = canaries(tensor.numel() + 2 * self.MARGIN, dtype=tensor.dtype, device=tensor.device)
+        buffer = canaries(tensor.numel() + 2 * MARGIN, dtype=tensor.dtype, device=tensor.device)
         self.buffers.append((buffer, storage(buffer)))
-        return buffer[self.MARGIN : -self.MARGIN].view(tensor.shape)
+        return buffer[MARGIN:-MARGIN].view(tensor.shape)
 
     def check(self) -> None:
         """All elements between the margins were written, and the margins were not."""
         assert self.buffers
         for buffer, before in self.buffers:
             margins = torch.ones_like(before, dtype=torch.bool)
-            margins[self.MARGIN : -self.MARGIN] = False
+            margins[MARGIN:-MARGIN] = False
             assert torch.equal(storage(buffer)[margins], before[margins])
             assert not (storage(buffer) == before)[~margins].any()
 
