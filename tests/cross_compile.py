@@ -1,0 +1,221 @@
+"""Builds the kernels for every GPU that they claim to run on, without a GPU, and prints what became of each as JSON.
+
+`test_cross_compile.py` runs this as a script, because nothing is compiled where `TRITON_INTERPRET=1` is set. The
+launchers are called as always, on CPU tensors, under a driver that names a target and launches nothing. So tiles,
+constants and what Triton itself makes of the arguments (equal to 1, divisible by 16) are those of a real launch.
+
+The tests build a selection. Every call for every target, after a change of tiles (some minutes):
+
+    TRITON_CACHE_DIR=/tmp/cross PYTHONPATH=. python tests/cross_compile.py all > builds.json
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from whisper_triton.kernels import _dispatch
+
+update, decode, append = (
+    importlib.import_module(f"whisper_triton.kernels.{name}")
+    for name in ("update_kv_cache", "decode_attention", "append_attention")
+)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (64, 32, 80, 96, 128)
+
+
+class Call(NamedTuple):
+    """A launch, and what the selection and the tests need to know of it."""
+
+    name: str
+    launch: Callable[[], object]
+    read_ahead: bool = False
+    is_heavy: bool = False  # holds the most in registers, of the calls of this dtype and head dim
+    is_odd: bool = False  # no stride and no address is a multiple of 16 bytes
+
+
+class CompileOnly:
+    """A driver of Triton's: `target` is the GPU at hand, and launching does nothing."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target]
+
+    def get_current_device(self) -> int:
+        return [*TARGETS].index(self.target)  # a kernel keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, src: object, metadata: object) -> Callable[..., None]:
+        return lambda *arguments: None
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": sys.maxsize}
+
+    def load_binary(self, *arguments: object) -> tuple[None, None, int, int, int]:
+        return None, None, 0, 0, sys.maxsize
+
+
+def attention_calls(dtype: torch.dtype, D: int) -> Iterator[Call]:
+    """Every tile that is chosen for few or many sequences, and arguments that Triton specialises: 1, odd strides."""
+    position, positions = torch.tensor(0), torch.zeros(64, dtype=torch.int32)
+
+    def states(B: int, T: int, H: int) -> torch.Tensor:
+        return torch.empty(B, T, 3, H, D, dtype=dtype)[:, :, 1]
+
+    def caches(B: int, H: int, S: int) -> list[torch.Tensor]:
+        # `empty` commits no memory: only addresses and strides are looked at.
+        return [torch.empty(B, H, S, D, dtype=dtype) for _ in range(2)]
+
+    def odd(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty(*tensor.shape[:-1], D + 3)[..., 1 : D + 1]
+
+    def call(op: str, sizes: str, launch: Callable[[], object], **kwargs: bool) -> Call:
+        ahead = " ahead" if kwargs.get("read_ahead") else ""
+        return Call(f"{op} {sizes} D={D} {str(dtype).removeprefix('torch.')}{ahead}", launch, **kwargs)
+
+    def decode_call(B: int, T: int, H: int, S: int, length: torch.Tensor | None = None, **kwargs: bool) -> Call:
+        tensors, ahead = (states(B, T, H), *caches(B, H, S)), kwargs.get("read_ahead", False)
+        launch = partial(decode._launch, *tensors, length, 1.0, length is not None, ahead)
+        return call("decode", f"{B=} {T=} {H=} {S=}", launch, **kwargs)
+
+    def append_call(B: int, T: int, H: int, S: int, place: torch.Tensor = position, **kwargs: bool) -> Call:
+        tensors, ahead = [states(B, T, H) for _ in range(3)] + caches(B, H, S), kwargs.get("read_ahead", False)
+        launch = partial(append._launch, *tensors, place, torch.empty(B, T, H, D, dtype=dtype), 1.0, ahead)
+        return call("append", f"{B=} {T=} {H=} {S=}", launch, **kwargs)
+
+    for T in (1, 4):
+        tiles_of = {}
+        for B in range(1, 65):
+            tiles = decode.choose_tiles(B, T, 20, 1500, D, dtype.itemsize)
+            tiles_of.setdefault((tiles.BLOCK_S, tiles.num_warps, tiles.NUM_SPLITS > 1), B)
+        heaviest = max(tiles_of, key=lambda tiles: tiles[0] / tiles[1])
+        for tiles, B in tiles_of.items():
+            yield decode_call(B, T, 20, 1500, read_ahead=B % 2 == 1, is_heavy=tiles == heaviest)
+        yield decode_call(1, T, 20, 448, position)
+        yield decode_call(1, T, 1, 1500, positions[0])
+        yield append_call(1, T, 20, 448, is_heavy=True)
+        yield append_call(1, T, 20, 448, read_ahead=True)
+        yield append_call(64, T, 20, 448, positions)
+        yield append_call(1, T, 1, 1)
+        tensors = [odd(tensor) for tensor in (*(states(3, T, 6) for _ in range(3)), *caches(3, 6, 447))]
+        out = torch.empty(3, T, 6, D, dtype=dtype)
+        launch = partial(append._launch, *tensors, positions[1:4], out, 1.0, False)
+        yield call("append", f"odd {T=}", launch, is_odd=True)
+        query, *odd_caches = (odd(tensor) for tensor in (states(3, T, 6), *caches(3, 6, 1499)))
+        launch = partial(decode._launch, query, *odd_caches, positions[1:4], 1.0, True, False)
+        yield call("decode", f"odd {T=}", launch, is_odd=True)
+    for B, T, H in ((1, 1, 20), (8, 4, 6), (1, 1500, 1)):
+        tensors = states(B, T, H), states(B, T, H), *caches(B, H, 1500)
+        yield call("update", f"{B=} {T=} {H=}", partial(update._launch, *tensors, positions[:B]))
+    tensors = [odd(tensor) for tensor in (states(3, 4, 6), states(3, 4, 6), *caches(3, 6, 447))]
+    yield call("update", "odd", partial(update._launch, *tensors, position), is_odd=True)
+
+
+def resources(files: dict[str, str], gpu: GPUTarget) -> dict[str, int]:
+    """Registers and spilled bytes a thread, from what the assembler wrote."""
+    by_kind = {Path(name).suffix: path for name, path in files.items()}
+    if gpu.backend == "hip":
+        text = Path(by_kind[".amdgcn"]).read_text()
+        numbers = {
+            name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        }
+        spilled = max(4 * numbers["vgpr_spill_count"], numbers["private_segment_fixed_size"])
+        return {"registers": numbers["vgpr_count"], "spilled": spilled}
+    usage = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "-res-usage", by_kind[".cubin"]], capture_output=True, text=True, check=True
+    ).stdout
+    numbers = {name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+    return {"registers": numbers["REG"], "spilled": numbers["STACK"] + numbers["LOCAL"]}
+
+
+def before_wait(files: dict[str, str]) -> list[str] | None:
+    """The global loads and stores above `griddepcontrol.wait`; None where nothing is waited for."""
+    ptx = next((Path(path).read_text() for path in files.values() if path.endswith(".ptx")), "")
+    start, wait, _ = ptx.partition("griddepcontrol.wait")
+    return re.findall(r"\b(?:ld\.global|st\.global|cp\.async\.c[ag])", start) if wait else None
+
+
+def build(task: tuple[str, int]) -> list[dict[str, object]]:
+    """All that the call with this number compiles for the target and no call of this process did before."""
+    target, number = task
+    gpu, call = TARGETS[target], CALLS[number]
+    driver.set_active(CompileOnly(target))
+    _dispatch.has_pdl = lambda device: gpu.backend == "cuda" and gpu.arch >= 90
+    built: list[dict[str, object]] = []
+
+    def record(*, src, metadata, metadata_group, times, cache_hit) -> None:
+        built.append(
+            {
+                "target": target,
+                "call": call.name,
+                "kernel": metadata["name"],
+                "read_ahead": call.read_ahead,
+                "is_odd": call.is_odd,
+                "num_warps": metadata["num_warps"],
+                "shared": metadata["shared"],
+                "before_wait": before_wait(metadata_group),
+                **resources(metadata_group, gpu),
+            }
+        )
+
+    knobs.compilation.listener = record
+    try:
+        call.launch()
+    except Exception:
+        built.append({"target": target, "call": call.name, "error": traceback.format_exc()})
+    return built
+
+
+CALLS = [call for D in HEAD_DIMS for dtype in DTYPES for call in attention_calls(dtype, D)]
+
+
+def selection() -> Iterator[tuple[str, int]]:
+    """All calls in fp16 with Whisper's head dim for every target, and of the rest the heavy ones, for two targets each."""
+    whisper = len(list(attention_calls(DTYPES[0], HEAD_DIMS[0])))
+    heavy = [number for number, call in enumerate(CALLS) if number >= whisper and call.is_heavy]
+    for i, target in enumerate(TARGETS):
+        for number in range(whisper):
+            yield target, number
+        for j, number in enumerate(heavy):
+            if (i + j) % len(TARGETS) < 2:
+                yield target, number
+
+
+def main() -> None:
+    everything = ((target, number) for target in TARGETS for number in range(len(CALLS)))
+    tasks = everything if sys.argv[1:] == ["all"] else selection()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        built = [record for records in pool.imap_unordered(build, tasks, chunksize=4) for record in records]
+    json.dump(built, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Every kernel builds for every GPU that it claims to run on, without a GPU at hand, and what the builds must keep to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="nothing is compiled without Triton")
+
+ROOT = Path(__file__).parents[1]
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+NVIDIA = TARGETS[:4]
+# Bytes of shared memory that a program can have: CUDA C++ Programming Guide, table of technical specifications per compute
+# capability (the most for a thread block); AMD Instinct MI300 ISA, local data share.
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+KERNELS = {"_update_kv_cache_kernel", "_decode_attention_kernel", "_merge_splits_kernel", "_append_attention_kernel"}
+
+Build = dict[str, object]
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> list[Build]:
+    """What tests/cross_compile.py reports. A process of its own, because the suite runs with the interpreter on."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    script = [sys.executable, str(ROOT / "tests" / "cross_compile.py")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def of(builds: list[Build], target: str) -> list[Build]:
+    """The builds for one GPU, of which there are some."""
+    found = [build for build in builds if build["target"] == target and "error" not in build]
+    assert found
+    return found
+
+
+@pytest.mark.timeout(600)  # the first of these tests waits for all builds
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_builds(builds: list[Build], target: str) -> None:
+    errors = [build["call"] + "\n" + build["error"] for build in builds if build["target"] == target and "error" in build]
+    assert not errors, "\n".join(errors)
+    assert {build["kernel"] for build in of(builds, target)} == KERNELS
+
+
+def spills(builds: list[Build], target: str, is_odd: bool) -> list[str]:
+    """One line for each build that holds a part of its state in memory."""
+    return [
+        f"{build['call']}: {build['kernel']} with {build['num_warps']} warps and {build['registers']} registers"
+        f" spills {build['spilled']} bytes"
+        for build in of(builds, target)
+        if build["is_odd"] == is_odd and build["spilled"]
+    ]
+
+
+SPILLS = pytest.mark.xfail(strict=True, reason="tiles of one query token that hold more than fits 255 registers")
+
+
+@pytest.mark.parametrize("target", [*(pytest.param(target, marks=SPILLS) for target in NVIDIA), "gfx942"])
+def test_nothing_spills(builds: list[Build], target: str) -> None:
+    found = spills(builds, target, is_odd=False)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("target", [*(pytest.param(target, marks=SPILLS) for target in NVIDIA), "gfx942"])
+def test_nothing_spills_at_odd_addresses_and_strides(builds: list[Build], target: str) -> None:
+    found = spills(builds, target, is_odd=True)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_suffices(builds: list[Build], target: str) -> None:
+    for build in of(builds, target):
+        assert build["shared"] <= SHARED[target], build
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_launches_overlap_where_the_gpu_can(builds: list[Build], target: str) -> None:
+    for build in of(builds, target):
+        assert (build["before_wait"] is not None) == (target in ("sm_90", "sm_100", "sm_120")), build
+
+
+@pytest.mark.parametrize("target", [target for target in NVIDIA if target != "sm_80"])
+def test_memory_is_touched_only_after_the_previous_kernels_end(builds: list[Build], target: str) -> None:
+    # A load that the compiler's pipeline pulls above the wait would read what the previous kernel has yet to write.
+    for build in of(builds, target):
+        if not build["read_ahead"]:
+            assert build["before_wait"] == [], build
+        assert not any(access.startswith("st") for access in build["before_wait"]), build
+    ahead = [build["before_wait"] for build in of(builds, target) if build["read_ahead"]]
+    assert any(ahead), "no kernel reads ahead although it may"
