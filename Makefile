@@ -20,7 +20,7 @@ PIP_INSTALL = -m pip install -qq --disable-pip-version-check
 PIP = $(VENV)/bin/python $(PIP_INSTALL)
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
-KERNEL_TESTS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py))
+KERNEL_TESTS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) tests/test_cross_compile.py
 
 .PHONY: help demo test test-oldest lint wheel clean
 
