@@ -129,7 +129,8 @@ def _append_attention_kernel(
         m_i = tl.full((BLOCK_T,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_T,), tl.float32)
         acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        visible = mask_t[None, :] & (offs_t[None, :] <= offs_t[:, None])
+        # A token before slot 0 is dropped, so none of those after it sees it either.
+        visible = (mask_t & (offs_s >= 0))[None, :] & (offs_t[None, :] <= offs_t[:, None])
         m_i, l_i, acc = attend_tile(q, k, v, visible, qk_scale, m_i, l_i, acc)
         limit = tl.zeros((BLOCK_T,), tl.int32) + end
         m_i, l_i, acc = attend_few(

@@ -470,3 +470,15 @@ def test_a_position_far_outside_writes_nothing(position: int, T: int, device: to
     append_attention(**call, scale=SCALE)
     for name, buffer in before.items():
         assert torch.equal(storage(call[name]), buffer), name
+
+
+def test_a_token_before_slot_0_is_dropped_for_those_after_it_too(device: torch.device) -> None:
+    call = arguments(SHAPE._replace(T=4), torch.float32, device)
+    inside = call | {name: call[name][:, 2:] for name in ("query", "key", "value")}
+    inside["cache_position"] = torch.tensor(0, device=device)
+    exact = {name: tensor.double() if tensor.is_floating_point() else tensor.clone() for name, tensor in inside.items()}
+    single = {name: tensor.clone() for name, tensor in inside.items()}
+    out = append_attention(**(call | {"cache_position": torch.tensor(-2, device=device)}), scale=SCALE)
+    assert_close_as_pytorch(
+        out[:, 2:], append_attention_reference(**exact, scale=SCALE), append_attention_reference(**single, scale=SCALE)
+    )
