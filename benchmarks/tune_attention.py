@@ -69,7 +69,7 @@ def tune_append(B: int, length: int) -> list[dict[str, object]]:
     rows = []
     for keys, warps in CUTS:
         tiles = AppendTiles(keys, warps, 2)
-        calls = [lambda c=c, t=tiles: launch_append(query, key, value, *c, position, out, 1.0, t) for c in caches]
+        calls = [lambda c=c, t=tiles: launch_append(query, key, value, *c, position, out, 1.0, True, t) for c in caches]
         rows.append({"op": "append_attention", "B": B, "length": length, "tiles": list(tiles), "us": measure(calls, 12)[0]})
     best(rows)
     return rows

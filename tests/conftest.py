@@ -19,6 +19,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The tensors are small: a second thread brings nothing, and where the cores are busy it costs seventyfold.
 torch.set_num_threads(1)
+# The yardstick is stock in fp32: cuDNN's convolutions, the encoder's first layers, would round to tf32.
+torch.backends.cudnn.allow_tf32 = False
 # The interpreter takes seconds for some examples; and the same examples each time, so that a run can be repeated.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")

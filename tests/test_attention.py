@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import WhisperForCausalLM, WhisperForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
@@ -131,7 +132,8 @@ def fallbacks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture)
 def deterministic() -> Iterator[None]:
     """On a GPU, the backward passes of some PyTorch ops differ from run to run unless asked not to."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
+    with sdpa_kernel(SDPBackend.MATH):  # the backward pass of the others adds in any order, with a warning only
+        yield
     torch.use_deterministic_algorithms(False)
 
 
@@ -389,7 +391,10 @@ class TestTraining:
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert trained | {"loss"} == wanted.keys()
         for name, gradient in wanted.items():
-            assert gradient.any(), name
+            # The weight of a single key is 1 whatever it is.
+            assert gradient.any() or (
+                len(kwargs.get("labels", self.LABELS)[0]) == 1 and "decoder" in name and "self_attn.k_proj" in name
+            )
             assert torch.equal(found[name], gradient), name
 
     @pytest.mark.parametrize("plug_in", [accelerate, by_name])
