@@ -164,27 +164,35 @@ class TestInductor:
     """The usual example, as in the documentation of transformers, with our attention."""
 
     @pytest.fixture(params=["accelerated", "by name"])
-    def compiled(self, request: pytest.FixtureRequest, device: torch.device) -> WhisperForConditionalGeneration:
+    def generate(self, request: pytest.FixtureRequest, device: torch.device) -> Callable[[torch.Tensor], list[list[int]]]:
+        """`generate` of a model whose forward pass is compiled."""
         model = {"accelerated": accelerate, "by name": by_name}[request.param](tiny_whisper(device, seed=3))
-        model.generation_config.cache_implementation = "static"
         model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-        return model
+        if request.param == "accelerated":
+            kwargs = {"cache_implementation": "static"}
+        else:
+            # Stock's static cache allocates itself in the compiled pass: with torch 2.11 that crashes, stock's attention too.
+            kwargs = {"past_key_values": build_static_cache(model, 2)}
 
-    def test_tokens_are_those_of_stock_without_compilation(
-        self, compiled: WhisperForConditionalGeneration, device: torch.device
-    ) -> None:
+        def run(features: torch.Tensor) -> list[list[int]]:
+            if "past_key_values" in kwargs:
+                kwargs["past_key_values"].reset()
+            return model.generate(features, max_new_tokens=20, **kwargs).tolist()
+
+        return run
+
+    def test_tokens_are_those_of_stock_without_compilation(self, generate: Callable, device: torch.device) -> None:
         stock = tiny_whisper(device, seed=3)
         for seed in (1, 2, 3):  # warm-up, recording of the CUDA graphs, replay
             features = mel(2, device, seed=seed)
-            wanted = stock.generate(features, max_new_tokens=20)
-            assert compiled.generate(features, max_new_tokens=20).tolist() == wanted.tolist()
+            assert generate(features) == stock.generate(features, max_new_tokens=20).tolist()
 
-    def test_later_calls_compile_nothing(self, compiled: WhisperForConditionalGeneration, device: torch.device) -> None:
-        compiled.generate(mel(2, device), max_new_tokens=20)
+    def test_later_calls_compile_nothing(self, generate: Callable, device: torch.device) -> None:
+        generate(mel(2, device))
         graphs = counters["stats"]["unique_graphs"]
         assert graphs >= 2
         for seed in (2, 3):
-            compiled.generate(mel(2, device, seed=seed), max_new_tokens=20)
+            generate(mel(2, device, seed=seed))
         assert counters["stats"]["unique_graphs"] == graphs
         assert not counters["graph_break"]
 
