@@ -51,6 +51,7 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRET",
     "backend",
+    "capability",
     "gdc_launch_dependents",
     "gdc_wait",
     "has_pdl",
@@ -76,17 +77,22 @@ def backend(device: torch.device | str) -> Backend:
     return "triton" if kind == "cuda" else "reference"
 
 
-_PDL: dict[int, bool] = {}
+_CAPABILITIES: dict[int, tuple[int, int]] = {}
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of `device`; (0, 0) for what is not NVIDIA's, and in the interpreter."""
+    if device.type != "cuda" or INTERPRET or torch.version.hip is not None:
+        return (0, 0)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _CAPABILITIES:
+        _CAPABILITIES[index] = torch.cuda.get_device_capability(index)
+    return _CAPABILITIES[index]
 
 
 def has_pdl(device: torch.device) -> bool:
     """Whether programmatic dependent launch exists on `device`: NVIDIA, compute capability 9.0 and later."""
-    if device.type != "cuda" or INTERPRET or torch.version.hip is not None:
-        return False
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index not in _PDL:
-        _PDL[index] = torch.cuda.get_device_capability(index) >= (9, 0)
-    return _PDL[index]
+    return capability(device) >= (9, 0)
 
 
 def pdl_options(device: torch.device) -> dict[str, bool]:

@@ -16,7 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from ._attend import attend_few, attend_one, attend_tile, load_keys_values, merge_rows, normalise
+from ._attend import (
+    attend_few,
+    attend_one,
+    attend_tile,
+    fit_registers,
+    load_keys_values,
+    merge_rows,
+    normalise,
+)
 from ._checks import check_attention, check_caches, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 from .decode_attention import LOG2E, attend_reference
@@ -208,10 +216,9 @@ def _launch(
         READ_AHEAD=read_ahead,
         HEAD_DIM=D,
         BLOCK_T=1 if T == 1 else 16,
-        BLOCK_S=tiles.BLOCK_S,
         BLOCK_D=triton.next_power_of_2(D),
-        num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **fit_registers(tiles.BLOCK_S, tiles.num_warps, query, key_cache, value_cache),
         **pdl_options(query.device),
     )
 

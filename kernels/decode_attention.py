@@ -19,7 +19,14 @@ from typing import NamedTuple
 
 import torch
 
-from ._attend import attend_few, attend_one, load_keys_values, merge_rows, normalise
+from ._attend import (
+    attend_few,
+    attend_one,
+    fit_registers,
+    load_keys_values,
+    merge_rows,
+    normalise,
+)
 from ._checks import check_attention, check_caches, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
@@ -203,7 +210,7 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# One query token, fp16, D = 64, 1500 keys: measured by benchmarks/tune_attention.py on one H100 80GB HBM3, 2026-11-22.
+# One query token, fp16, D = 64, 1500 keys: measured by benchmarks/tune_attention.py on one H100 80GB HBM3, 2026-11-23.
 # Up to so many heads in the batch (B * H): keys a tile, programs in all (0: one a head), warps a program.
 MEASURED_TILES = (
     (30, 128, 240, 4),
@@ -212,7 +219,7 @@ MEASURED_TILES = (
     (140, 32, 720, 2),
     (180, 32, 960, 1),
     (264, 128, 0, 4),
-    (300, 32, 1400, 2),
+    (300, 16, 1680, 2),
     (360, 32, 1920, 1),
     (520, 64, 0, 4),
     (600, 32, 2240, 2),
@@ -230,10 +237,10 @@ def choose_tiles(B: int, T: int, H: int, S: int, D: int, itemsize: int) -> Tiles
     registers.
     """
     BLOCK_S, programs, num_warps = next((tiles for heads, *tiles in MEASURED_TILES if heads >= B * H), MANY_HEADS)
+    if S <= 512:  # a self cache: too few keys to be worth the second launch that joins the splits
+        BLOCK_S, programs, num_warps = 128, 0, 4
     if T > 1:
         BLOCK_S, num_warps = 32, 4
-    elif S <= 512:  # a self cache: too few keys to be worth the second launch that joins the splits
-        BLOCK_S, programs, num_warps = 128, 0, 4
     BLOCK_S = max(16, BLOCK_S * 128 // (triton.next_power_of_2(D) * itemsize))
     splits = max(1, min(programs // (B * H), S // 64, triton.cdiv(S, BLOCK_S)))
     return Tiles(BLOCK_S, splits, num_warps, num_stages=2)
@@ -339,10 +346,9 @@ def _launch_splits(
         READ_AHEAD=read_ahead,
         HEAD_DIM=D,
         BLOCK_T=1 if T == 1 else 16,
-        BLOCK_S=tiles.BLOCK_S,
         BLOCK_D=triton.next_power_of_2(D),
-        num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **fit_registers(tiles.BLOCK_S, tiles.num_warps, query, key_cache, value_cache),
         **pdl_options(query.device),
     )
 

@@ -28,11 +28,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from whisper_triton.kernels import _dispatch
+from whisper_triton.kernels import _attend, _dispatch
 
-update, decode, append = (
+update, decode, append, linear, embed = (
     importlib.import_module(f"whisper_triton.kernels.{name}")
-    for name in ("update_kv_cache", "decode_attention", "append_attention")
+    for name in ("update_kv_cache", "decode_attention", "append_attention", "skinny_linear", "embed_tokens")
 )
 
 TARGETS = {
@@ -138,6 +138,39 @@ def attention_calls(dtype: torch.dtype, D: int) -> Iterator[Call]:
     yield call("update", "odd", partial(update._launch, *tensors, position), is_odd=True)
 
 
+def linear_calls(B: int = 1) -> Iterator[Call]:
+    """The embedding and the linear layers of a decode step, as whisper_triton/fused.py launches them for large-v3 in fp16.
+
+    One row: the tiles for more were chosen for the registers and the shared memory of compute capability 9.0.
+    """
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.float16)
+
+    def linear_call(link: str, x: object, N: int, K: int, parts: int = 1, bias: bool = True, **around: object) -> Call:
+        weights = tuple(tensor(N, K) for _ in range(parts))
+        launch = partial(linear.skinny_linear, x, weights, (tensor(N) if bias else None,) * parts, **around)
+        return Call(f"linear {link} {B=}", launch, read_ahead=True)  # of the weights, which no kernel writes
+
+    norm = linear.LayerNorm(tensor(1280), tensor(1280), 1e-5)
+    x, residual = tensor(B, 1280), tensor(B, 1280)
+    yield linear_call("q/k/v", x, 1280, 1280, parts=3, layer_norm=norm, scale=0.125)
+    yield linear_call("out", x, 1280, 1280, residual=residual)
+    yield linear_call("cross query", x, 1280, 1280, layer_norm=norm, scale=0.125)
+    yield linear_call("fc1", x, 5120, 1280, layer_norm=norm, gelu=True)
+    yield linear_call("fc2", tensor(B, 5120), 1280, 5120, residual=residual)
+    yield linear_call("logits", x, 51866, 1280, bias=False, layer_norm=norm)
+    ids = torch.zeros(B, 1, dtype=torch.int64)
+    yield Call(f"embed {B=}", partial(embed.embed_tokens, ids, tensor(51866, 1280), tensor(448, 1280), torch.tensor(0)))
+    query, caches = tensor(B, 1, 20, 64), (tensor(B, 20, 1500, 64), tensor(B, 20, 1500, 64))
+
+    def joined() -> None:
+        splits = decode.decode_attention_splits(query, *caches, decode.Tiles(64, 8, 4, 2), scale=1.0)
+        linear_call("cross out", splits, 1280, 1280, residual=tensor(1, 1280)).launch()
+
+    yield Call("linear cross out, splits joined B=1", joined, read_ahead=True)
+
+
 def resources(files: dict[str, str], gpu: GPUTarget) -> dict[str, int]:
     """Registers and spilled bytes a thread, from what the assembler wrote."""
     by_kind = {Path(name).suffix: path for name, path in files.items()}
@@ -168,7 +201,9 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
     target, number = task
     gpu, call = TARGETS[target], CALLS[number]
     driver.set_active(CompileOnly(target))
-    _dispatch.has_pdl = lambda device: gpu.backend == "cuda" and gpu.arch >= 90
+    capability = divmod(gpu.arch, 10) if gpu.backend == "cuda" else (0, 0)
+    for module in (_dispatch, _attend):
+        module.capability = lambda device: capability
     built: list[dict[str, object]] = []
 
     def record(*, src, metadata, metadata_group, times, cache_hit) -> None:
@@ -194,12 +229,12 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
     return built
 
 
-CALLS = [call for D in HEAD_DIMS for dtype in DTYPES for call in attention_calls(dtype, D)]
+CALLS = [*linear_calls(), *(call for D in HEAD_DIMS for dtype in DTYPES for call in attention_calls(dtype, D))]
 
 
 def selection() -> Iterator[tuple[str, int]]:
-    """All calls in fp16 with Whisper's head dim for every target, and of the rest the heavy ones, for two targets each."""
-    whisper = len(list(attention_calls(DTYPES[0], HEAD_DIMS[0])))
+    """All linear layers and all calls in fp16 with Whisper's head dim for every target, the heavy ones of the rest for two."""
+    whisper = len([*linear_calls(), *attention_calls(DTYPES[0], HEAD_DIMS[0])])
     heavy = [number for number, call in enumerate(CALLS) if number >= whisper and call.is_heavy]
     for i, target in enumerate(TARGETS):
         for number in range(whisper):

@@ -40,7 +40,7 @@ from attention_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whisper_triton.kernels import decode_attention, decode_attention_reference
+from whisper_triton.kernels import _attend, decode_attention, decode_attention_reference
 
 # Not `from whisper_triton.kernels import decode_attention`, which is the function.
 module = importlib.import_module("whisper_triton.kernels.decode_attention")
@@ -282,7 +282,22 @@ def test_tiles_are_powers_of_two_and_every_split_can_have_keys(D: int, itemsize:
 def test_one_sequence_is_split_and_a_large_batch_or_a_self_cache_is_not() -> None:
     assert module.choose_tiles(1, 1, 20, 1500, 64, 2).NUM_SPLITS > 1
     assert module.choose_tiles(64, 1, 20, 1500, 64, 2).NUM_SPLITS == 1
-    assert module.choose_tiles(1, 1, 20, 448, 64, 2).NUM_SPLITS == 1
+    for T in (1, 2, 16):
+        assert module.choose_tiles(1, T, 20, 448, 64, 2).NUM_SPLITS == 1
+
+
+def test_a_tile_of_one_query_fits_the_registers_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def elements(dtype: torch.dtype, D: int, T: int = 1, odd: int = 0) -> int:
+        query, cache = torch.empty(1, T, 2, D, dtype=dtype), torch.empty(1, 2, 40, D + odd, dtype=dtype)[..., :D]
+        tile = _attend.fit_registers(128, 4, query, cache, cache)
+        return tile["BLOCK_S"] * D // (32 * tile["num_warps"])
+
+    for capability in ((0, 0), (8, 0), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(_attend, "capability", lambda device, found=capability: found)
+        assert elements(torch.float16, 64) == (32 if capability == (10, 0) else 64)
+        assert elements(torch.bfloat16, 64) == elements(torch.float32, 128) == elements(torch.float16, 128) == 32
+        assert elements(torch.float16, 64, odd=1) == elements(torch.float32, 128, odd=1) == 16
+        assert elements(torch.bfloat16, 64, T=2) == 64  # a tile for tensor cores is the launcher's choice alone
 
 
 # --- what must not matter

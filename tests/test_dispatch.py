@@ -86,7 +86,7 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]
     """GPUs by index, as their compute capabilities; the test fills the list in. None was seen before."""
     gpus: list[tuple[int, int]] = []
     pretend(monkeypatch)
-    monkeypatch.setattr(_dispatch, "_PDL", {})
+    monkeypatch.setattr(_dispatch, "_CAPABILITIES", {})
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: len(gpus) - 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index])

@@ -36,11 +36,19 @@ def _norm(module: nn.LayerNorm) -> LayerNorm:
     return LayerNorm(module.weight, module.bias, module.eps)
 
 
+# Bytes of shared memory that the tiles for several rows take: more than an RTX card gives a program.
+_SHARED_MEMORY = 128 << 10
+
+
 def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
-    """Whether the fused chain covers `model` at `batch_size`: widths, dtype, activation, up to 16 rows (fp32: one)."""
+    """Whether the fused chain covers `model` at `batch_size`: widths, dtype, activation, up to 16 rows (fp32: one).
+
+    Several rows need a GPU with 128 KB of shared memory a program: compute capability 8.0, 9.0, 10.0.
+    """
     config = model.config
     return (
         batch_size <= MAX_ROWS
+        and (batch_size == 1 or model.device.type != "cuda" or _shared_memory(model.device) >= _SHARED_MEMORY)
         and (model.dtype in DTYPES if batch_size == 1 else model.dtype in (torch.float16, torch.bfloat16))
         and config.d_model // config.decoder_attention_heads in HEAD_DIMS
         and config.activation_function == "gelu"
@@ -51,6 +59,11 @@ def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
             for p in (*model.model.decoder.parameters(), model.proj_out.weight)
         )
     )
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have on `device`, a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def split_tiles(num_heads: int) -> Tiles:
