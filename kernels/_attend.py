@@ -49,7 +49,16 @@ def safe_max(m):
 
 
 @triton.jit
-def load_tile(ptr, stride_s, start, end, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tile(
+    ptr,
+    stride_s,
+    start,
+    end,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_STREAMED: tl.constexpr,  # not read again soon: leave the L2 to what is
+):
     """Rows start .. start + BLOCK_S - 1 of a (S, D) slice; 0 from row `end` on, so an unused slot's content never counts."""
     offs_s = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
@@ -58,7 +67,8 @@ def load_tile(ptr, stride_s, start, end, HEAD_DIM: tl.constexpr, BLOCK_S: tl.con
         mask = mask & (offs_d < HEAD_DIM)[None, :]
     # 64 bits for where the tile begins, 32 within it: wide offsets a row would cost the registers that hold the data.
     ptr += tl.cast(start, tl.int64) * stride_s
-    return tl.load(ptr + (offs_s * stride_s)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    ptrs = ptr + (offs_s * stride_s)[:, None] + offs_d[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_first" if IS_STREAMED else "")
 
 
 @triton.jit
@@ -72,10 +82,11 @@ def load_keys_values(
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_STREAMED: tl.constexpr,
 ):
     """The tile of keys and of values that begins at `start`: (BLOCK_S, BLOCK_D) each."""
-    k = load_tile(key_ptr, stride_k_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D)
-    v = load_tile(value_ptr, stride_v_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D)
+    k = load_tile(key_ptr, stride_k_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED)
+    v = load_tile(value_ptr, stride_v_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED)
     return k, v
 
 
@@ -96,12 +107,13 @@ def attend_one(
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_STREAMED: tl.constexpr,
 ):
     for i_s in range(start, end, BLOCK_S):
         # The next tile is on its way while this one is computed: Triton pipelines only loops around `tl.dot`.
         k, v = k_next.to(tl.float32), v_next.to(tl.float32)
         k_next, v_next = load_keys_values(
-            key_ptr, value_ptr, stride_k_s, stride_v_s, i_s + BLOCK_S, end, HEAD_DIM, BLOCK_S, BLOCK_D
+            key_ptr, value_ptr, stride_k_s, stride_v_s, i_s + BLOCK_S, end, HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED
         )
         score = tl.where(i_s + tl.arange(0, BLOCK_S) < end, tl.sum(q[None, :] * k, axis=1), float("-inf"))
         m_new = tl.maximum(m_i, score)
@@ -138,9 +150,10 @@ def attend_few(
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    IS_STREAMED: tl.constexpr,
 ):
     for i_s in range(start, end, BLOCK_S):
-        k, v = load_keys_values(key_ptr, value_ptr, stride_k_s, stride_v_s, i_s, end, HEAD_DIM, BLOCK_S, BLOCK_D)
+        k, v = load_keys_values(key_ptr, value_ptr, stride_k_s, stride_v_s, i_s, end, HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED)
         offs_s = i_s + tl.arange(0, BLOCK_S)
         visible = (offs_s < end)[None, :] & (offs_s[None, :] < limit[:, None])
         m_i, l_i, acc = attend_tile(q, k, v, visible, qk_scale, m_i, l_i, acc)

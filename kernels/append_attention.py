@@ -100,7 +100,7 @@ def _append_attention_kernel(
     value_cache_ptr += i_b * stride_vc_b + i_h * stride_vc_h
     if BLOCK_T == 1:
         k_next, v_next = load_keys_values(
-            key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, HEAD_DIM, BLOCK_S, BLOCK_D
+            key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED=False
         )
         if READ_AHEAD:
             pdl_handover(USE_PDL)
@@ -117,7 +117,7 @@ def _append_attention_kernel(
         acc = tl.where(is_first[:, None], v.to(tl.float32)[None, :], 0.0)
         m_i, l_i, acc = attend_one(
             q, k_next, v_next, key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, m_i, l_i, acc,
-            HEAD_DIM, BLOCK_S, BLOCK_D,
+            HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED=False,
         )  # fmt: skip
         _, l, o = merge_rows(m_i, l_i, acc)
         tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
@@ -143,7 +143,7 @@ def _append_attention_kernel(
         limit = tl.zeros((BLOCK_T,), tl.int32) + end
         m_i, l_i, acc = attend_few(
             q, limit, qk_scale, key_cache_ptr, value_cache_ptr, stride_kc_s, stride_vc_s, 0, end, m_i, l_i, acc,
-            HEAD_DIM, BLOCK_S, BLOCK_D,
+            HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED=False,
         )  # fmt: skip
         out_row = (i_b * T + offs_t[:, None]) * H + i_h
         out = normalise(l_i[:, None], acc).to(out_ptr.dtype.element_ty)

@@ -124,7 +124,9 @@ def _decode_attention_kernel(
     value_ptr = value_cache_ptr + i_b * stride_vc_b + i_h * stride_vc_h
     row = (i_b * H + i_h) * T  # of the partial results
     if BLOCK_T == 1:
-        k, v = load_keys_values(key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D)
+        k, v = load_keys_values(
+            key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED=True
+        )
         if READ_AHEAD:
             pdl_handover(USE_PDL)
         q = tl.load(query_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * qk_scale
@@ -133,7 +135,7 @@ def _decode_attention_kernel(
         acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
         m_i, l_i, acc = attend_one(
             q, k, v, key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, m_i, l_i, acc,
-            HEAD_DIM, BLOCK_S, BLOCK_D,
+            HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED=True,
         )  # fmt: skip
         m, l, o = merge_rows(m_i, l_i, acc)
         if not IS_SPLIT:
@@ -156,7 +158,7 @@ def _decode_attention_kernel(
         acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         m_i, l_i, acc = attend_few(
             q, limit, qk_scale, key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, m_i, l_i, acc,
-            HEAD_DIM, BLOCK_S, BLOCK_D,
+            HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED=True,
         )  # fmt: skip
         mask_t = offs_t < T
         if not IS_SPLIT:
@@ -219,7 +221,7 @@ MEASURED_TILES = (
     (140, 32, 720, 2),
     (180, 32, 960, 1),
     (264, 128, 0, 4),
-    (300, 16, 1680, 2),
+    (300, 32, 1400, 2),
     (360, 32, 1920, 1),
     (520, 64, 0, 4),
     (600, 32, 2240, 2),
