@@ -1,18 +1,21 @@
 """Which tiles suit the links of a decoder step on this GPU, each judged by the time of the whole step.
 
-    python benchmarks/tune_step.py --model large-v3 --batch 1
+    python benchmarks/tune_step.py --model large-v3 --batch 1,2,4,8,16,32
 
 A link timed alone says little: what counts is how it overlaps with its neighbours. So this takes one link after the other,
-tries its candidates in the captured step, and keeps the best before it goes on. `choose_tiles` in kernels/skinny_linear.py
-and `split_tiles` in whisper_triton/fused.py are set from its output.
+tries its candidates in the captured step, and keeps the best before it goes on. The tables of `choose_tiles` in
+kernels/skinny_linear.py, decode_attention.py and append_attention.py are set from its output.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,76 +23,131 @@ from decoder_step import POSITION
 from generate import SHAPES, build_model
 from harness import time_graph, write_rows
 from transformers import WhisperForConditionalGeneration
+from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.decode_attention import Tiles as AttentionTiles
-from whisper_triton.kernels.skinny_linear import Tiles
+from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear
 
 import whisper_triton
-from whisper_triton import fused
 from whisper_triton.decoder import DecoderStep
 
 append = sys.modules["whisper_triton.kernels.append_attention"]
 decode = sys.modules["whisper_triton.kernels.decode_attention"]
 skinny = sys.modules["whisper_triton.kernels.skinny_linear"]
 
-chosen: dict[tuple[object, ...], object] = {}
+Link = tuple[object, ...]
+chosen: dict[Link, object] = {}
 
 
-def overridable(module: object, name: str, key: Callable[..., tuple[object, ...]]) -> None:
-    """Makes a module's choice of tiles ask `chosen` first, by the link that `key` makes of its arguments."""
-    stock = getattr(module, name)
-    setattr(module, name, lambda *args: chosen.setdefault(key(*args), stock(*args)))
+def overridable(module: object, key: Callable[..., Link]) -> None:
+    """Makes a module's `choose_tiles` ask `chosen` first, by the link that `key` makes of its arguments."""
+    stock = module.choose_tiles
+
+    def choose(*args: object) -> object:
+        return chosen.setdefault(key(*args), stock(*args))
+
+    module.choose_tiles = choose
 
 
 def step_ms(model: WhisperForConditionalGeneration, B: int) -> float:
     step = DecoderStep(model, B, model.config.max_source_positions)
     step.cache.is_updated.update(dict.fromkeys(step.cache.is_updated, True))
     step(model, torch.full((B, 1), 1000, device="cuda"))
-    step.cache.get_seq_length().fill_(POSITION - 16)
+    step.cache.get_seq_length().fill_(POSITION - 10)
     return time_graph(step.graph, 1, replays=20)[0] / 1000
 
 
-def candidates(link: tuple[object, ...], B: int) -> list[object]:
+def linear_candidates(B: int, N: int, K: int, has_norm: bool) -> list[Tiles]:
+    tiles = []
+    if B <= 8:  # rows of weights a warp, warps a program
+        cuts = ((1, 2, 4), (2, 4, 8)) if K <= 2048 else ((1, 2), (1, 2, 4, 8))
+        cuts = ((2, 4), (4, 8, 16)) if N > 16384 else cuts
+        tiles += [Tiles(rows * warps, 1, warps) for rows, warps in itertools.product(*cuts)]
+    if B > 1:
+        splits = (1, 2, 4, 5) if K > 2048 and not has_norm else (1,)
+        tiles += [Tiles(n, k, w, True) for n, k, w in itertools.product((16, 32, 64), splits, (4, 8))]
+    return tiles
+
+
+def candidates(link: Link, B: int) -> list[object]:
     if link[0] == "append":
-        return [append.Tiles(keys, warps, 2) for keys, warps in ((128, 4), (64, 4), (64, 2), (32, 2), (32, 1), (128, 8))]
+        return [AppendTiles(keys, warps, 2) for keys, warps in ((128, 4), (64, 4), (64, 2), (32, 2), (32, 1), (128, 8))]
     if link[0] == "cross":
-        cuts = ((256, 6, 8), (128, 6, 8), (128, 12, 4), (128, 6, 4), (64, 12, 2), (64, 12, 4), (64, 8, 4), (32, 12, 2))
+        cuts = [(256, 6, 8), (128, 12, 4), (128, 12, 8), (64, 24, 4), (64, 24, 2), (64, 8, 4), (128, 6, 8), (128, 4, 8), (64, 6, 4)]
         if B > 1:
-            cuts += ((32, 6, 1), (32, 4, 2), (128, 1, 4), (128, 2, 4), (64, 2, 2), (64, 3, 2), (64, 1, 4))
+            cuts += [(32, 6, 1), (64, 6, 2), (32, 4, 2), (128, 1, 4), (128, 2, 4), (128, 3, 4), (64, 3, 2), (64, 1, 4), (64, 2, 2)]
         return [AttentionTiles(keys, splits, warps, 2) for keys, splits, warps in cuts]
-    if B == 1:
-        rows = (16, 32, 64) if link[1] > 16384 else (4, 8, 16)
-        return [Tiles(n, 1, warps) for n, warps in itertools.product(rows, (2, 4, 8))]
-    splits = (2, 4, 5, 10) if link[2] > 2048 else (1,)
-    return [Tiles(n, k, warps) for n, k, warps in itertools.product((16, 32, 64), splits, (4, 8))]
+    return linear_candidates(B, *link[1:3], link[4])
+
+
+def compile_linear(task: tuple[int, Link, Tiles]) -> None:
+    """Compiles what `task` launches, as whisper_triton/fused.py would: Triton keeps it on the disk."""
+    B, (_, N, K, parts, has_norm), tiles = task
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.float16, device="cuda")
+
+    is_head = N > 16384
+    biases = (None,) if is_head else (empty(N), None, empty(N)) if parts == 3 else (empty(N),)
+    with suppress(Exception):  # the measurement meets it again
+        skinny_linear(
+            empty(B, K),
+            tuple(empty(N, K) for _ in range(parts)),
+            biases,
+            layer_norm=LayerNorm(empty(K), empty(K), 1e-5) if has_norm else None,
+            scale=0.125 if has_norm and N == K else 1.0,
+            gelu=has_norm and N == 4 * K,
+            residual=None if has_norm else empty(B, N),
+            tiles=tiles,
+        )
+
+
+def tune(model: WhisperForConditionalGeneration, name: str, B: int) -> list[dict[str, object]]:
+    chosen.clear()
+    best, rows = step_ms(model, B), []
+    print(f"{name} batch {B}: {best:.4f} ms at the start", flush=True)
+    for link in list(chosen):
+        kept, seen = chosen[link], []
+        for tiles in candidates(link, B):
+            chosen[link] = tiles
+            try:
+                ms = step_ms(model, B)
+            except Exception as error:  # a tile that does not fit is not a candidate
+                print(f"  {link} {tuple(tiles)}: {type(error).__name__}", flush=True)
+                continue
+            seen.append((ms, tuple(tiles)))
+            rows.append({"model": name, "B": B, "link": list(link), "tiles": list(tiles), "step_ms": ms})
+            if ms < 0.998 * best:
+                best, kept = ms, tiles
+        chosen[link] = kept
+        nearest = ", ".join(f"{ms:.4f} {tiles}" for ms, tiles in sorted(seen)[:4])
+        print(f"  {best:.4f} ms with {link} as {tuple(kept)}; {nearest}", flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="large-v3", choices=SHAPES)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
+    parser.add_argument("--batch", default="1", help="batch sizes, separated by commas")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "tune_step.jsonl")
     args = parser.parse_args()
-    overridable(skinny, "choose_tiles", lambda B, *rest: ("linear", *rest))
-    overridable(append, "choose_tiles", lambda *args: ("append",))
-    overridable(fused, "split_tiles", lambda heads: ("cross",))
-    overridable(decode, "choose_tiles", lambda *args: ("cross",))
-    model = whisper_triton.accelerate(build_model(args.model))
-    best, rows = step_ms(model, args.batch), []
-    print(f"{best:.4f} ms at the start", flush=True)
-    for link in list(chosen):
-        kept = chosen[link]
-        for tiles in candidates(link, args.batch):
-            chosen[link] = tiles
-            try:
-                ms = step_ms(model, args.batch)
-            except Exception as error:  # a tile that does not fit is not a candidate
-                print(f"  {link} {tuple(tiles)}: {type(error).__name__}", flush=True)
-                continue
-            rows.append({"model": args.model, "B": args.batch, "link": list(link), "tiles": list(tiles), "step_ms": ms})
-            if ms < 0.998 * best:
-                best, kept = ms, tiles
-        chosen[link] = kept
-        print(f"{best:.4f} ms with {link} as {tuple(kept)}", flush=True)
+    batches = [int(B) for B in args.batch.split(",")]
+    tasks = []
+    for name in args.model.split(","):
+        C, vocabulary = SHAPES[name][0], SHAPES[name][5]
+        links = [(C, C, 3, True), (C, C, 1, False), (C, C, 1, True), (4 * C, C, 1, True), (C, 4 * C, 1, False)]
+        for B, link in itertools.product(batches, [*links, (vocabulary, C, 1, True)]):
+            tasks += [(B, ("linear", *link), tiles) for tiles in linear_candidates(B, link[0], link[1], link[3])]
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count())) as pool:
+        pool.map(compile_linear, tasks, chunksize=4)
+    overridable(skinny, lambda B, *rest: ("linear", *rest))
+    overridable(append, lambda *args: ("append",))
+    overridable(decode, lambda *args: ("cross",))
+    rows = []
+    for name in args.model.split(","):
+        model = whisper_triton.accelerate(build_model(name))
+        for B in batches:
+            rows += tune(model, name, B)
+        del model
     write_rows(args.output, rows)
 
 

@@ -61,3 +61,12 @@ def check_positions(name: str, positions: torch.Tensor, batch_size: int, device:
         raise ValueError(f"{name} must be 0-dim or ({batch_size},), got shape {tuple(positions.shape)}")
     if positions.device != device:
         raise ValueError(f"{name} must be on {device}, got {positions.device}")
+
+
+def check_counters(counters: torch.Tensor, count: int, device: torch.device) -> None:
+    """Dense int32 on `device`, at least `count` of them."""
+    if counters.dtype != torch.int32 or counters.device != device or not counters.is_contiguous() or counters.numel() < count:
+        raise ValueError(
+            f"counters must be at least {count} contiguous int32 on {device}, got {counters.dtype} "
+            f"{tuple(counters.shape)} on {counters.device}"
+        )

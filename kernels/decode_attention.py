@@ -26,8 +26,9 @@ from ._attend import (
     load_keys_values,
     merge_rows,
     normalise,
+    safe_max,
 )
-from ._checks import check_attention, check_caches, check_positions, check_states
+from ._checks import check_attention, check_caches, check_counters, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 LOG2E = 1.4426950408889634
@@ -42,6 +43,7 @@ def decode_attention_reference(
     scale: float,
     is_causal: bool = True,
     read_ahead: bool = False,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `decode_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
     B, T, _, _ = query.shape
@@ -71,6 +73,31 @@ def attend_reference(
 
 
 @triton.jit
+def join_splits(
+    partial_ptr,
+    max_ptr,
+    sum_ptr,
+    row,
+    num_splits,
+    BLOCK_SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One query's result (BLOCK_D,) from the partial ones, in a fixed order."""
+    offs_i = tl.arange(0, BLOCK_SPLITS)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_i = offs_i < num_splits
+    mask = mask_i[:, None] & (offs_d < HEAD_DIM)[None, :]
+    row = row * num_splits + offs_i
+    # From the L2: other programs have just written them.
+    m_i = tl.load(max_ptr + row, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
+    l_i = tl.load(sum_ptr + row, mask=mask_i, other=0.0, cache_modifier=".cg")
+    acc = tl.load(partial_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+    _, l, o = merge_rows(m_i, l_i, acc)
+    return normalise(l, o)
+
+
+@triton.jit
 def _decode_attention_kernel(
     query_ptr,  # (B, T, H, D) fp16/bf16/fp32
     key_cache_ptr,  # (B, H, S, D)
@@ -79,6 +106,8 @@ def _decode_attention_kernel(
     out_ptr,  # (B, T, H, D), or partial (B, H, T, num_splits, D) fp32 if IS_SPLIT
     max_ptr,  # partial (B, H, T, num_splits) fp32; this and sum_ptr not used unless IS_SPLIT
     sum_ptr,  # partial (B, H, T, num_splits) fp32
+    joined_ptr,  # (B, T, H, D); this and counter_ptr not used unless JOINS
+    counter_ptr,  # (B, H) int32, 0 before and after: programs of a head that are done
     qk_scale,
     stride_q_b,
     stride_q_t,
@@ -97,6 +126,8 @@ def _decode_attention_kernel(
     HAS_LENGTH: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    JOINS: tl.constexpr,  # the last program of a head joins its splits, which are so many as a power of two or fewer; 0: none
+    IS_ONE_TILE: tl.constexpr,  # a program's keys are one tile
     READ_AHEAD: tl.constexpr,  # all but the query may be read before the previous kernel has finished
     USE_PDL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -133,17 +164,30 @@ def _decode_attention_kernel(
         m_i = tl.full((BLOCK_S,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_S,), tl.float32)
         acc = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-        m_i, l_i, acc = attend_one(
-            q, k, v, key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, m_i, l_i, acc,
-            HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED=True,
-        )  # fmt: skip
-        m, l, o = merge_rows(m_i, l_i, acc)
+        if IS_ONE_TILE:
+            m_i = tl.where(start + tl.arange(0, BLOCK_S) < end, tl.sum(q[None, :] * k.to(tl.float32), axis=1), float("-inf"))
+            m = tl.max(m_i, axis=0)
+            p = tl.exp2(m_i - safe_max(m))
+            l, o = tl.sum(p, axis=0), tl.sum(p[:, None] * v.to(tl.float32), axis=0)
+        else:
+            m_i, l_i, acc = attend_one(
+                q, k, v, key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, m_i, l_i, acc,
+                HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED=True,
+            )  # fmt: skip
+            m, l, o = merge_rows(m_i, l_i, acc)
         if not IS_SPLIT:
             tl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, normalise(l, o).to(out_ptr.dtype.element_ty), mask=mask_d)
         else:
             tl.store(out_ptr + (row * num_splits + i_split) * HEAD_DIM + offs_d, o, mask=mask_d)
             tl.store(max_ptr + row * num_splits + i_split, m)
             tl.store(sum_ptr + row * num_splits + i_split, l)
+            if JOINS > 0:
+                tl.debug_barrier()  # all threads' stores come before the count that tells of them
+                counter_ptr += i_b * H + i_h
+                if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_splits - 1:
+                    tl.store(counter_ptr, 0)
+                    o = join_splits(out_ptr, max_ptr, sum_ptr, row, num_splits, JOINS, HEAD_DIM, BLOCK_D)
+                    tl.store(joined_ptr + row * HEAD_DIM + offs_d, o.to(joined_ptr.dtype.element_ty), mask=mask_d)
     else:
         if READ_AHEAD:
             pdl_handover(USE_PDL)
@@ -174,14 +218,14 @@ def _decode_attention_kernel(
 
 @triton.jit
 def _merge_splits_kernel(
-    partial_ptr,  # (B, H, T, NUM_SPLITS, D) fp32
-    max_ptr,  # (B, H, T, NUM_SPLITS) fp32
-    sum_ptr,  # (B, H, T, NUM_SPLITS) fp32
+    partial_ptr,  # (B, H, T, num_splits, D) fp32
+    max_ptr,  # (B, H, T, num_splits) fp32
+    sum_ptr,  # (B, H, T, num_splits) fp32
     out_ptr,  # (B, T, H, D)
     T,
     H,
+    num_splits,
     USE_PDL: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -190,17 +234,11 @@ def _merge_splits_kernel(
     i_h = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
-    offs_i = tl.arange(0, BLOCK_SPLITS)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_i = offs_i < NUM_SPLITS
-    mask_d = offs_d < HEAD_DIM
-    row = ((i_b * H + i_h) * T + i_t) * NUM_SPLITS + offs_i
-    m_i = tl.load(max_ptr + row, mask=mask_i, other=float("-inf"))
-    l_i = tl.load(sum_ptr + row, mask=mask_i, other=0.0)
-    acc = tl.load(partial_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_i[:, None] & mask_d[None, :], other=0.0)
-    _, l, o = merge_rows(m_i, l_i, acc)
-    out = normalise(l, o).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + ((i_b * T + i_t) * H + i_h) * HEAD_DIM + offs_d, out, mask=mask_d)
+    row = (i_b * H + i_h) * T + i_t
+    out = join_splits(partial_ptr, max_ptr, sum_ptr, row, num_splits, BLOCK_SPLITS, HEAD_DIM, BLOCK_D)
+    out_row = (i_b * T + i_t) * H + i_h
+    tl.store(out_ptr + out_row * HEAD_DIM + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
 class Tiles(NamedTuple):
@@ -232,13 +270,15 @@ MEASURED_TILES = (
 MANY_HEADS = (128, 0, 4)
 
 
-def choose_tiles(B: int, T: int, H: int, S: int, D: int, itemsize: int) -> Tiles:
+def choose_tiles(B: int, T: int, H: int, S: int, D: int, itemsize: int, joins: bool = False) -> Tiles:
     """Tiles from shapes alone (never from values: the split of the keys is part of the result's rounding).
 
     `itemsize`: bytes an element. A tile of wider rows than the measured ones holds fewer keys, so that it fits the same
     registers.
     """
     BLOCK_S, programs, num_warps = next((tiles for heads, *tiles in MEASURED_TILES if heads >= B * H), MANY_HEADS)
+    if joins and B * H <= 30:
+        BLOCK_S, programs, num_warps = 256, 6 * B * H, 8
     if S <= 512:  # a self cache: too few keys to be worth the second launch that joins the splits
         BLOCK_S, programs, num_warps = 128, 0, 4
     if T > 1:
@@ -246,26 +286,6 @@ def choose_tiles(B: int, T: int, H: int, S: int, D: int, itemsize: int) -> Tiles
     BLOCK_S = max(16, BLOCK_S * 128 // (triton.next_power_of_2(D) * itemsize))
     splits = max(1, min(programs // (B * H), S // 64, triton.cdiv(S, BLOCK_S)))
     return Tiles(BLOCK_S, splits, num_warps, num_stages=2)
-
-
-class SplitAttention(NamedTuple):
-    """Attention whose splits are not joined yet: `skinny_linear` joins them as it reads its input."""
-
-    partial: torch.Tensor  # (B, H, 1, NUM_SPLITS, D) fp32: values summed with the weights exp2(score - maximum)
-    maxima: torch.Tensor  # (B, H, 1, NUM_SPLITS) fp32
-    sums: torch.Tensor  # (B, H, 1, NUM_SPLITS) fp32: the weights' sums
-
-
-def decode_attention_splits(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, tiles: Tiles, *, scale: float
-) -> SplitAttention:
-    """`decode_attention` of one token over all slots, with `read_ahead`, that leaves the splits for its reader to join."""
-    B, _, H, D = query.shape
-    partial = torch.empty((B, H, 1, tiles.NUM_SPLITS, D), dtype=torch.float32, device=query.device)
-    maxima, sums = torch.empty((2, B, H, 1, tiles.NUM_SPLITS), dtype=torch.float32, device=query.device).unbind()
-    splits = SplitAttention(partial, maxima, sums)
-    _launch_splits(query, key_cache, value_cache, None, scale, False, True, tiles, splits)
-    return splits
 
 
 def _launch(
@@ -276,57 +296,31 @@ def _launch(
     scale: float,
     is_causal: bool,
     read_ahead: bool,
+    counters: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     B, T, H, D = query.shape
-    tiles = tiles or choose_tiles(B, T, H, key_cache.shape[2], D, query.element_size())
+    S = key_cache.shape[2]
+    joins = counters is not None and T == 1
+    tiles = tiles or choose_tiles(B, T, H, S, D, query.element_size(), joins)
     NUM_SPLITS = tiles.NUM_SPLITS
+    tile = fit_registers(tiles.BLOCK_S, tiles.num_warps, query, key_cache, value_cache)
+    pdl = pdl_options(query.device)
     out = query.new_empty((B, T, H, D))
-    splits = SplitAttention(out, out, out)
+    partial = maxima = sums = out
     if NUM_SPLITS > 1:
         partial = torch.empty((B, H, T, NUM_SPLITS, D), dtype=torch.float32, device=query.device)
-        splits = SplitAttention(
-            partial, *torch.empty((2, B, H, T, NUM_SPLITS), dtype=torch.float32, device=query.device).unbind()
-        )
-    _launch_splits(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, tiles, splits)
-    if NUM_SPLITS > 1:
-        _merge_splits_kernel[(H, T, B)](
-            partial_ptr=splits.partial,
-            max_ptr=splits.maxima,
-            sum_ptr=splits.sums,
-            out_ptr=out,
-            T=T,
-            H=H,
-            NUM_SPLITS=NUM_SPLITS,
-            HEAD_DIM=D,
-            BLOCK_SPLITS=triton.next_power_of_2(NUM_SPLITS),
-            BLOCK_D=triton.next_power_of_2(D),
-            num_warps=1,
-            **pdl_options(query.device),
-        )
-    return out
-
-
-def _launch_splits(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    kv_length: torch.Tensor | None,
-    scale: float,
-    is_causal: bool,
-    read_ahead: bool,
-    tiles: Tiles,
-    out: SplitAttention,
-) -> None:
-    B, T, H, D = query.shape
-    _decode_attention_kernel[(tiles.NUM_SPLITS, H, B)](
+        maxima, sums = torch.empty((2, B, H, T, NUM_SPLITS), dtype=torch.float32, device=query.device).unbind()
+    _decode_attention_kernel[(NUM_SPLITS, H, B)](
         query_ptr=query,
         key_cache_ptr=key_cache,
         value_cache_ptr=value_cache,
         kv_length_ptr=query if kv_length is None else kv_length,
-        out_ptr=out.partial,
-        max_ptr=out.maxima,
-        sum_ptr=out.sums,
+        out_ptr=partial,
+        max_ptr=maxima,
+        sum_ptr=sums,
+        joined_ptr=out,
+        counter_ptr=counters if joins else query,
         qk_scale=scale * LOG2E,
         stride_q_b=query.stride(0),
         stride_q_t=query.stride(1),
@@ -340,19 +334,37 @@ def _launch_splits(
         stride_l_b=kv_length.stride(0) if kv_length is not None and kv_length.dim() else 0,
         T=T,
         H=H,
-        S=key_cache.shape[2],
-        num_splits=tiles.NUM_SPLITS,
+        S=S,
+        num_splits=NUM_SPLITS,
         HAS_LENGTH=kv_length is not None,
         IS_CAUSAL=is_causal,
-        IS_SPLIT=out.partial.dim() == 5,
+        IS_SPLIT=NUM_SPLITS > 1,
+        JOINS=triton.next_power_of_2(NUM_SPLITS) if joins and NUM_SPLITS > 1 else 0,
+        IS_ONE_TILE=triton.cdiv(S, NUM_SPLITS) <= tile["BLOCK_S"],
         READ_AHEAD=read_ahead,
         HEAD_DIM=D,
         BLOCK_T=1 if T == 1 else 16,
         BLOCK_D=triton.next_power_of_2(D),
         num_stages=tiles.num_stages,
-        **fit_registers(tiles.BLOCK_S, tiles.num_warps, query, key_cache, value_cache),
-        **pdl_options(query.device),
+        **tile,
+        **pdl,
     )
+    if NUM_SPLITS > 1 and not joins:
+        _merge_splits_kernel[(H, T, B)](
+            partial_ptr=partial,
+            max_ptr=maxima,
+            sum_ptr=sums,
+            out_ptr=out,
+            T=T,
+            H=H,
+            num_splits=NUM_SPLITS,
+            HEAD_DIM=D,
+            BLOCK_SPLITS=triton.next_power_of_2(NUM_SPLITS),
+            BLOCK_D=triton.next_power_of_2(D),
+            num_warps=1,
+            **pdl,
+        )
+    return out
 
 
 def _run_reference(
@@ -363,6 +375,7 @@ def _run_reference(
     scale: float,
     is_causal: bool,
     read_ahead: bool,
+    counters: torch.Tensor | None,
 ) -> torch.Tensor:
     return decode_attention_reference(query, key_cache, value_cache, kv_length, scale=scale, is_causal=is_causal)
 
@@ -375,13 +388,14 @@ def _fake(
     scale: float,
     is_causal: bool,
     read_ahead: bool,
+    counters: torch.Tensor | None,
 ) -> torch.Tensor:
     return query.new_empty(query.shape)
 
 
 _op = register(
     "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? kv_length, float scale, bool is_causal,"
-    " bool read_ahead) -> Tensor",
+    " bool read_ahead, Tensor? counters) -> Tensor",
     kernel=_launch,
     reference=_run_reference,
     fake=_fake,
@@ -397,6 +411,7 @@ def decode_attention(
     scale: float,
     is_causal: bool = True,
     read_ahead: bool = False,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attends from T new tokens to a static cache; nothing is mutated.
 
@@ -411,6 +426,9 @@ def decode_attention(
         read_ahead: promises that the caches and kv_length were written before the kernel that precedes this call was
             launched without dependent launch (as PyTorch's all are). They are then read while that kernel still runs.
             True of a cross cache from the second step of a window on. No effect before compute capability 9.0.
+        counters: (B * H,) int32 zeros on the same device, or more of them. With them the splits of one token (T = 1) are
+            joined by each head's last program instead of by a second launch. They are zeros again afterwards; two calls
+            that may run at the same time must not share them.
 
     Returns:
         (B, T, H, D), contiguous, the query's dtype: what `out_proj` reads as (B, T, H * D). A query that sees no key
@@ -424,4 +442,6 @@ def decode_attention(
     check_attention(query)
     if kv_length is not None:
         check_positions("kv_length", kv_length, query.shape[0], query.device)
-    return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead)
+    if counters is not None:
+        check_counters(counters, query.shape[0] * query.shape[2], query.device)
+    return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters)

@@ -1,4 +1,4 @@
-"""Linear layers of a decode step, for 1 to 16 rows, with what surrounds them in Whisper fused in.
+"""Linear layers of a decode step, for 1 to 64 rows, with what surrounds them in Whisper fused in.
 
     y = x                                   (B, K)
     y = layer_norm(y) * g + b               if `layer_norm` is given
@@ -8,9 +8,11 @@
     y = y + residual                        if `residual` is given
 
 A step reads every weight once, so this is a matter of having enough bytes in flight: each program loads all the weights it
-needs before it waits for the kernel that computes `x` (programmatic dependent launch, sm_90 and later). One row multiplies
-on the CUDA cores; from two rows on the rows are padded to a tensor-core tile of 16. Sums are in fp32, in a fixed order.
-Who calls it: `whisper_triton.decoder`. Bytes moved: N * K weights, the rest is small.
+needs before it waits for the kernel that computes `x` (programmatic dependent launch, sm_90 and later). What counts
+after that is how soon a program is done, so K is cut into chunks that one warp holds a row of: sums over K stay
+within a warp. Few rows multiply on the CUDA cores; more are padded to tensor-core tiles, each warp with a part of K,
+since one warp's chain over all of K would take longer than the weights. Sums are in fp32, in a fixed order.
+Who calls it: `whisper_triton.fused`. Bytes moved: N * K weights, the rest is small.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from typing import NamedTuple
 import torch
 
 from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, tl, triton
-from .decode_attention import SplitAttention
 
-MAX_ROWS = 16
+MAX_ROWS = 64
+MAX_CHUNK = 256  # elements of K: one warp's 16-byte loads of a row
 
 
 class LayerNorm(NamedTuple):
@@ -64,56 +66,53 @@ def skinny_linear_reference(
 
 
 @triton.jit
-def load_weights(ptr, offs_n, N, K: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns START .. START + WIDTH - 1 of the rows `offs_n` of an (N, K) weight: (BLOCK_N, WIDTH)."""
-    offs_k = START + tl.arange(0, WIDTH)
-    rows = ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-    # Each weight is read once a step: leave the L2 to what is read again.
-    return tl.load(rows, mask=(offs_n < N)[:, None], other=0.0, eviction_policy="evict_first")
+def load_chunks(ptrs, mask, NUM_CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, IS_STREAMED: tl.constexpr):
+    """A tuple of NUM_CHUNKS tiles (..., BLOCK_K); `ptrs` are the first one's."""
+    chunks = ()
+    for i in tl.static_range(NUM_CHUNKS):
+        tile = tl.load(ptrs + i * BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first" if IS_STREAMED else "")
+        chunks = chunks + (tile,)  # noqa: RUF005  Triton knows no unpacking
+    return chunks
 
 
 @triton.jit
-def join_splits(x_ptr, max_ptr, sum_ptr, FIRST: tl.constexpr, WIDTH: tl.constexpr, NUM_SPLITS: tl.constexpr, D: tl.constexpr):
-    """Elements FIRST .. FIRST + WIDTH - 1 of an attention's result whose splits are not joined yet, as `SplitAttention`."""
-    offs_h = FIRST // D + tl.arange(0, WIDTH // D)
-    offs_d = tl.arange(0, D)
-    m = tl.full((WIDTH // D,), float("-inf"), tl.float32)
-    l = tl.zeros((WIDTH // D,), tl.float32)
-    acc = tl.zeros((WIDTH // D, D), tl.float32)
-    for i in tl.static_range(NUM_SPLITS):
-        rows = offs_h * NUM_SPLITS + i
-        m_i = tl.load(max_ptr + rows)
-        m_new = tl.maximum(m, m_i)
-        alpha = tl.exp2(m - m_new)
-        p = tl.exp2(m_i - m_new)
-        l = l * alpha + p * tl.load(sum_ptr + rows)
-        acc = acc * alpha[:, None] + p[:, None] * tl.load(x_ptr + rows[:, None] * D + offs_d[None, :])
-        m = m_new
-    return tl.reshape(acc / l[:, None], (WIDTH,))
-
-
-@triton.jit
-def normalise_row(a, b, g_a, g_b, b_a, b_b, eps, K: tl.constexpr, TAIL: tl.constexpr):
-    """Layer norm of a row that is held in two pieces `a` and `b` (`b` is unused if TAIL is 0)."""
+def normalise_chunks(chunks, offs_k, weight_ptr, bias_ptr, eps, K: tl.constexpr, NUM_CHUNKS: tl.constexpr):
+    """Layer norm of rows that are held in chunks (..., BLOCK_K); returns them in fp32. `offs_k` are the first one's in K."""
+    AXIS: tl.constexpr = len(chunks[0].shape) - 1
+    BLOCK_K: tl.constexpr = chunks[0].shape[AXIS]
     # Both moments at once: one exchange between threads on the way of every step's longest chain, not two. What
     # cancels in fp32 is far below the rounding of fp16 or bf16 inputs.
-    total, squares = tl.sum(a, axis=0), tl.sum(a * a, axis=0)
-    if TAIL > 0:
-        total += tl.sum(b, axis=0)
-        squares += tl.sum(b * b, axis=0)
-    mean = total / K
-    rstd = tl.rsqrt(tl.maximum(squares / K - mean * mean, 0.0) + eps)
-    a = (a - mean) * rstd * g_a + b_a
-    if TAIL > 0:
-        b = (b - mean) * rstd * g_b + b_b
-    return a, b
+    total = chunks[0].to(tl.float32)
+    squares = total * total
+    for i in tl.static_range(1, NUM_CHUNKS):
+        x = chunks[i].to(tl.float32)
+        total += x
+        squares += x * x
+    mean = tl.sum(total, axis=AXIS, keep_dims=True) / K
+    variance = tl.maximum(tl.sum(squares, axis=AXIS, keep_dims=True) / K - mean * mean, 0.0)
+    rstd = tl.rsqrt(variance + eps)
+    normalised = ()
+    for i in tl.static_range(NUM_CHUNKS):
+        g = tl.load(weight_ptr + i * BLOCK_K + offs_k).to(tl.float32)
+        b = tl.load(bias_ptr + i * BLOCK_K + offs_k).to(tl.float32)
+        if len(offs_k.shape) == 1:
+            g, b = g[None, :], b[None, :]
+        normalised = normalised + ((chunks[i].to(tl.float32) - mean) * rstd * g + b,)  # noqa: RUF005
+    return normalised
+
+
+@triton.jit
+def finish(y, bias, residual, scale, GELU: tl.constexpr):
+    """What follows the product, in fp32."""
+    y = (y + bias) * scale
+    if GELU:
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    return y + residual
 
 
 @triton.jit
 def _skinny_linear_kernel(
-    x_ptr,  # (B, K) fp16/bf16/fp32; partial (1, H, 1, X_SPLITS, D) fp32 if X_SPLITS > 0
-    x_max_ptr,  # (1, H, 1, X_SPLITS) fp32, as x_sum_ptr not read unless X_SPLITS > 0
-    x_sum_ptr,  # (1, H, 1, X_SPLITS) fp32
+    x_ptr,  # (B, K) fp16/bf16/fp32
     weight_0_ptr,  # (N, K)
     weight_1_ptr,  # (N, K), as weight_2 the same as weight_0 unless NUM_PARTS is 3
     weight_2_ptr,  # (N, K)
@@ -129,10 +128,6 @@ def _skinny_linear_kernel(
     B,
     N,
     K: tl.constexpr,
-    HEAD: tl.constexpr,  # a program's K = HEAD + TAIL, powers of two: all widths of Whisper are of this form
-    TAIL: tl.constexpr,
-    X_SPLITS: tl.constexpr,
-    X_HEAD_DIM: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,  # a bit a part
@@ -140,18 +135,21 @@ def _skinny_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     GELU: tl.constexpr,
     USE_PDL: tl.constexpr,
-    BLOCK_B: tl.constexpr,  # 1, or a tensor-core tile
+    NUM_ROWS: tl.constexpr,  # that the CUDA cores multiply one by one, or 0: tensor cores
+    BLOCK_B: tl.constexpr,  # a tensor-core tile
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    GROUPS: tl.constexpr,  # parts of a chunk, each of which tensor cores sum by itself
 ):
     if USE_PDL:
         gdc_launch_dependents()
+    NUM_CHUNKS: tl.constexpr = K // SPLIT_K // BLOCK_K
     i_part = tl.program_id(1)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    first = 0
+    first_n = tl.program_id(0) * BLOCK_N
+    first_k = 0
     if SPLIT_K > 1:
-        first = tl.program_id(2) * (HEAD + TAIL)
-
+        first_k = tl.program_id(2) * (K // SPLIT_K)
     weight_ptr, bias_ptr = weight_0_ptr, bias_0_ptr
     has_bias = (HAS_BIAS & 1) != 0
     if NUM_PARTS == 3:
@@ -161,69 +159,80 @@ def _skinny_linear_kernel(
             weight_ptr, bias_ptr = weight_2_ptr, bias_2_ptr
         weight_ptr = tl.multiple_of(weight_ptr, 16)
         has_bias = ((HAS_BIAS >> i_part) & 1) != 0
-    weight_ptr += first
-    w_head = load_weights(weight_ptr, offs_n, N, K, 0, HEAD)
-    w_tail = w_head
-    if TAIL > 0:
-        w_tail = load_weights(weight_ptr, offs_n, N, K, HEAD, TAIL)
-    offs_head = first + tl.arange(0, HEAD)
-    offs_tail = first + HEAD + tl.arange(0, max(TAIL, 1))
-    bias = tl.zeros((BLOCK_N,), tl.float32)
-    if HAS_BIAS != 0:
-        bias = tl.load(bias_ptr + offs_n, mask=mask_n & has_bias, other=0.0).to(tl.float32)
+        scale = tl.where(i_part == 0, scale, 1.0)
+    weight_ptr += first_k
+    x_ptr += first_k
 
-    if USE_PDL:
-        gdc_wait()  # all above is constant; x and the residual are the previous kernels' work
-    if BLOCK_B == 1:
-        x_tail = tl.zeros((max(TAIL, 1),), tl.float32)
-        if X_SPLITS > 0:
-            x_head = join_splits(x_ptr, x_max_ptr, x_sum_ptr, 0, HEAD, X_SPLITS, X_HEAD_DIM)
-            if TAIL > 0:
-                x_tail = join_splits(x_ptr, x_max_ptr, x_sum_ptr, HEAD, TAIL, X_SPLITS, X_HEAD_DIM)
-        else:
-            x_head = tl.load(x_ptr + offs_head).to(tl.float32)
-            if TAIL > 0:
-                x_tail = tl.load(x_ptr + offs_tail).to(tl.float32)
-        if HAS_NORM:
-            # Loaded only now, from the L2: registers that wait with the weights are registers the next kernel lacks.
-            g_head = tl.load(norm_weight_ptr + offs_head).to(tl.float32)
-            b_head = tl.load(norm_bias_ptr + offs_head).to(tl.float32)
-            g_tail, b_tail = x_tail, x_tail
-            if TAIL > 0:
-                g_tail = tl.load(norm_weight_ptr + offs_tail).to(tl.float32)
-                b_tail = tl.load(norm_bias_ptr + offs_tail).to(tl.float32)
-            x_head, x_tail = normalise_row(x_head, x_tail, g_head, g_tail, b_head, b_tail, eps, K, TAIL)
-        y = tl.sum(w_head.to(tl.float32) * x_head[None, :], axis=1)
-        if TAIL > 0:
-            y += tl.sum(w_tail.to(tl.float32) * x_tail[None, :], axis=1)
-        offs_out, mask_out = offs_n, mask_n
-        offs_residual = offs_n
+    if NUM_ROWS > 0:
+        # Tiles of one row of weights a warp, so that sums over K stay within a warp, which has x for itself.
+        WARP_ROWS: tl.constexpr = BLOCK_N // NUM_WARPS
+        warps = tl.arange(0, NUM_WARPS)
+        offs_k = tl.arange(0, BLOCK_K)[None, :] + tl.zeros((NUM_WARPS, 1), tl.int32)
+        w, bias = (), ()
+        for i_n in tl.static_range(WARP_ROWS):
+            offs_n = first_n + i_n * NUM_WARPS + warps
+            mask_n = offs_n < N
+            rows = weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k
+            w = w + (load_chunks(rows, mask_n[:, None], NUM_CHUNKS, BLOCK_K, IS_STREAMED=True),)  # noqa: RUF005
+            b = tl.zeros((NUM_WARPS,), tl.float32)
+            if HAS_BIAS != 0:
+                b = tl.load(bias_ptr + offs_n, mask=mask_n & has_bias, other=0.0).to(tl.float32)
+            bias = bias + (b,)  # noqa: RUF005
+        if USE_PDL:
+            gdc_wait()  # all above is constant; x and the residual are the previous kernels' work
+        for i_b in tl.static_range(NUM_ROWS):
+            x = load_chunks(x_ptr + i_b * K + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
+            if HAS_NORM:
+                # Its weights come only now, from the L2: registers that wait with ours are registers the next kernel lacks.
+                x = normalise_chunks(x, offs_k, norm_weight_ptr, norm_bias_ptr, eps, K, NUM_CHUNKS)
+            for i_n in tl.static_range(WARP_ROWS):
+                offs_n = first_n + i_n * NUM_WARPS + warps
+                mask_n = offs_n < N
+                residual = tl.zeros((NUM_WARPS,), tl.float32)
+                if HAS_RESIDUAL:
+                    residual = tl.load(residual_ptr + i_b * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+                acc = w[i_n][0].to(tl.float32) * x[0].to(tl.float32)
+                for i in tl.static_range(1, NUM_CHUNKS):
+                    acc += w[i_n][i].to(tl.float32) * x[i].to(tl.float32)
+                y = tl.sum(acc, axis=1)
+                if SPLIT_K > 1:
+                    tl.store(out_ptr + (tl.program_id(2) * NUM_ROWS + i_b) * N + offs_n, y, mask=mask_n)
+                else:
+                    y = finish(y, bias[i_n], residual, scale, GELU).to(out_ptr.dtype.element_ty)
+                    tl.store(out_ptr + (i_b * NUM_PARTS + i_part) * N + offs_n, y, mask=mask_n)
     else:
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        offs_k = tl.arange(0, BLOCK_K)
         offs_b = tl.arange(0, BLOCK_B)
-        mask_b = (offs_b < B)[:, None]
-        x_head = tl.load(x_ptr + offs_b[:, None] * K + offs_head[None, :], mask=mask_b, other=0.0)
-        x_tail = x_head
-        if TAIL > 0:
-            x_tail = tl.load(x_ptr + offs_b[:, None] * K + offs_tail[None, :], mask=mask_b, other=0.0)
-        y = tl.dot(x_head, tl.trans(w_head))
-        if TAIL > 0:
-            y = tl.dot(x_tail, tl.trans(w_tail), y)
-        bias = bias[None, :]
-        offs_residual = offs_b[:, None] * N + offs_n[None, :]
-        offs_out = offs_b[:, None] * (NUM_PARTS * N) + offs_n[None, :]
-        mask_out = mask_b & mask_n[None, :]
-
-    if SPLIT_K > 1:
-        tl.store(out_ptr + tl.program_id(2) * B * N + offs_out, y, mask=mask_out)
-    else:
-        y += bias
-        if i_part == 0:
-            y *= scale
-        if GELU:
-            y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+        mask_n = offs_n < N
+        w = load_chunks(
+            weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], mask_n[:, None], NUM_CHUNKS, BLOCK_K, IS_STREAMED=True
+        )
+        bias = tl.zeros((BLOCK_N,), tl.float32)
+        if HAS_BIAS != 0:
+            bias = tl.load(bias_ptr + offs_n, mask=mask_n & has_bias, other=0.0).to(tl.float32)
+        if USE_PDL:
+            gdc_wait()
+        mask = (offs_b < B)[:, None] & mask_n[None, :]
+        residual = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
         if HAS_RESIDUAL:
-            y += tl.load(residual_ptr + offs_residual, mask=mask_out, other=0.0).to(tl.float32)
-        tl.store(out_ptr + i_part * N + offs_out, y.to(out_ptr.dtype.element_ty), mask=mask_out)
+            residual = tl.load(residual_ptr + offs_b[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = load_chunks(
+            x_ptr + offs_b[:, None] * K + offs_k[None, :], (offs_b < B)[:, None], NUM_CHUNKS, BLOCK_K, IS_STREAMED=False
+        )
+        if HAS_NORM:
+            x = normalise_chunks(x, offs_k, norm_weight_ptr, norm_bias_ptr, eps, K, NUM_CHUNKS)
+        acc = tl.zeros((GROUPS, BLOCK_B, BLOCK_N), tl.float32)
+        for i in tl.static_range(NUM_CHUNKS):
+            x_i = tl.reshape(x[i].to(w[i].dtype), (BLOCK_B, GROUPS, BLOCK_K // GROUPS)).permute(1, 0, 2)
+            w_i = tl.reshape(w[i], (BLOCK_N, GROUPS, BLOCK_K // GROUPS)).permute(1, 2, 0)
+            acc = tl.dot(x_i, w_i, acc)
+        y = tl.sum(acc, axis=0)
+        if SPLIT_K > 1:
+            tl.store(out_ptr + (tl.program_id(2) * B + offs_b[:, None]) * N + offs_n[None, :], y, mask=mask)
+        else:
+            y = finish(y, bias[None, :], residual, scale, GELU).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + (offs_b[:, None] * NUM_PARTS + i_part) * N + offs_n[None, :], y, mask=mask)
 
 
 @triton.jit
@@ -257,52 +266,26 @@ def _sum_splits_kernel(
     tl.store(out_ptr + i_b * N + offs_n, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _layer_norm_kernel(
-    x_ptr,  # (B, K)
-    weight_ptr,  # (K,)
-    bias_ptr,  # (K,)
-    out_ptr,  # (B, K)
-    eps,
-    K: tl.constexpr,
-    USE_PDL: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    if USE_PDL:
-        gdc_launch_dependents()
-    offs_k = tl.arange(0, BLOCK_K)
-    mask = offs_k < K
-    g = tl.load(weight_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(bias_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
-    if USE_PDL:
-        gdc_wait()
-    row = tl.program_id(0) * K
-    x = tl.load(x_ptr + row + offs_k, mask=mask, other=0.0).to(tl.float32)
-    x = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
-    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps) * g + b
-    tl.store(out_ptr + row + offs_k, y.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 class Tiles(NamedTuple):
-    """How a launch is cut: output columns a program, programs that share a column's K, warps a program."""
+    """How a launch is cut: output columns a program, programs that share a column's K, warps a program, on which cores."""
 
     BLOCK_N: int
     SPLIT_K: int
     num_warps: int
+    USE_DOT: bool = False  # tensor cores
 
 
-def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, is_split: bool) -> Tiles:
-    """Tiles from shapes alone, and from what surrounds the product: `parts` weights at once, a layer norm before it, an
-    attention's splits joined before it. K can be split where nothing but a bias and a residual surrounds the product.
+def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles:
+    """Tiles from shapes alone, and from what surrounds the product: `parts` weights at once, a layer norm before it.
 
-    Measured by benchmarks/tune_step.py on one H100 80GB HBM3, 2026-11-22: large-v3, fp16, batches 1 and 8.
+    K can be split where nothing but a bias and a residual surrounds the product.
     """
-    if B > 1:
+    if B > 4:
         if N > 16384:
-            return Tiles(32, 1, 4)
+            return Tiles(32, 1, 4, True)
         if K > 2048:
-            return Tiles(64, K // 1024 if K % 1024 == 0 else 1, 8)
-        return Tiles(64 if N > 2048 and parts == 1 else 32, 1, 8)
+            return Tiles(32, 4, 8, True)
+        return Tiles(32, 1, 8, True)
     if N > 16384:
         return Tiles(32, 1, 8)
     if K > 2048:
@@ -314,15 +297,13 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, is_split: b
     return Tiles(16, 1, 4) if has_norm else Tiles(8, 1, 8)
 
 
-def split_width(width: int) -> tuple[int, int] | None:
-    """`width` as a sum of a power of two and a smaller one or 0, or None: what a program can hold in two tiles."""
-    head = 1 << (width.bit_length() - 1)
-    tail = width - head
-    return (head, tail) if tail & (tail - 1) == 0 and (tail == 0 or tail >= 16) else None
+def chunk_width(width: int) -> int:
+    """The widest power of two up to `MAX_CHUNK` that divides `width`: what K is cut into."""
+    return min(MAX_CHUNK, width & -width)
 
 
 def skinny_linear(
-    x: torch.Tensor | SplitAttention,
+    x: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
     biases: tuple[torch.Tensor | None, ...],
     *,
@@ -335,8 +316,7 @@ def skinny_linear(
     """Computes the formula above.
 
     Args:
-        x: (B, K), B from 1 to 16, contiguous; fp16, bf16, or fp32 with B = 1. For one row also what
-            `decode_attention_splits` returns.
+        x: (B, K), B from 1 to 64, contiguous; fp16, bf16, or fp32 with B up to 4.
         weights: one (N, K) weight or three, contiguous, in x's dtype; biases: (N,) or None for each.
         layer_norm: applied to x first. scale: multiplies the first weight's result. residual: (B, N), added last.
 
@@ -346,17 +326,10 @@ def skinny_linear(
     Raises:
         ValueError: shapes that do not fit.
     """
-    splits = None
-    if isinstance(x, SplitAttention):
-        splits, x = x, x.partial.new_empty(1, weights[0].shape[1], dtype=weights[0].dtype)
-        if splits.partial.shape[0] != 1:
-            raise ValueError(f"splits are joined for one row, got {splits.partial.shape[0]}")
     B, K = x.shape
     N = weights[0].shape[0]
     if not 1 <= B <= MAX_ROWS:
         raise ValueError(f"skinny_linear takes 1 to {MAX_ROWS} rows, got {B}")
-    if B > 1 and x.dtype == torch.float32:
-        raise ValueError("fp32 takes one row: tensor cores would round it to tf32, and two tiles of it do not fit a program")
     if len(weights) not in (1, 3) or any(w.shape != (N, K) or not w.is_contiguous() for w in weights):
         raise ValueError(f"weights must be one or three contiguous ({N}, {K}), got {[tuple(w.shape) for w in weights]}")
     vectors = [(bias, N) for bias in biases] + [(v, K) for v in (layer_norm or ())[:2]]
@@ -368,36 +341,21 @@ def skinny_linear(
         raise ValueError(f"all tensors must be {x.dtype} on {x.device} like x, and begin at a multiple of 16 bytes")
     if not x.is_contiguous() or (residual is not None and (residual.shape != (B, N) or not residual.is_contiguous())):
         raise ValueError("x and residual must be contiguous, the residual (B, N)")
-    BLOCK_N, SPLIT_K, num_warps = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None, splits is not None)
-    widths = split_width(K // SPLIT_K)
-    if K % SPLIT_K or widths is None:
-        raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two")
+    BLOCK_N, SPLIT_K, num_warps, use_dot = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None)
+    if use_dot and x.dtype == torch.float32:
+        raise ValueError(f"fp32 takes up to 4 rows, got {B}: tensor cores would round it to tf32")
+    BLOCK_K = chunk_width(K // SPLIT_K)
+    if K % SPLIT_K or BLOCK_K < 16:
+        raise ValueError(f"K = {K} in {SPLIT_K} parts is no multiple of 16")
     if SPLIT_K > 1 and (layer_norm is not None or gelu or scale != 1.0 or len(weights) == 3):
         raise ValueError("only a plain linear layer can have its K split")
     pdl = pdl_options(x.device)
-    if layer_norm is not None and B > 1:
-        # Sixteen rows in fp32 beside the weights do not fit a program's registers: a launch of its own is cheaper.
-        normalised = torch.empty_like(x)
-        _layer_norm_kernel[(B,)](
-            x_ptr=x,
-            weight_ptr=layer_norm.weight,
-            bias_ptr=layer_norm.bias,
-            out_ptr=normalised,
-            eps=layer_norm.eps,
-            K=K,
-            BLOCK_K=triton.next_power_of_2(K),
-            num_warps=4,
-            **pdl,
-        )
-        x, layer_norm = normalised, None
     out = x.new_empty(B, len(weights) * N)
     partial = out if SPLIT_K == 1 else torch.empty(SPLIT_K, B, N, dtype=torch.float32, device=x.device)
     w, b = (weights * 3)[:3], (biases * 3)[:3]
     has_bias = sum((bias is not None) << i for i, bias in enumerate(biases))
     _skinny_linear_kernel[(triton.cdiv(N, BLOCK_N), len(weights), SPLIT_K)](
-        x_ptr=x if splits is None else splits.partial,
-        x_max_ptr=x if splits is None else splits.maxima,
-        x_sum_ptr=x if splits is None else splits.sums,
+        x_ptr=x,
         weight_0_ptr=w[0],
         weight_1_ptr=w[1],
         weight_2_ptr=w[2],
@@ -413,18 +371,18 @@ def skinny_linear(
         B=B,
         N=N,
         K=K,
-        HEAD=widths[0],
-        TAIL=widths[1],
-        X_SPLITS=0 if splits is None else splits.partial.shape[3],
-        X_HEAD_DIM=0 if splits is None else splits.partial.shape[4],
         NUM_PARTS=len(weights),
         SPLIT_K=SPLIT_K,
         HAS_BIAS=has_bias,
         HAS_NORM=layer_norm is not None,
         HAS_RESIDUAL=residual is not None and SPLIT_K == 1,
         GELU=gelu,
-        BLOCK_B=1 if B == 1 else 16,
+        NUM_ROWS=0 if use_dot else B,
+        BLOCK_B=max(16, triton.next_power_of_2(B)),
         BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        NUM_WARPS=num_warps,
+        GROUPS=min(num_warps, BLOCK_K // 16),
         num_warps=num_warps,
         **pdl,
     )

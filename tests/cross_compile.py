@@ -162,13 +162,6 @@ def linear_calls(B: int = 1) -> Iterator[Call]:
     yield linear_call("logits", x, 51866, 1280, bias=False, layer_norm=norm)
     ids = torch.zeros(B, 1, dtype=torch.int64)
     yield Call(f"embed {B=}", partial(embed.embed_tokens, ids, tensor(51866, 1280), tensor(448, 1280), torch.tensor(0)))
-    query, caches = tensor(B, 1, 20, 64), (tensor(B, 20, 1500, 64), tensor(B, 20, 1500, 64))
-
-    def joined() -> None:
-        splits = decode.decode_attention_splits(query, *caches, decode.Tiles(64, 8, 4, 2), scale=1.0)
-        linear_call("cross out", splits, 1280, 1280, residual=tensor(1, 1280)).launch()
-
-    yield Call("linear cross out, splits joined B=1", joined, read_ahead=True)
 
 
 def resources(files: dict[str, str], gpu: GPUTarget) -> dict[str, int]:

@@ -18,9 +18,8 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .cache import StaticEncoderDecoderCache
 from .kernels import append_attention, decode_attention
 from .kernels._checks import DTYPES, HEAD_DIMS
-from .kernels.decode_attention import Tiles, decode_attention_splits
 from .kernels.embed_tokens import embed_tokens
-from .kernels.skinny_linear import MAX_ROWS, LayerNorm, skinny_linear, split_width
+from .kernels.skinny_linear import MAX_ROWS, LayerNorm, chunk_width, skinny_linear
 
 
 class _Layer(NamedTuple):
@@ -52,8 +51,8 @@ def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
         and (model.dtype in DTYPES if batch_size == 1 else model.dtype in (torch.float16, torch.bfloat16))
         and config.d_model // config.decoder_attention_heads in HEAD_DIMS
         and config.activation_function == "gelu"
-        and split_width(config.d_model) is not None
-        and split_width(config.decoder_ffn_dim) is not None
+        and chunk_width(config.d_model) >= 16
+        and chunk_width(config.decoder_ffn_dim) >= 16
         and all(
             p.is_contiguous() and p.dtype == model.dtype and p.data_ptr() % 16 == 0
             for p in (*model.model.decoder.parameters(), model.proj_out.weight)
@@ -66,19 +65,6 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-def split_tiles(num_heads: int) -> Tiles:
-    """How one row's cross-attention is cut where its reader joins the splits: few, as every program reads them all.
-
-    Measured by benchmarks/tune_step.py on one H100 80GB HBM3, 2026-11-22 (20 heads).
-    """
-    return Tiles(64, 8, 4, 2) if num_heads >= 12 else Tiles(64, 12, 4, 2)
-
-
-def joins_splits(width: int, head_dim: int) -> bool:
-    """Whether `skinny_linear` can join the splits of such an attention: both of its tiles hold whole heads."""
-    return head_dim & (head_dim - 1) == 0 and all(part % head_dim == 0 for part in split_width(width))
-
-
 class FusedDecoder:
     """The chain for one model whose `is_fusable` holds. It keeps references to the modules, not copies of weights."""
 
@@ -86,6 +72,10 @@ class FusedDecoder:
         self.decoder = model.model.decoder
         self.proj_out = model.proj_out
         self.final_norm = _norm(self.decoder.layer_norm)
+        # The chain's steps follow one another, so that all of its cross-attentions can share them.
+        self.counters = torch.zeros(
+            MAX_ROWS * model.config.decoder_attention_heads, dtype=torch.int32, device=model.device
+        )
         self.layers = [
             _Layer(
                 module,
@@ -135,8 +125,5 @@ class FusedDecoder:
             layer_norm=layer.cross_norm,
             scale=attention.scaling,
         ).view(x.shape[0], 1, attention.num_heads, attention.head_dim)
-        if x.shape[0] == 1 and joins_splits(x.shape[1], attention.head_dim):
-            out = decode_attention_splits(query, cache.keys, cache.values, split_tiles(attention.num_heads), scale=1.0)
-        else:
-            out = decode_attention(query, cache.keys, cache.values, scale=1.0, read_ahead=True).view(x.shape)
-        return skinny_linear(out, (attention.out_proj.weight,), (attention.out_proj.bias,), residual=x)
+        out = decode_attention(query, cache.keys, cache.values, scale=1.0, read_ahead=True, counters=self.counters)
+        return skinny_linear(out.view(x.shape), (attention.out_proj.weight,), (attention.out_proj.bias,), residual=x)
