@@ -287,14 +287,14 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles:
             return Tiles(32, 4, 8, True)
         return Tiles(32, 1, 8, True)
     if N > 16384:
-        return Tiles(32, 1, 8)
+        return Tiles(16, 1, 8)
     if K > 2048:
         return Tiles(4, 1, 4)
     if parts == 3:
         return Tiles(4, 1, 2)
     if N > K:
-        return Tiles(8, 1, 2)
-    return Tiles(16, 1, 4) if has_norm else Tiles(8, 1, 8)
+        return Tiles(16, 1, 4)
+    return Tiles(4, 1, 4) if has_norm else Tiles(4, 1, 2)
 
 
 def chunk_width(width: int) -> int:
