@@ -76,29 +76,19 @@ def load_chunks(ptrs, mask, NUM_CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, IS_
 
 
 @triton.jit
-def normalise_chunks(chunks, offs_k, weight_ptr, bias_ptr, eps, K: tl.constexpr, NUM_CHUNKS: tl.constexpr):
-    """Layer norm of rows that are held in chunks (..., BLOCK_K); returns them in fp32. `offs_k` are the first one's in K."""
-    AXIS: tl.constexpr = len(chunks[0].shape) - 1
-    BLOCK_K: tl.constexpr = chunks[0].shape[AXIS]
-    # Both moments at once: one exchange between threads on the way of every step's longest chain, not two. What
-    # cancels in fp32 is far below the rounding of fp16 or bf16 inputs.
+def moments(chunks, eps, K: tl.constexpr, NUM_CHUNKS: tl.constexpr):
+    """Mean and 1 / standard deviation (rows, 1) of rows that are held in chunks (rows, BLOCK_K)."""
+    # Both at once: one exchange between threads on the way of every step's longest chain, not two. What cancels in
+    # fp32 is far below the rounding of fp16 or bf16 inputs.
     total = chunks[0].to(tl.float32)
     squares = total * total
     for i in tl.static_range(1, NUM_CHUNKS):
         x = chunks[i].to(tl.float32)
         total += x
         squares += x * x
-    mean = tl.sum(total, axis=AXIS, keep_dims=True) / K
-    variance = tl.maximum(tl.sum(squares, axis=AXIS, keep_dims=True) / K - mean * mean, 0.0)
-    rstd = tl.rsqrt(variance + eps)
-    normalised = ()
-    for i in tl.static_range(NUM_CHUNKS):
-        g = tl.load(weight_ptr + i * BLOCK_K + offs_k).to(tl.float32)
-        b = tl.load(bias_ptr + i * BLOCK_K + offs_k).to(tl.float32)
-        if len(offs_k.shape) == 1:
-            g, b = g[None, :], b[None, :]
-        normalised = normalised + ((chunks[i].to(tl.float32) - mean) * rstd * g + b,)  # noqa: RUF005
-    return normalised
+    mean = tl.sum(total, axis=1, keep_dims=True) / K
+    variance = tl.maximum(tl.sum(squares, axis=1, keep_dims=True) / K - mean * mean, 0.0)
+    return mean, tl.rsqrt(variance + eps)
 
 
 @triton.jit
@@ -174,32 +164,45 @@ def _skinny_linear_kernel(
             mask_n = offs_n < N
             rows = weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k
             w = w + (load_chunks(rows, mask_n[:, None], NUM_CHUNKS, BLOCK_K, IS_STREAMED=True),)  # noqa: RUF005
-            b = tl.zeros((NUM_WARPS,), tl.float32)
+            bias_n = tl.zeros((NUM_WARPS,), tl.float32)
             if HAS_BIAS != 0:
-                b = tl.load(bias_ptr + offs_n, mask=mask_n & has_bias, other=0.0).to(tl.float32)
-            bias = bias + (b,)  # noqa: RUF005
+                bias_n = tl.load(bias_ptr + offs_n, mask=mask_n & has_bias, other=0.0).to(tl.float32)
+            bias = bias + (bias_n,)  # noqa: RUF005
+        if HAS_NORM:
+            g = load_chunks(norm_weight_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
+            b = load_chunks(norm_bias_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
         if USE_PDL:
             gdc_wait()  # all above is constant; x and the residual are the previous kernels' work
         for i_b in tl.static_range(NUM_ROWS):
             x = load_chunks(x_ptr + i_b * K + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
+            residual = ()
+            for i_n in tl.static_range(WARP_ROWS):
+                r = tl.zeros((NUM_WARPS,), tl.float32)
+                if HAS_RESIDUAL:
+                    offs_n = first_n + i_n * NUM_WARPS + warps
+                    r = tl.load(residual_ptr + i_b * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+                residual = residual + (r,)  # noqa: RUF005
+            acc = ()
+            for i_n in tl.static_range(WARP_ROWS):
+                acc = acc + (tl.zeros((NUM_WARPS, BLOCK_K), tl.float32),)  # noqa: RUF005
             if HAS_NORM:
-                # Its weights come only now, from the L2: registers that wait with ours are registers the next kernel lacks.
-                x = normalise_chunks(x, offs_k, norm_weight_ptr, norm_bias_ptr, eps, K, NUM_CHUNKS)
+                mean, rstd = moments(x, eps, K, NUM_CHUNKS)
+            for i in tl.static_range(NUM_CHUNKS):
+                x_i = x[i].to(tl.float32)
+                if HAS_NORM:
+                    x_i = (x_i - mean) * rstd * g[i].to(tl.float32) + b[i].to(tl.float32)
+                added = ()
+                for i_n in tl.static_range(WARP_ROWS):
+                    added = added + (acc[i_n] + w[i_n][i].to(tl.float32) * x_i,)  # noqa: RUF005
+                acc = added
             for i_n in tl.static_range(WARP_ROWS):
                 offs_n = first_n + i_n * NUM_WARPS + warps
-                mask_n = offs_n < N
-                residual = tl.zeros((NUM_WARPS,), tl.float32)
-                if HAS_RESIDUAL:
-                    residual = tl.load(residual_ptr + i_b * N + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-                acc = w[i_n][0].to(tl.float32) * x[0].to(tl.float32)
-                for i in tl.static_range(1, NUM_CHUNKS):
-                    acc += w[i_n][i].to(tl.float32) * x[i].to(tl.float32)
-                y = tl.sum(acc, axis=1)
+                y = tl.sum(acc[i_n], axis=1)
                 if SPLIT_K > 1:
-                    tl.store(out_ptr + (tl.program_id(2) * NUM_ROWS + i_b) * N + offs_n, y, mask=mask_n)
+                    tl.store(out_ptr + (tl.program_id(2) * NUM_ROWS + i_b) * N + offs_n, y, mask=offs_n < N)
                 else:
-                    y = finish(y, bias[i_n], residual, scale, GELU).to(out_ptr.dtype.element_ty)
-                    tl.store(out_ptr + (i_b * NUM_PARTS + i_part) * N + offs_n, y, mask=mask_n)
+                    y = finish(y, bias[i_n], residual[i_n], scale, GELU).to(out_ptr.dtype.element_ty)
+                    tl.store(out_ptr + (i_b * NUM_PARTS + i_part) * N + offs_n, y, mask=offs_n < N)
     else:
         offs_n = first_n + tl.arange(0, BLOCK_N)
         offs_k = tl.arange(0, BLOCK_K)
@@ -221,10 +224,15 @@ def _skinny_linear_kernel(
             x_ptr + offs_b[:, None] * K + offs_k[None, :], (offs_b < B)[:, None], NUM_CHUNKS, BLOCK_K, IS_STREAMED=False
         )
         if HAS_NORM:
-            x = normalise_chunks(x, offs_k, norm_weight_ptr, norm_bias_ptr, eps, K, NUM_CHUNKS)
+            mean, rstd = moments(x, eps, K, NUM_CHUNKS)
         acc = tl.zeros((GROUPS, BLOCK_B, BLOCK_N), tl.float32)
         for i in tl.static_range(NUM_CHUNKS):
-            x_i = tl.reshape(x[i].to(w[i].dtype), (BLOCK_B, GROUPS, BLOCK_K // GROUPS)).permute(1, 0, 2)
+            x_i = x[i]
+            if HAS_NORM:
+                g = tl.load(norm_weight_ptr + i * BLOCK_K + offs_k).to(tl.float32)
+                b = tl.load(norm_bias_ptr + i * BLOCK_K + offs_k).to(tl.float32)
+                x_i = (x_i.to(tl.float32) - mean) * rstd * g[None, :] + b[None, :]
+            x_i = tl.reshape(x_i.to(w[i].dtype), (BLOCK_B, GROUPS, BLOCK_K // GROUPS)).permute(1, 0, 2)
             w_i = tl.reshape(w[i], (BLOCK_N, GROUPS, BLOCK_K // GROUPS)).permute(1, 2, 0)
             acc = tl.dot(x_i, w_i, acc)
         y = tl.sum(acc, axis=0)
