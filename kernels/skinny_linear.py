@@ -10,8 +10,7 @@
 A step reads every weight once, so this is a matter of having enough bytes in flight: each program loads all the weights it
 needs before it waits for the kernel that computes `x` (programmatic dependent launch, sm_90 and later). What counts
 after that is how soon a program is done, so K is cut into chunks that one warp holds a row of: sums over K stay
-within a warp. Few rows multiply on the CUDA cores; more are padded to tensor-core tiles, each warp with a part of K,
-since one warp's chain over all of K would take longer than the weights. Sums are in fp32, in a fixed order.
+within a warp. Few rows multiply on the CUDA cores; more are padded to tensor-core tiles. Sums are in fp32, in a fixed order.
 Who calls it: `whisper_triton.fused`. Bytes moved: N * K weights, the rest is small.
 """
 
@@ -126,17 +125,19 @@ def _skinny_linear_kernel(
     GELU: tl.constexpr,
     USE_PDL: tl.constexpr,
     NUM_ROWS: tl.constexpr,  # that the CUDA cores multiply one by one, or 0: tensor cores
+    ROW_TILES: tl.constexpr,
     BLOCK_B: tl.constexpr,  # a tensor-core tile
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HEAD: tl.constexpr,  # the widest power of two in a program's K
     NUM_WARPS: tl.constexpr,
-    GROUPS: tl.constexpr,  # parts of a chunk, each of which tensor cores sum by itself
 ):
     if USE_PDL:
         gdc_launch_dependents()
     NUM_CHUNKS: tl.constexpr = K // SPLIT_K // BLOCK_K
     i_part = tl.program_id(1)
-    first_n = tl.program_id(0) * BLOCK_N
+    # Programs that share weights but not rows come one after the other: the second finds them in the L2.
+    first_n = tl.program_id(0) // ROW_TILES * BLOCK_N
     first_k = 0
     if SPLIT_K > 1:
         first_k = tl.program_id(2) * (K // SPLIT_K)
@@ -168,13 +169,14 @@ def _skinny_linear_kernel(
             if HAS_BIAS != 0:
                 bias_n = tl.load(bias_ptr + offs_n, mask=mask_n & has_bias, other=0.0).to(tl.float32)
             bias = bias + (bias_n,)  # noqa: RUF005
-        if HAS_NORM:
-            g = load_chunks(norm_weight_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
-            b = load_chunks(norm_bias_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
         if USE_PDL:
             gdc_wait()  # all above is constant; x and the residual are the previous kernels' work
         for i_b in tl.static_range(NUM_ROWS):
             x = load_chunks(x_ptr + i_b * K + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
+            if HAS_NORM:
+                # Only now, from the L2: registers that wait with the weights are registers the next kernel lacks.
+                g = load_chunks(norm_weight_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
+                b = load_chunks(norm_bias_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
             residual = ()
             for i_n in tl.static_range(WARP_ROWS):
                 r = tl.zeros((NUM_WARPS,), tl.float32)
@@ -183,7 +185,7 @@ def _skinny_linear_kernel(
                     r = tl.load(residual_ptr + i_b * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
                 residual = residual + (r,)  # noqa: RUF005
             acc = ()
-            for i_n in tl.static_range(WARP_ROWS):
+            for _ in tl.static_range(WARP_ROWS):
                 acc = acc + (tl.zeros((NUM_WARPS, BLOCK_K), tl.float32),)  # noqa: RUF005
             if HAS_NORM:
                 mean, rstd = moments(x, eps, K, NUM_CHUNKS)
@@ -204,41 +206,33 @@ def _skinny_linear_kernel(
                     y = finish(y, bias[i_n], residual[i_n], scale, GELU).to(out_ptr.dtype.element_ty)
                     tl.store(out_ptr + (i_b * NUM_PARTS + i_part) * N + offs_n, y, mask=offs_n < N)
     else:
+        # Two pieces of K, the first as wide as may be: each way from registers to tensor cores costs two barriers.
+        TAIL: tl.constexpr = K // SPLIT_K - HEAD
         offs_n = first_n + tl.arange(0, BLOCK_N)
-        offs_k = tl.arange(0, BLOCK_K)
-        offs_b = tl.arange(0, BLOCK_B)
+        offs_b = tl.program_id(0) % ROW_TILES * BLOCK_B + tl.arange(0, BLOCK_B)
         mask_n = offs_n < N
-        w = load_chunks(
-            weight_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :], mask_n[:, None], NUM_CHUNKS, BLOCK_K, IS_STREAMED=True
-        )
+        mask_b = (offs_b < B)[:, None]
+        rows = weight_ptr + offs_n.to(tl.int64)[:, None] * K
+        w = tl.load(rows + tl.arange(0, HEAD)[None, :], mask=mask_n[:, None], other=0.0, eviction_policy="evict_first")
+        if TAIL > 0:
+            offs_tail = HEAD + tl.arange(0, TAIL)[None, :]
+            w_tail = tl.load(rows + offs_tail, mask=mask_n[:, None], other=0.0, eviction_policy="evict_first")
         bias = tl.zeros((BLOCK_N,), tl.float32)
         if HAS_BIAS != 0:
             bias = tl.load(bias_ptr + offs_n, mask=mask_n & has_bias, other=0.0).to(tl.float32)
         if USE_PDL:
             gdc_wait()
-        mask = (offs_b < B)[:, None] & mask_n[None, :]
-        residual = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-        if HAS_RESIDUAL:
-            residual = tl.load(residual_ptr + offs_b[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = load_chunks(
-            x_ptr + offs_b[:, None] * K + offs_k[None, :], (offs_b < B)[:, None], NUM_CHUNKS, BLOCK_K, IS_STREAMED=False
-        )
-        if HAS_NORM:
-            mean, rstd = moments(x, eps, K, NUM_CHUNKS)
-        acc = tl.zeros((GROUPS, BLOCK_B, BLOCK_N), tl.float32)
-        for i in tl.static_range(NUM_CHUNKS):
-            x_i = x[i]
-            if HAS_NORM:
-                g = tl.load(norm_weight_ptr + i * BLOCK_K + offs_k).to(tl.float32)
-                b = tl.load(norm_bias_ptr + i * BLOCK_K + offs_k).to(tl.float32)
-                x_i = (x_i.to(tl.float32) - mean) * rstd * g[None, :] + b[None, :]
-            x_i = tl.reshape(x_i.to(w[i].dtype), (BLOCK_B, GROUPS, BLOCK_K // GROUPS)).permute(1, 0, 2)
-            w_i = tl.reshape(w[i], (BLOCK_N, GROUPS, BLOCK_K // GROUPS)).permute(1, 2, 0)
-            acc = tl.dot(x_i, w_i, acc)
-        y = tl.sum(acc, axis=0)
+        rows = x_ptr + offs_b[:, None] * K
+        y = tl.dot(tl.load(rows + tl.arange(0, HEAD)[None, :], mask=mask_b, other=0.0), tl.trans(w))
+        if TAIL > 0:
+            y = tl.dot(tl.load(rows + offs_tail, mask=mask_b, other=0.0), tl.trans(w_tail), y)
+        mask = mask_b & mask_n[None, :]
         if SPLIT_K > 1:
             tl.store(out_ptr + (tl.program_id(2) * B + offs_b[:, None]) * N + offs_n[None, :], y, mask=mask)
         else:
+            residual = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+            if HAS_RESIDUAL:
+                residual = tl.load(residual_ptr + offs_b[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
             y = finish(y, bias[None, :], residual, scale, GELU).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + (offs_b[:, None] * NUM_PARTS + i_part) * N + offs_n[None, :], y, mask=mask)
 
@@ -274,6 +268,32 @@ def _sum_splits_kernel(
     tl.store(out_ptr + i_b * N + offs_n, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _layer_norm_kernel(
+    x_ptr,  # (B, K)
+    weight_ptr,  # (K,)
+    bias_ptr,  # (K,)
+    out_ptr,  # (B, K)
+    eps,
+    K: tl.constexpr,
+    USE_PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    if USE_PDL:
+        gdc_launch_dependents()
+    offs_k = tl.arange(0, BLOCK_K)
+    mask = offs_k < K
+    g = tl.load(weight_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(bias_ptr + offs_k, mask=mask, other=0.0).to(tl.float32)
+    if USE_PDL:
+        gdc_wait()
+    row = tl.program_id(0) * K
+    x = tl.load(x_ptr + row + offs_k, mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(mask, x - tl.sum(x, axis=0) / K, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, axis=0) / K + eps) * g + b
+    tl.store(out_ptr + row + offs_k, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 class Tiles(NamedTuple):
     """How a launch is cut: output columns a program, programs that share a column's K, warps a program, on which cores."""
 
@@ -283,17 +303,21 @@ class Tiles(NamedTuple):
     USE_DOT: bool = False  # tensor cores
 
 
+MAX_SINGLE_ROWS = 4  # more rows are faster on tensor cores
+
+
 def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles:
     """Tiles from shapes alone, and from what surrounds the product: `parts` weights at once, a layer norm before it.
 
     K can be split where nothing but a bias and a residual surrounds the product.
+    Measured by benchmarks/tune_step.py on one H100 80GB HBM3, 2026-11-24: large-v3, fp16, batches 1 and 8.
     """
-    if B > 4:
+    if B > MAX_SINGLE_ROWS:
         if N > 16384:
             return Tiles(32, 1, 4, True)
         if K > 2048:
-            return Tiles(32, 4, 8, True)
-        return Tiles(32, 1, 8, True)
+            return Tiles(64, K // 1024 if K % 1024 == 0 else 1, 8, True)
+        return Tiles(64 if N > 2048 and parts == 1 else 32, 1, 8, True)
     if N > 16384:
         return Tiles(16, 1, 8)
     if K > 2048:
@@ -302,12 +326,13 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles:
         return Tiles(4, 1, 2)
     if N > K:
         return Tiles(16, 1, 4)
-    return Tiles(4, 1, 4) if has_norm else Tiles(4, 1, 2)
+    return Tiles(4, 1, 4) if has_norm else Tiles(8, 1, 4)
 
 
-def chunk_width(width: int) -> int:
-    """The widest power of two up to `MAX_CHUNK` that divides `width`: what K is cut into."""
-    return min(MAX_CHUNK, width & -width)
+def fits_tiles(width: int) -> bool:
+    """Whether `width` is a power of two from 16 on, or the sum of two: so are all widths of Whisper."""
+    tail = width & (width - 1)
+    return width % 16 == 0 and width > 0 and tail & (tail - 1) == 0
 
 
 def skinny_linear(
@@ -352,17 +377,32 @@ def skinny_linear(
     BLOCK_N, SPLIT_K, num_warps, use_dot = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None)
     if use_dot and x.dtype == torch.float32:
         raise ValueError(f"fp32 takes up to 4 rows, got {B}: tensor cores would round it to tf32")
-    BLOCK_K = chunk_width(K // SPLIT_K)
-    if K % SPLIT_K or BLOCK_K < 16:
-        raise ValueError(f"K = {K} in {SPLIT_K} parts is no multiple of 16")
+    if K % SPLIT_K or not fits_tiles(K // SPLIT_K):
+        raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two from 16 on")
     if SPLIT_K > 1 and (layer_norm is not None or gelu or scale != 1.0 or len(weights) == 3):
         raise ValueError("only a plain linear layer can have its K split")
     pdl = pdl_options(x.device)
+    if layer_norm is not None and use_dot:
+        # Several rows in fp32 beside the weights do not fit a program's registers: a launch of its own is cheaper.
+        normalised = torch.empty_like(x)
+        _layer_norm_kernel[(B,)](
+            x_ptr=x,
+            weight_ptr=layer_norm.weight,
+            bias_ptr=layer_norm.bias,
+            out_ptr=normalised,
+            eps=layer_norm.eps,
+            K=K,
+            BLOCK_K=triton.next_power_of_2(K),
+            num_warps=4,
+            **pdl,
+        )
+        x, layer_norm = normalised, None
     out = x.new_empty(B, len(weights) * N)
     partial = out if SPLIT_K == 1 else torch.empty(SPLIT_K, B, N, dtype=torch.float32, device=x.device)
     w, b = (weights * 3)[:3], (biases * 3)[:3]
     has_bias = sum((bias is not None) << i for i, bias in enumerate(biases))
-    _skinny_linear_kernel[(triton.cdiv(N, BLOCK_N), len(weights), SPLIT_K)](
+    row_tiles = triton.cdiv(B, 16) if use_dot else 1
+    _skinny_linear_kernel[(triton.cdiv(N, BLOCK_N) * row_tiles, len(weights), SPLIT_K)](
         x_ptr=x,
         weight_0_ptr=w[0],
         weight_1_ptr=w[1],
@@ -386,11 +426,12 @@ def skinny_linear(
         HAS_RESIDUAL=residual is not None and SPLIT_K == 1,
         GELU=gelu,
         NUM_ROWS=0 if use_dot else B,
-        BLOCK_B=max(16, triton.next_power_of_2(B)),
+        ROW_TILES=row_tiles,
+        BLOCK_B=16,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=min(MAX_CHUNK, (K // SPLIT_K) & -(K // SPLIT_K)),
+        HEAD=1 << ((K // SPLIT_K).bit_length() - 1),
         NUM_WARPS=num_warps,
-        GROUPS=min(num_warps, BLOCK_K // 16),
         num_warps=num_warps,
         **pdl,
     )

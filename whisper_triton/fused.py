@@ -19,7 +19,7 @@ from .cache import StaticEncoderDecoderCache
 from .kernels import append_attention, decode_attention
 from .kernels._checks import DTYPES, HEAD_DIMS
 from .kernels.embed_tokens import embed_tokens
-from .kernels.skinny_linear import MAX_ROWS, LayerNorm, chunk_width, skinny_linear
+from .kernels.skinny_linear import MAX_ROWS, LayerNorm, fits_tiles, skinny_linear
 
 
 class _Layer(NamedTuple):
@@ -51,8 +51,8 @@ def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
         and (model.dtype in DTYPES if batch_size == 1 else model.dtype in (torch.float16, torch.bfloat16))
         and config.d_model // config.decoder_attention_heads in HEAD_DIMS
         and config.activation_function == "gelu"
-        and chunk_width(config.d_model) >= 16
-        and chunk_width(config.decoder_ffn_dim) >= 16
+        and fits_tiles(config.d_model)
+        and fits_tiles(config.decoder_ffn_dim)
         and all(
             p.is_contiguous() and p.dtype == model.dtype and p.data_ptr() % 16 == 0
             for p in (*model.model.decoder.parameters(), model.proj_out.weight)
@@ -73,9 +73,7 @@ class FusedDecoder:
         self.proj_out = model.proj_out
         self.final_norm = _norm(self.decoder.layer_norm)
         # The chain's steps follow one another, so that all of its cross-attentions can share them.
-        self.counters = torch.zeros(
-            MAX_ROWS * model.config.decoder_attention_heads, dtype=torch.int32, device=model.device
-        )
+        self.counters = torch.zeros(MAX_ROWS * model.config.decoder_attention_heads, dtype=torch.int32, device=model.device)
         self.layers = [
             _Layer(
                 module,
