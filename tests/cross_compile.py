@@ -30,9 +30,9 @@ from triton.runtime import driver
 
 from whisper_triton.kernels import _attend, _dispatch
 
-update, decode, append, linear, embed = (
+update, decode, append, linear, embed, project = (
     importlib.import_module(f"whisper_triton.kernels.{name}")
-    for name in ("update_kv_cache", "decode_attention", "append_attention", "skinny_linear", "embed_tokens")
+    for name in ("update_kv_cache", "decode_attention", "append_attention", "skinny_linear", "embed_tokens", "project_cross_kv")
 )
 
 TARGETS = {
@@ -164,6 +164,22 @@ def linear_calls(B: int = 1) -> Iterator[Call]:
     yield Call(f"embed {B=}", partial(embed.embed_tokens, ids, tensor(51866, 1280), tensor(448, 1280), torch.tensor(0)))
 
 
+def project_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """Every tile that is chosen, and a call in which nothing is a multiple of 16 bytes or of a tile."""
+
+    def project_call(name: str, H: int, D: int, C: int, odd: int = 0, **kwargs: bool) -> Call:
+        states = torch.empty(2, 1500, C + odd, dtype=dtype)[..., odd:]
+        weights = [torch.empty(H * D * C + odd, dtype=dtype)[odd:].view(H * D, C) for _ in range(2)]
+        caches = [torch.empty(2, H, 1500, D + odd, dtype=dtype)[..., odd:] for _ in range(2)]
+        biases = [torch.empty(H * D + odd, dtype=dtype)[odd:] for _ in range(2)]
+        table = project.cross_table(weights, weights, biases, caches, caches)
+        return Call(f"project {name} {str(dtype).removeprefix('torch.')}", partial(project._launch, states, *table), **kwargs)
+
+    yield project_call("large-v3", 20, 64, 1280, is_heavy=True)
+    yield project_call("tiny", 6, 64, 384)
+    yield project_call("odd", 5, 80, 403, odd=1, is_odd=True)
+
+
 def resources(files: dict[str, str], gpu: GPUTarget) -> dict[str, int]:
     """Registers and spilled bytes a thread, from what the assembler wrote."""
     by_kind = {Path(name).suffix: path for name, path in files.items()}
@@ -195,7 +211,7 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
     gpu, call = TARGETS[target], CALLS[number]
     driver.set_active(CompileOnly(target))
     capability = divmod(gpu.arch, 10) if gpu.backend == "cuda" else (0, 0)
-    for module in (_dispatch, _attend):
+    for module in (_dispatch, _attend, project):
         module.capability = lambda device: capability
     built: list[dict[str, object]] = []
 
@@ -222,12 +238,17 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
     return built
 
 
-CALLS = [*linear_calls(), *(call for D in HEAD_DIMS for dtype in DTYPES for call in attention_calls(dtype, D))]
+CALLS = [
+    *linear_calls(),
+    *project_calls(DTYPES[0]),
+    *(call for D in HEAD_DIMS for dtype in DTYPES for call in attention_calls(dtype, D)),
+    *(call for dtype in DTYPES[1:] for call in project_calls(dtype)),
+]
 
 
 def selection() -> Iterator[tuple[str, int]]:
     """All linear layers and all calls in fp16 with Whisper's head dim for every target, the heavy ones of the rest for two."""
-    whisper = len([*linear_calls(), *attention_calls(DTYPES[0], HEAD_DIMS[0])])
+    whisper = len([*linear_calls(), *project_calls(DTYPES[0]), *attention_calls(DTYPES[0], HEAD_DIMS[0])])
     heavy = [number for number, call in enumerate(CALLS) if number >= whisper and call.is_heavy]
     for i, target in enumerate(TARGETS):
         for number in range(whisper):

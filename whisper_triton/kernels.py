@@ -27,14 +27,24 @@ __path__ = [_find_files()]
 from whisper_triton.kernels._dispatch import backend  # noqa: E402
 from whisper_triton.kernels.append_attention import append_attention, append_attention_reference  # noqa: E402
 from whisper_triton.kernels.decode_attention import decode_attention, decode_attention_reference  # noqa: E402
+from whisper_triton.kernels.project_cross_kv import (  # noqa: E402
+    CrossTable,
+    cross_table,
+    project_cross_kv,
+    project_cross_kv_reference,
+)
 from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_cache_reference  # noqa: E402
 
 __all__ = [
+    "CrossTable",
     "append_attention",
     "append_attention_reference",
     "backend",
+    "cross_table",
     "decode_attention",
     "decode_attention_reference",
+    "project_cross_kv",
+    "project_cross_kv_reference",
     "update_kv_cache",
     "update_kv_cache_reference",
 ]
