@@ -231,9 +231,11 @@ def _run_reference(
 ) -> None:
     dtype = torch.promote_types(encoder_states.dtype, torch.float32)
     B, H, S, D = key_caches[0].shape
-    biases: list[torch.Tensor | None] = [None] * len(key_weights) + (value_biases or [None] * len(key_weights))
+    biases = [None] * len(key_weights) + (value_biases or [None] * len(key_weights))
     for weight, bias, cache in zip(key_weights + value_weights, biases, key_caches + value_caches, strict=True):
-        states = torch.nn.functional.linear(encoder_states.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype))
+        states = encoder_states.to(dtype) @ weight.to(dtype).T
+        if bias is not None:
+            states += bias.to(dtype)
         cache.copy_(states.view(B, S, H, D).transpose(1, 2))
 
 

@@ -169,9 +169,10 @@ def project_calls(dtype: torch.dtype) -> Iterator[Call]:
 
     def project_call(name: str, H: int, D: int, C: int, odd: int = 0, **kwargs: bool) -> Call:
         states = torch.empty(2, 1500, C + odd, dtype=dtype)[..., odd:]
-        weights = [torch.empty(H * D * C + odd, dtype=dtype)[odd:].view(H * D, C) for _ in range(2)]
-        caches = [torch.empty(2, H, 1500, D + odd, dtype=dtype)[..., odd:] for _ in range(2)]
-        biases = [torch.empty(H * D + odd, dtype=dtype)[odd:] for _ in range(2)]
+        L = 1 if odd else 2
+        weights = [torch.empty(H * D * C + odd, dtype=dtype)[odd:].view(H * D, C) for _ in range(L)]
+        caches = [torch.empty(2, H, 1500, D + odd, dtype=dtype)[..., odd:] for _ in range(L)]
+        biases = [torch.empty(H * D + odd, dtype=dtype)[odd:] for _ in range(L)]
         table = project.cross_table(weights, weights, biases, caches, caches)
         return Call(f"project {name} {str(dtype).removeprefix('torch.')}", partial(project._launch, states, *table), **kwargs)
 
