@@ -1,6 +1,6 @@
-"""The decoder's input for one new token a sequence: token embedding plus the embedding of the position.
+"""The decoder's input for new tokens, one a sequence or a prompt: token embedding plus the embedding of the position.
 
-    out[b] = token_embedding[input_ids[b]] + position_embedding[cache_position]
+    out[b * T + t] = token_embedding[input_ids[b, t]] + position_embedding[cache_position + t]
 
 The position is read on the device, as everything that changes from step to step.
 """
@@ -17,17 +17,21 @@ def embed_tokens_reference(
     input_ids: torch.Tensor, token_embedding: torch.Tensor, position_embedding: torch.Tensor, cache_position: torch.Tensor
 ) -> torch.Tensor:
     """What `embed_tokens` computes, in PyTorch."""
-    return token_embedding[input_ids.flatten()] + position_embedding[cache_position]
+    ids = input_ids.reshape(input_ids.shape[0], -1)
+    positions = cache_position + torch.arange(ids.shape[1], device=ids.device)
+    return (token_embedding[ids] + position_embedding[positions]).flatten(0, 1)
 
 
 @triton.jit
 def _embed_tokens_kernel(
-    input_ids_ptr,  # (B,) or (B, 1) int64
+    input_ids_ptr,  # (B, T) int64
     token_embedding_ptr,  # (V, K)
     position_embedding_ptr,  # (P, K)
     cache_position_ptr,  # () int64
-    out_ptr,  # (B, K)
+    out_ptr,  # (B * T, K)
     stride_ids_b,
+    stride_ids_t,
+    T,
     V,
     P,
     K,
@@ -35,36 +39,38 @@ def _embed_tokens_kernel(
     BLOCK_K: tl.constexpr,
 ):
     pdl_handover(USE_PDL)
-    i_b = tl.program_id(0)
+    i_t = tl.program_id(0)
+    i_b = tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)
-    token = tl.load(input_ids_ptr + i_b * stride_ids_b)
-    position = tl.load(cache_position_ptr)
+    token = tl.load(input_ids_ptr + i_b * stride_ids_b + i_t * stride_ids_t)
+    position = tl.load(cache_position_ptr) + i_t
     # An id or a position out of range reads nothing; the host refuses both before, where it sees them.
     inside = (token >= 0) & (token < V) & (position >= 0) & (position < P)
     mask = (offs_k < K) & inside
     x = tl.load(token_embedding_ptr + token * K + offs_k, mask=mask, other=0.0).to(tl.float32)
     x += tl.load(position_embedding_ptr + position * K + offs_k, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i_b * K + offs_k, x.to(out_ptr.dtype.element_ty), mask=offs_k < K)
+    tl.store(out_ptr + (i_b * T + i_t) * K + offs_k, x.to(out_ptr.dtype.element_ty), mask=offs_k < K)
 
 
 def embed_tokens(
     input_ids: torch.Tensor, token_embedding: torch.Tensor, position_embedding: torch.Tensor, cache_position: torch.Tensor
 ) -> torch.Tensor:
-    """Embeds one token a sequence.
+    """Embeds T tokens a sequence, at the positions from `cache_position` on.
 
     Args:
-        input_ids: (B,) or (B, 1) int64. token_embedding: (V, K), position_embedding: (P, K), contiguous, of one dtype.
+        input_ids: (B,) or (B, T) int64, any strides.
+        token_embedding: (V, K), position_embedding: (P, K), contiguous, of one dtype.
         cache_position: 0-dim int64 on the same device.
 
     Returns:
-        (B, K), contiguous, the embeddings' dtype; 0 for an id or a position out of range.
+        (B * T, K), contiguous, the embeddings' dtype; 0 for an id or a position out of range.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
     V, K = token_embedding.shape
-    if input_ids.dtype != torch.int64 or input_ids.numel() != input_ids.shape[0]:
-        raise ValueError(f"input_ids must be int64 (B,) or (B, 1), got {input_ids.dtype} {tuple(input_ids.shape)}")
+    if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must be int64 (B,) or (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")
     if position_embedding.shape[1:] != (K,) or position_embedding.dtype != token_embedding.dtype:
         raise ValueError(
             f"position_embedding is {position_embedding.dtype} {tuple(position_embedding.shape)}, the tokens' "
@@ -73,15 +79,18 @@ def embed_tokens(
     if not token_embedding.is_contiguous() or not position_embedding.is_contiguous():
         raise ValueError("embeddings must be contiguous")
     check_positions("cache_position", cache_position, 1, token_embedding.device)
-    B = input_ids.numel()
-    out = token_embedding.new_empty(B, K)
-    _embed_tokens_kernel[(B,)](
-        input_ids_ptr=input_ids,
+    ids = input_ids if input_ids.dim() == 2 else input_ids[:, None]
+    B, T = ids.shape
+    out = token_embedding.new_empty(B * T, K)
+    _embed_tokens_kernel[(T, B)](
+        input_ids_ptr=ids,
         token_embedding_ptr=token_embedding,
         position_embedding_ptr=position_embedding,
         cache_position_ptr=cache_position,
         out_ptr=out,
-        stride_ids_b=input_ids.stride(0),
+        stride_ids_b=ids.stride(0),
+        stride_ids_t=ids.stride(1),
+        T=T,
         V=V,
         P=position_embedding.shape[0],
         K=K,

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from whisper_models import FRAMES, MEL_BINS, TEXT, tiny_whisper
+from whisper_triton.kernels._checks import MAX_QUERIES
+from whisper_triton.kernels.skinny_linear import MAX_ROWS
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep, fingerprint, why_not_captured
@@ -48,6 +50,95 @@ def test_the_fused_chain_gives_the_stock_decoders_logits(B, dtype, device):
             assert logits.shape == expected[:, t : t + 1].shape
             assert (logits[:, 0] - exact[:, t]).norm() <= 2 * (expected[:, t] - exact[:, t]).norm()
     assert int(cache.get_seq_length()) == ids.shape[1]
+
+
+@pytest.mark.parametrize(("B", "T", "dtype"), [(1, 4, torch.float16), (3, 5, torch.float16), (1, 16, torch.float16)])
+def test_the_chain_takes_a_prompt_and_gives_its_last_tokens_logits(B, T, dtype, device):
+    """Also one that begins where another ended, and a step after them finds all their keys and values."""
+    model = tiny_whisper(device).to(dtype)
+    states, ids = inputs(model, B, 2 * T + 1)
+    expected = stock_logits(model, states, ids)
+    exact = stock_logits(copy.deepcopy(model).double(), states.double(), ids)
+    with whisper_triton.accelerated(model), torch.no_grad():
+        assert is_fusable(model, B * T)
+        step = DecoderStep(model, B, FRAMES)
+        step.project(states)
+        fused, start, errors = FusedDecoder(model), 0, []
+        for length in (T, T, 1):
+            logits = fused(ids[:, start : start + length], step.cache)
+            start += length
+            assert logits.shape == (B, 1, expected.shape[-1])
+            errors.append([(x - exact[:, start - 1]).norm() for x in (logits[:, 0], expected[:, start - 1])])
+    ours, stock = torch.tensor(errors).square().sum(0).sqrt()
+    assert ours <= 2 * stock
+    assert int(step.cache.get_seq_length()) == 2 * T + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_all_layers_cross_keys_and_values_are_projected_at_once(dtype, device):
+    model = whisper_triton.accelerate(tiny_whisper(device).to(dtype))
+    states, ids = inputs(model, 2, PROMPT)
+    step, cache = DecoderStep(model, 2, FRAMES), whisper_triton.build_static_cache(model, 2)
+    prefill(model, cache, states, ids)
+    for _ in range(2):  # the second window
+        step.cache.reset()
+        assert not any(step.cache.is_updated.values())
+        step.project(states)
+        assert all(step.cache.is_updated.values())
+    for ours, theirs in zip(step.cache.cross_attention_cache.layers, cache.cross_attention_cache.layers, strict=True):
+        assert int(ours.cumulative_length) == int(theirs.cumulative_length) == FRAMES
+        torch.testing.assert_close(ours.keys, theirs.keys)
+        torch.testing.assert_close(ours.values, theirs.values)
+    # The layers then leave the cross cache as it is.
+    for layer in step.cache.cross_attention_cache.layers:
+        layer.keys.zero_()
+    prefill(model, step.cache, states, ids)
+    assert not step.cache.cross_attention_cache.layers[0].keys.any()
+
+
+def bias_on_the_keys(model):
+    attention = model.model.decoder.layers[1].encoder_attn
+    attention.k_proj.bias = torch.nn.Parameter(torch.randn_like(attention.v_proj.bias))
+
+
+def weights_not_dense(model):
+    projection = model.model.decoder.layers[1].encoder_attn.k_proj
+    projection.weight.data = projection.weight.data.T.contiguous().T
+
+
+@pytest.mark.parametrize("change", [bias_on_the_keys, weights_not_dense])
+def test_what_one_launch_cannot_project_each_layer_projects(change):
+    model = tiny_whisper()
+    change(model)
+    states, ids = inputs(model, 1, PROMPT)
+    expected = stock_logits(model, states, ids)
+    step = DecoderStep(whisper_triton.accelerate(model), 1, FRAMES)
+    step.project(states)
+    assert not any(step.cache.is_updated.values())
+    with torch.no_grad():
+        logits = model(encoder_outputs=(states,), decoder_input_ids=ids, past_key_values=step.cache, use_cache=True).logits
+    torch.testing.assert_close(logits, expected)
+
+
+def test_encoder_states_of_another_form_are_left_to_the_layers():
+    model = whisper_triton.accelerate(tiny_whisper())
+    step = DecoderStep(model, 1, FRAMES)
+    states, _ = inputs(model, 1, PROMPT)
+    for other in (states[:, 1:], states.half(), states.expand(2, -1, -1), states.transpose(1, 2).contiguous().transpose(1, 2)):
+        step.project(other)
+        assert not any(step.cache.is_updated.values())
+
+
+def test_the_prompts_that_a_graph_takes():
+    model = whisper_triton.accelerate(tiny_whisper(dtype=torch.float16))
+    step = DecoderStep(model, 2, FRAMES)
+    assert [T for T in (1, 2, MAX_ROWS // 2, MAX_ROWS // 2 + 1, 40) if step.takes(model, T)] == [
+        T for T in (1, 2, MAX_ROWS // 2, MAX_ROWS // 2 + 1) if 2 * T <= MAX_ROWS and T <= MAX_QUERIES
+    ]
+    step = DecoderStep(model, 1, FRAMES)
+    assert step.takes(model, MAX_QUERIES)
+    assert not step.takes(model, MAX_QUERIES + 1)
+    assert DecoderStep(model, MAX_ROWS + 1, FRAMES).takes(model, 1)  # the model's own modules
 
 
 @pytest.mark.parametrize(("d_model", "heads"), [(320, 4), (384, 4), (256, 2), (128, 4)])
@@ -133,7 +224,7 @@ def test_a_step_built_in_inference_mode_serves_outside_it():
         step = DecoderStep(model, 1, FRAMES)
         prefill(model, step.cache, *inputs(model, 1, PROMPT))
     step.cache.reset()
-    step.input_ids.fill_(1)
+    step.encoder_states.fill_(1)
     assert int(step.cache.get_seq_length()) == 0
 
 

@@ -21,6 +21,18 @@ def test_equals_the_reference(B, K, dtype, device):
         assert torch.equal(out, embed_tokens_reference(ids, tokens, positions, position))
 
 
+@pytest.mark.parametrize(("B", "T"), [(1, 4), (3, 5)])
+def test_a_prompt_lies_at_consecutive_positions(B, T, device):
+    tokens, positions = torch.randn(99, 80, device=device), torch.randn(20, 80, device=device)
+    ids = torch.randint(0, 99, (T + 1, B + 1), device=device).T[:B, 1:]  # neither dimension dense
+    for position in (0, 20 - T):
+        out = embed_tokens(ids, tokens, positions, torch.tensor(position, device=device))
+        expected = [tokens[ids[b, t]] + positions[position + t] for b in range(B) for t in range(T)]
+        assert torch.equal(out, torch.stack(expected))
+    last = torch.tensor(20 - T + 1, device=device)  # one past the end
+    assert torch.equal(embed_tokens(ids, tokens, positions, last).view(B, T, 80)[:, -1], torch.zeros(B, 80, device=device))
+
+
 @pytest.mark.parametrize(("token", "position"), [(99, 0), (-1, 0), (0, 20), (0, -1)])
 def test_what_is_out_of_range_reads_nothing(token, position, device):
     tokens, positions = torch.full((99, 64), torch.nan, device=device), torch.full((20, 64), torch.nan, device=device)

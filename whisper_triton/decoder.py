@@ -2,10 +2,13 @@
 
 The host needs longer to launch the hundreds of kernels of a step than the GPU to run them. A `DecoderStep` captures them
 once, in a second or two and without compiling, over caches of fixed address; the position lives on the device, so that one
-graph serves every step. It belongs to one model, batch size and cache size, and is kept from call to call.
+graph serves every step. It belongs to one model, batch size and cache size, and is kept from call to call. So are the graphs of
+short prompts, and where the cross keys and values of all layers are projected from and to.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,9 +21,11 @@ from transformers.models.whisper.modeling_whisper import (
     WhisperPositionalEmbedding,
 )
 
-from .attention import NAME, TritonAttention
+from .attention import NAME, TritonAttention, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .fused import FusedDecoder, is_fusable
+from .kernels import CrossTable, cross_table, project_cross_kv
+from .kernels._checks import MAX_QUERIES
 
 # A graph replays kernels, not Python: modules whose forward pass we do not know might do something else a step.
 _KNOWN_MODULES = (
@@ -65,11 +70,42 @@ def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
     return tuple((p.data_ptr(), p.dtype) for p in (*model.model.decoder.parameters(), model.proj_out.weight))
 
 
+def cross_projections(model: WhisperForConditionalGeneration, cache: StaticEncoderDecoderCache) -> CrossTable | None:
+    """Where one launch finds all it needs to fill the cross cache; None where the model is not of the form that it takes."""
+    modules = [layer.encoder_attn for layer in model.model.decoder.layers]
+    layers = cache.cross_attention_cache.layers
+    has_bias = [module.v_proj.bias is not None for module in modules]
+    tensors = [t for module in modules for t in (*module.k_proj.parameters(), *module.v_proj.parameters())]
+    covered = (
+        all(module.k_proj.bias is None for module in modules)
+        and all(has_bias) == any(has_bias)
+        and why_not_covered(layers[0].keys.dtype, layers[0].keys.shape[-1], layers[0].keys.device) is None
+        and all(t.is_contiguous() and (t.dtype, t.device) == (layers[0].dtype, layers[0].device) for t in tensors)
+    )
+    if not covered:
+        return None
+    return cross_table(
+        [module.k_proj.weight.detach() for module in modules],
+        [module.v_proj.weight.detach() for module in modules],
+        [module.v_proj.bias.detach() for module in modules] if all(has_bias) else None,
+        [layer.keys for layer in layers],
+        [layer.values for layer in layers],
+    )
+
+
+class CapturedPass(NamedTuple):
+    """A graph of the decoder's pass over T tokens a sequence, with what it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    input_ids: torch.Tensor  # (B, T)
+    logits: torch.Tensor  # (B, 1, vocabulary), of the last token
+
+
 class DecoderStep:
     """The captured step of `model` for `batch_size` sequences; owns the caches it runs on.
 
     The self cache has `config.max_target_positions` slots, so that one graph serves every length; the cross cache
-    `num_frames`.
+    `num_frames`. A short prompt is a step of several tokens: each length has a graph of its own, over the same caches.
     """
 
     def __init__(self, model: WhisperForConditionalGeneration, batch_size: int, num_frames: int) -> None:
@@ -80,12 +116,17 @@ class DecoderStep:
             self.cache: StaticEncoderDecoderCache = build_static_cache(
                 model, batch_size, num_frames=num_frames, is_compileable=False
             )
-            self.input_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)
             # Not read: a step finds the cross keys and values in the cache. It only tells the layers to attend to them.
             self.encoder_states = torch.zeros(batch_size, 1, model.config.d_model, dtype=model.dtype, device=model.device)
+            self.projections = cross_projections(model, self.cache)
         self.fused = FusedDecoder(model) if is_fusable(model, batch_size) else None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: torch.Tensor
+        self.passes: dict[int, CapturedPass] = {}  # by T
+        self._takes: dict[int, bool] = {1: True}
+
+    @property
+    def graph(self) -> torch.cuda.CUDAGraph | None:
+        """The graph of one token a sequence, once it is captured."""
+        return self.passes[1].graph if 1 in self.passes else None
 
     @property
     def nbytes(self) -> int:
@@ -94,48 +135,83 @@ class DecoderStep:
         return sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
 
     def fits(self, model: WhisperForConditionalGeneration) -> bool:
-        """Whether the graph still reads the model's weights."""
+        """Whether the graphs still read the model's weights."""
         return self.fingerprint == fingerprint(model)
 
-    def __call__(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
-        """Decodes `input_ids` (B, 1) at the cache's position and advances it; returns logits (B, 1, vocabulary)."""
-        self.input_ids.copy_(input_ids)
-        if self.graph is None:
-            self._capture(model)
-        for layer in self.cache.self_attention_cache.layers:
-            layer.claim(1)
-        self.graph.replay()
-        return self.logits.clone()  # the next replay overwrites them
+    def takes(self, model: WhisperForConditionalGeneration, T: int) -> bool:
+        """Whether T tokens a sequence are decoded by a graph: one always, a prompt where the fused chain covers all its rows.
 
-    def _run(self, model: WhisperForConditionalGeneration) -> None:
-        if self.fused is not None:
-            self.logits = self.fused(self.input_ids, self.cache)
+        The model's own modules ask the host where in the cache a prompt begins, which a capture does not allow.
+        """
+        if T not in self._takes:
+            rows = self.encoder_states.shape[0] * T
+            self._takes[T] = self.fused is not None and T <= MAX_QUERIES and is_fusable(model, rows)
+        return self._takes[T]
+
+    def project(self, encoder_states: torch.Tensor) -> None:
+        """Fills the cross cache of all layers from `encoder_states` (B, frames, C), a window's first.
+
+        Where this is not covered, it does nothing, and each layer projects its own when it is first called.
+        """
+        layers = self.cache.cross_attention_cache.layers
+        shape = (self.encoder_states.shape[0], self.num_frames, self.encoder_states.shape[2])
+        covered = (
+            self.projections is not None
+            and encoder_states.shape == shape
+            and encoder_states.stride(-1) == 1
+            and (encoder_states.dtype, encoder_states.device) == (layers[0].dtype, layers[0].device)
+        )
+        if not covered:
             return
+        project_cross_kv(encoder_states, self.projections)
+        torch._foreach_add_([layer.cumulative_length for layer in layers], self.num_frames)  # from 0: `reset` came before
+        self.cache.is_updated.update(dict.fromkeys(self.cache.is_updated, True))
+
+    def __call__(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
+        """Decodes `input_ids` (B, T), of which it `takes` T, at the cache's position and advances it by T.
+
+        Returns the last token's logits (B, 1, vocabulary).
+        """
+        T = input_ids.shape[1]
+        if T not in self.passes:
+            self.passes[T] = self._capture(model, input_ids)
+        captured = self.passes[T]
+        captured.input_ids.copy_(input_ids)
+        for layer in self.cache.self_attention_cache.layers:
+            layer.claim(T)
+        captured.graph.replay()
+        return captured.logits.clone()  # the next replay overwrites them
+
+    def _run(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.fused is not None:
+            return self.fused(input_ids, self.cache)
         hidden_states = model.model.decoder(
-            input_ids=self.input_ids,
+            input_ids=input_ids,
             encoder_hidden_states=self.encoder_states,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.logits = model.proj_out(hidden_states)
+        return model.proj_out(hidden_states)
 
-    def _capture(self, model: WhisperForConditionalGeneration) -> None:
-        """Runs the step once to compile and warm up what it calls, then records it; leaves position and cache as found."""
+    def _capture(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> CapturedPass:
+        """Runs the pass once to compile and warm up what it calls, then records it; leaves position and cache as found."""
         layers = self.cache.self_attention_cache.layers
         position, host_length = self.cache.get_seq_length().clone(), layers[0].host_length
+        with torch.inference_mode(False):
+            kept_ids = torch.empty_like(input_ids, memory_format=torch.contiguous_format).copy_(input_ids)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
-            self._run(model)
+            self._run(model, kept_ids)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         for layer in layers:
             layer.host_length = host_length
         # "thread_local": what other threads do meanwhile, a data loader's pinned memory say, is no concern of this capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
-            self._run(model)
-        # The warm-up advanced the position and filled one slot, which the first replay writes again.
+            logits = self._run(model, kept_ids)
+        # The warm-up advanced the position and filled T slots, which the first replay writes again.
         self.cache.get_seq_length().copy_(position)
         for layer in layers:
             layer.host_length = host_length
-        self.graph = graph
+        return CapturedPass(graph, kept_ids, logits)

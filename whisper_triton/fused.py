@@ -85,22 +85,27 @@ class FusedDecoder:
         ]
 
     def __call__(self, input_ids: torch.Tensor, cache: StaticEncoderDecoderCache) -> torch.Tensor:
-        """Decodes `input_ids` (B, 1) at the cache's position, which it advances; returns logits (B, 1, vocabulary)."""
+        """Decodes `input_ids` (B, T) at the cache's position, which it advances; returns the last's logits (B, 1, vocabulary).
+
+        B * T may be as many rows as `is_fusable` allows, and T as many queries as the attention kernels take.
+        """
+        T = input_ids.shape[1]
         position = cache.get_seq_length()
         x = embed_tokens(input_ids, self.decoder.embed_tokens.weight, self.decoder.embed_positions.weight, position)
         for layer in self.layers:
             index = layer.module.self_attn.layer_idx
             own, cross = cache.self_attention_cache.layers[index], cache.cross_attention_cache.layers[index]
-            x = self._self_attention(x, layer, own, position)
-            x = self._cross_attention(x, layer, cross)
+            x = self._self_attention(x, layer, own, position, T)
+            x = self._cross_attention(x, layer, cross, T)
             fc1, fc2 = layer.module.fc1, layer.module.fc2
             y = skinny_linear(x, (fc1.weight,), (fc1.bias,), layer_norm=layer.final_norm, gelu=True)
             x = skinny_linear(y, (fc2.weight,), (fc2.bias,), residual=x)
+        x = x[T - 1 :: T].contiguous()  # each sequence's last token, which alone says what comes next
         logits = skinny_linear(x, (self.proj_out.weight,), (None,), layer_norm=self.final_norm)[:, None]
-        own.advance(1)  # PyTorch's launch waits for all before it: last, where nothing could overlap with it
+        own.advance(T)  # PyTorch's launch waits for all before it: last, where nothing could overlap with it
         return logits
 
-    def _self_attention(self, x: torch.Tensor, layer: _Layer, cache: object, position: torch.Tensor) -> torch.Tensor:
+    def _self_attention(self, x: torch.Tensor, layer: _Layer, cache: object, position: torch.Tensor, T: int) -> torch.Tensor:
         attention: WhisperAttention = layer.module.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         qkv = skinny_linear(
@@ -110,11 +115,11 @@ class FusedDecoder:
             layer_norm=layer.self_norm,
             scale=attention.scaling,
         )
-        query, key, value = qkv.view(x.shape[0], 1, 3, attention.num_heads, attention.head_dim).unbind(2)
+        query, key, value = qkv.view(-1, T, 3, attention.num_heads, attention.head_dim).unbind(2)
         out = append_attention(query, key, value, cache.keys, cache.values, position, scale=1.0, read_ahead=True)
         return skinny_linear(out.view(x.shape), (attention.out_proj.weight,), (attention.out_proj.bias,), residual=x)
 
-    def _cross_attention(self, x: torch.Tensor, layer: _Layer, cache: object) -> torch.Tensor:
+    def _cross_attention(self, x: torch.Tensor, layer: _Layer, cache: object, T: int) -> torch.Tensor:
         attention: WhisperAttention = layer.module.encoder_attn
         query = skinny_linear(
             x,
@@ -122,6 +127,8 @@ class FusedDecoder:
             (attention.q_proj.bias,),
             layer_norm=layer.cross_norm,
             scale=attention.scaling,
-        ).view(x.shape[0], 1, attention.num_heads, attention.head_dim)
-        out = decode_attention(query, cache.keys, cache.values, scale=1.0, read_ahead=True, counters=self.counters)
+        ).view(-1, T, attention.num_heads, attention.head_dim)
+        out = decode_attention(
+            query, cache.keys, cache.values, scale=1.0, is_causal=False, read_ahead=True, counters=self.counters
+        )
         return skinny_linear(out.view(x.shape), (attention.out_proj.weight,), (attention.out_proj.bias,), residual=x)

@@ -27,8 +27,16 @@ from .decoder import DecoderStep, why_not_captured
 STATE = "_whisper_triton"
 MAX_BYTES = 8 << 30  # of caches kept for captured steps, the batch size in use always among them
 _LOCK = threading.Lock()
-_CALL: ContextVar[object | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
+_CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+
+@dataclass(eq=False)
+class _Call:
+    """A `generate` call that is running."""
+
+    # Of a prompt. All of transformers' own decoding methods that get our cache do; one of the user's may want the others too.
+    reads_last_logits: bool
 
 
 @dataclass
@@ -40,7 +48,7 @@ class State:
     steps: OrderedDict[int, DecoderStep] = field(default_factory=OrderedDict, repr=False)  # by batch size, oldest first
     calls: int = 0  # of `generate` that are running, in any thread
     attn_implementation_before_calls: str | None = None
-    owner: object | None = None  # the one of them that the steps' caches belong to
+    owner: _Call | None = None  # the one of them that the steps' caches belong to
     in_use: DecoderStep | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
     state: State | None = vars(self).get(STATE)
     if state is None:  # kept by somebody from before `restore`
         return _stock(self, "generate")(*args, **kwargs)
-    call = object()
+    call = _Call(reads_last_logits=kwargs.get("custom_generate") is None)
     with _LOCK:
         state.calls += 1
         if state.owner is None:
@@ -78,8 +86,10 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
 
 
 def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput | tuple[Any, ...]:
-    step = None if torch.compiler.is_compiling() or args else _captured_step(self, kwargs)
-    if step is None:
+    step = None if torch.compiler.is_compiling() or args else _step_in_use(self, kwargs)
+    if step is not None and not any(step.cache.is_updated.values()):
+        step.project(kwargs["encoder_outputs"][0])
+    if step is None or not _is_captured(self, step, kwargs):
         return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
     return Seq2SeqLMOutput(
         logits=step(self, kwargs["decoder_input_ids"]),
@@ -97,26 +107,33 @@ _STEP_ARGUMENTS = {
 }
 
 
-def _captured_step(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> DecoderStep | None:
-    """The step whose graph serves this forward pass, or None."""
+def _step_in_use(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> DecoderStep | None:
+    """The step over whose cache `generate` makes this forward pass, or None."""
     state: State | None = vars(self).get(STATE)  # None: kept, or compiled into something, from before `restore`
     step = None if state is None else state.in_use
-    arguments = dict(kwargs)
-    ids, cache = arguments.pop("decoder_input_ids", None), arguments.pop("past_key_values", None)
-    mask = arguments.pop("decoder_attention_mask", None)
-    arguments.pop("attention_mask", None)  # of the encoder's frames, which Whisper ignores
-    if step is None or cache is not step.cache or arguments.pop("encoder_outputs", None) is None:
+    if step is None or kwargs.get("past_key_values") is not step.cache or kwargs.get("encoder_outputs") is None:
         return None
-    covered = (
-        ids is not None
-        and ids.shape == step.input_ids.shape
-        and (mask is None or is_length(mask))
-        and all(cache.is_updated.values())
-        and not torch.is_grad_enabled()
+    return None if torch.is_grad_enabled() else step
+
+
+def _is_captured(self: WhisperForConditionalGeneration, step: DecoderStep, kwargs: dict[str, Any]) -> bool:
+    """Whether a graph of the step serves this forward pass."""
+    arguments = dict(kwargs)
+    ids, mask = arguments.pop("decoder_input_ids", None), arguments.pop("decoder_attention_mask", None)
+    for name in ("past_key_values", "encoder_outputs", "attention_mask"):  # the last is of the frames: Whisper ignores it
+        arguments.pop(name, None)
+    if ids is None or ids.dim() != 2 or ids.shape[0] != step.encoder_states.shape[0] or ids.shape[1] < 1:
+        return False
+    T, owner = ids.shape[1], getattr(self, STATE).owner
+    return (
+        (mask is None or (T == 1 and is_length(mask)))
+        and all(step.cache.is_updated.values())
         and not (self.config.output_attentions or self.config.output_hidden_states)
         and all(value in _STEP_ARGUMENTS.get(name, (None,)) for name, value in arguments.items())
+        # A prompt's graph returns its last token's logits alone.
+        and (T == 1 or (owner is not None and owner.reads_last_logits))
+        and step.takes(self, T)
     )
-    return step if covered else None
 
 
 def _prepare_cache_for_generation(
