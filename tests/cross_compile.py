@@ -160,8 +160,10 @@ def linear_calls(B: int = 1) -> Iterator[Call]:
     yield linear_call("fc1", x, 5120, 1280, layer_norm=norm, gelu=True)
     yield linear_call("fc2", tensor(B, 5120), 1280, 5120, residual=residual)
     yield linear_call("logits", x, 51866, 1280, bias=False, layer_norm=norm)
-    ids = torch.zeros(B, 1, dtype=torch.int64)
-    yield Call(f"embed {B=}", partial(embed.embed_tokens, ids, tensor(51866, 1280), tensor(448, 1280), torch.tensor(0)))
+    for T in (1, 4):
+        ids = torch.zeros(B, T, dtype=torch.int64)
+        embeddings = tensor(51866, 1280), tensor(448, 1280)
+        yield Call(f"embed {B=} {T=}", partial(embed.embed_tokens, ids, *embeddings, torch.tensor(0)))
 
 
 def project_calls(dtype: torch.dtype) -> Iterator[Call]:

@@ -1,0 +1,134 @@
+"""Cross keys and values of all layers: our one launch against cuBLAS's two products a layer, with and without the copies.
+
+    python benchmarks/project_cross_kv.py
+    python benchmarks/project_cross_kv.py --tune
+
+Shapes of large-v3: 32 layers, 20 heads of 64, 1500 frames. Milliseconds a window in a CUDA graph; a window touches more than
+the L2 holds. `layers_ms` is F.linear twice and `update_kv_cache` a layer, `cublas_ms` the F.linear alone, whose results are
+not where attention reads them. `--tune` times tiles instead, for `choose_tiles` in kernels/project_cross_kv.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import check, measure, print_table, write_rows
+
+from whisper_triton.kernels import CrossTable, cross_table, project_cross_kv, update_kv_cache
+
+project = sys.modules["whisper_triton.kernels.project_cross_kv"]
+
+L, H, D, S = 32, 20, 64, 1500
+C = H * D
+
+
+def inputs(B: int, dtype: torch.dtype) -> tuple[torch.Tensor, CrossTable]:
+    def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    weights = [[randn(C, C, scale=C**-0.5) for _ in range(L)] for _ in range(2)]
+    biases = [randn(C) for _ in range(L)]
+    caches = [[torch.full((B, H, S, D), torch.nan, device="cuda", dtype=dtype) for _ in range(L)] for _ in range(2)]
+    return randn(B, S, C), cross_table(*weights, biases, *caches)
+
+
+def check_layers(states: torch.Tensor, table: CrossTable) -> None:
+    """Refuses a result that is further from float64 than twice what PyTorch's is, in the first and in the last layer."""
+    for i in (0, L - 1):
+        for name, weight, bias, cache in (
+            ("keys", table.key_weights[i], None, table.key_caches[i]),
+            ("values", table.value_weights[i], table.value_biases[i], table.value_caches[i]),
+        ):
+            exact = F.linear(states[-1:].double(), weight.double(), None if bias is None else bias.double())
+            ours = cache[-1:].transpose(1, 2).reshape(exact.shape)
+            check(f"project_cross_kv's {name} of layer {i}", ours, exact, F.linear(states[-1:], weight, bias))
+
+
+def linear(states: torch.Tensor, table: CrossTable, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return F.linear(states, table.key_weights[i]), F.linear(states, table.value_weights[i], table.value_biases[i])
+
+
+def layer_by_layer(states: torch.Tensor, table: CrossTable, position: torch.Tensor) -> None:
+    for i in range(L):
+        key, value = (x.view(*states.shape[:2], H, D) for x in linear(states, table, i))
+        update_kv_cache(key, value, table.key_caches[i], table.value_caches[i], position)
+
+
+def cublas(states: torch.Tensor, table: CrossTable) -> None:
+    for i in range(L):
+        linear(states, table, i)
+
+
+def bench(B: int, dtype: torch.dtype) -> dict[str, object]:
+    states, table = inputs(B, dtype)
+    project_cross_kv(states, table)
+    check_layers(states, table)
+    position = torch.tensor(0, device="cuda")
+    ours, spread = (us / 1000 for us in measure([lambda: project_cross_kv(states, table)]))
+    layers = measure([lambda: layer_by_layer(states, table, position)])[0] / 1000
+    bare = measure([lambda: cublas(states, table)])[0] / 1000
+    tera = 4 * L * B * S * C * C / 1e12
+    return {
+        "B": B,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ours_ms": ours,
+        "spread_ms": spread,
+        "layers_ms": layers,
+        "cublas_ms": bare,
+        "ours_TFLOP/s": 1000 * tera / ours,
+        "cublas_TFLOP/s": 1000 * tera / bare,
+        "layers/ours": layers / ours,
+    }
+
+
+def tune(B: int, dtype: torch.dtype) -> list[dict[str, object]]:
+    """The time of every tile that fits, the fastest first."""
+    states, table = inputs(B, dtype)
+    if dtype == torch.float32:
+        shapes = itertools.product((64, 128), (64, 128), (16, 32), (8,), (4, 8), (2, 3))
+    else:
+        shapes = itertools.product((128, 256), (128, 256), (32, 64, 128), (4, 8, 16), (4, 8), (2, 3, 4, 5))
+    rows = []
+    for tiles in itertools.starmap(project.Tiles, shapes):
+        stage = (tiles.BLOCK_M + tiles.BLOCK_N) * tiles.BLOCK_K * dtype.itemsize
+        registers = tiles.BLOCK_M * tiles.BLOCK_N // (32 * tiles.num_warps)  # of the sums alone, a thread
+        if not 64 <= registers <= 128 or stage * tiles.num_stages > 227 << 10:
+            continue
+        try:
+            project._launch(states, *table, tiles=tiles)
+            check_layers(states, table)
+            ms = measure([lambda tiles=tiles: project._launch(states, *table, tiles=tiles)], replays=10)[0] / 1000
+        except Exception as error:  # a tile that does not fit is not a candidate
+            print(f"  {tuple(tiles)}: {type(error).__name__}", flush=True)
+            continue
+        rows.append({"B": B, "dtype": str(dtype).removeprefix("torch."), "tiles": str(tuple(tiles)), "ms": ms})
+    return sorted(rows, key=lambda row: row["ms"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", default="1,2,4,8", help="batch sizes, separated by commas")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--tune", action="store_true", help="time tiles instead")
+    parser.add_argument("--output", type=Path, help="row file to write")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    rows = []
+    for B in map(int, args.batch.split(",")):
+        found = tune(B, dtype) if args.tune else [bench(B, dtype)]
+        if args.tune:
+            print_table(found[:12])
+        rows += found
+    if not args.tune:
+        print_table(rows)
+    default = Path(__file__).parent / "rows" / ("tune_project_cross_kv.jsonl" if args.tune else "project_cross_kv.jsonl")
+    write_rows(args.output or default, rows)
+
+
+if __name__ == "__main__":
+    main()

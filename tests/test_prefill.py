@@ -1,0 +1,181 @@
+"""The prompt inside `generate`: all cross keys and values in one launch, and a graph of its own for each short length.
+
+Without a GPU nothing is captured: the passes then run eagerly in place of their graphs, all else being the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from whisper_models import START_OF_PREVIOUS, TEXT, VOCABULARY, assert_generates_as_stock, mel, tiny_whisper
+from whisper_triton.kernels._checks import MAX_QUERIES
+
+import whisper_triton
+from whisper_triton import generation
+from whisper_triton.decoder import CapturedPass, DecoderStep, why_not_captured
+
+
+class Eager:
+    """Stands for a graph: what is captured runs at each replay."""
+
+    def __init__(self, step: DecoderStep, model: Any, input_ids: torch.Tensor) -> None:
+        self.run = lambda: step._run(model, self.input_ids)
+        self.input_ids = input_ids.clone()
+        self.logits = torch.empty(input_ids.shape[0], 1, VOCABULARY, dtype=model.dtype)
+
+    def replay(self) -> None:
+        self.logits.copy_(self.run())
+
+
+@pytest.fixture(autouse=True)
+def _graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    if device.type == "cuda":
+        return
+
+    def capture(step: DecoderStep, model: Any, input_ids: torch.Tensor) -> CapturedPass:
+        graph = Eager(step, model, input_ids)
+        return CapturedPass(graph, graph.input_ids, graph.logits)
+
+    def why_not(model: Any) -> str | None:
+        reason = why_not_captured(model)
+        return None if reason == "the model is on cpu" else reason
+
+    monkeypatch.setattr(DecoderStep, "_capture", capture)
+    monkeypatch.setattr(generation, "why_not_captured", why_not)
+
+
+@pytest.fixture
+def projections(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each window of the calls to come: whether one launch filled the cross cache."""
+    windows = []
+    project = DecoderStep.project
+
+    def recorded(step: DecoderStep, states: torch.Tensor) -> None:
+        project(step, states)
+        windows.append(all(step.cache.is_updated.values()))
+
+    monkeypatch.setattr(DecoderStep, "project", recorded)
+    return windows
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens a sequence in each pass that a graph serves."""
+    lengths = []
+    call = DecoderStep.__call__
+
+    def recorded(step: DecoderStep, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        lengths.append(input_ids.shape[1])
+        return call(step, model, input_ids)
+
+    monkeypatch.setattr(DecoderStep, "__call__", recorded)
+    return lengths
+
+
+def test_a_prompt_is_one_pass_of_the_chain(device, projections, passes):
+    model = tiny_whisper(device, seed=3, dtype=torch.float16)
+    prompt = torch.tensor([START_OF_PREVIOUS, 5, 17], device=device)
+    assert_generates_as_stock(model, mel(2, device), prompt_ids=prompt, max_new_tokens=4, distinct=4)
+    assert passes == [5, 1, 1, 1]
+    assert projections == [True]
+
+
+def test_a_prompt_that_the_chain_does_not_take_runs_in_the_modules(device, projections, passes):
+    model = tiny_whisper(device, seed=3)
+    assert_generates_as_stock(model, mel(2, device), max_new_tokens=4, distinct=4)  # two rows of fp32
+    assert passes == [1, 1, 1]
+    assert projections == [True]
+
+
+def test_a_prompt_of_one_token_is_a_step(device, projections, passes):
+    model = tiny_whisper(device, seed=3)
+    del model.generation_config.no_timestamps_token_id
+    assert_generates_as_stock(model, mel(1, device), max_new_tokens=2, distinct=2)
+    assert passes == [1, 1]
+    assert projections == [True]
+
+
+def test_who_decodes_by_himself_gets_all_logits_of_the_prompt(device, passes):
+    model = tiny_whisper(device, seed=3, dtype=torch.float16)
+    shapes = []
+
+    def decode(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        kwargs = {name: kwargs[name] for name in ("encoder_outputs", "past_key_values", "use_cache") if name in kwargs}
+        inputs = model.prepare_inputs_for_generation(input_ids, **kwargs)
+        shapes.append(model(**inputs, return_dict=True).logits.shape)
+        return torch.cat([input_ids, input_ids[:, -1:]], -1)
+
+    with whisper_triton.accelerated(model):
+        model.generate(mel(2, device).half(), custom_generate=decode)
+    assert shapes == [(2, 2, VOCABULARY)]
+    assert passes == []
+
+
+def test_a_forward_call_outside_generate_gets_all_logits(device, passes):
+    model = whisper_triton.accelerate(tiny_whisper(device, seed=3, dtype=torch.float16))
+    features = mel(1, device).half()
+    model.generate(features, max_new_tokens=2)
+    kept = model._whisper_triton.steps[1].cache
+    kept.reset()
+    passes.clear()
+    ids = torch.randint(0, TEXT, (1, 4), device=device)
+    with torch.no_grad():
+        assert model(features, decoder_input_ids=ids, past_key_values=kept, use_cache=True).logits.shape[1] == 4
+    assert passes == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+class TestOnGpu:
+    def test_prompts_of_all_lengths_in_batches_of_all_sizes(self, dtype, device, projections):
+        """One model throughout: its graphs are kept from call to call, and serve other prompts than they were captured on."""
+        config = {"seed": 3, "dtype": dtype, "max_target_positions": 448}
+        model, stock = tiny_whisper(device, **config), tiny_whisper(device, **config)
+        exact = copy.deepcopy(stock).double()
+        whisper_triton.accelerate(model)
+        generator = torch.Generator().manual_seed(0)
+        for B, length in ((1, 0), (1, 20), (3, 0), (1, 200), (3, 12), (1, 13), (20, 0), (3, 200), (1, 0), (1, 12), (3, 0)):
+            text = torch.randint(0, TEXT, (length,), generator=generator)
+            prompt = torch.cat([torch.tensor([START_OF_PREVIOUS]), text]).to(device) if length else None
+            self.compare(model, stock, exact, mel(B, device, seed=B + length), prompt)
+        assert all(projections)
+        step = model._whisper_triton.steps[1]
+        # Of 2 and, with the prompt's first token, of 15 and 16 tokens: fp32 has no chain for several rows.
+        wanted = {T for T in (2, 15, 16) if T <= MAX_QUERIES} if step.takes(model, 2) else set()
+        assert set(step.passes) == {1} | wanted
+
+    def compare(self, model, stock, exact, features, prompt):
+        """The scores after the prompt are as near to float64's as stock's, and in fp32 the tokens are stock's."""
+        kwargs = {"prompt_ids": prompt, "max_new_tokens": 5, "return_dict_in_generate": True, "output_scores": True}
+        ours, theirs, right = (runner.generate(features.to(runner.dtype), **kwargs) for runner in (model, stock, exact))
+        first, yardstick, wanted = (result["scores"][0].double() for result in (ours, theirs, right))
+        finite = wanted.isfinite()
+        assert torch.equal(first.isfinite(), finite)
+        assert (first - wanted)[finite].norm() <= 2 * (yardstick - wanted)[finite].norm()
+        if model.dtype == torch.float32:
+            assert torch.equal(ours["sequences"], theirs["sequences"])
+
+    def test_a_prompts_graph_follows_the_weights(self, dtype, device):
+        model = whisper_triton.accelerate(tiny_whisper(device, seed=3, dtype=dtype))
+        features = mel(1, device).to(dtype)
+        first = model.generate(features, max_new_tokens=8)
+        step = model._whisper_triton.steps[1]
+        other = tiny_whisper(device, seed=5, dtype=dtype)
+        for parameter, new in zip(model.parameters(), other.parameters(), strict=True):
+            parameter.data = new.data.clone()
+        second = model.generate(features, max_new_tokens=8)
+        assert model._whisper_triton.steps[1] is not step
+        assert not torch.equal(first, second)
+        assert torch.equal(second, whisper_triton.accelerate(other).generate(features, max_new_tokens=8))
+
+    def test_a_prompt_is_bitwise_the_same_again_and_whatever_the_others_hold(self, dtype, device):
+        model = whisper_triton.accelerate(tiny_whisper(device, seed=3, dtype=dtype))
+        features = mel(3, device).to(dtype)
+        kwargs = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_scores": True}
+        runs = [model.generate(features, **kwargs)["scores"] for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        features[1:] *= 0.5
+        assert torch.equal(model.generate(features, **kwargs)["scores"][0][0], runs[0][0][0])
