@@ -135,6 +135,17 @@ class StaticEncoderDecoderCache(EncoderDecoderCache):
     def is_compileable(self) -> bool:
         return self._is_compileable
 
+    def reset(self) -> None:
+        """Empties the cache. In few launches: one a tensor would be a hundred, each window, before the prompt."""
+        own, cross = self.self_attention_cache.layers, self.cross_attention_cache.layers
+        if caches := [cache for layer in own if layer.is_initialized for cache in (layer.keys, layer.values)]:
+            torch._foreach_zero_(caches)
+        torch._foreach_zero_([layer.cumulative_length for layer in cross])  # their content is overwritten whole
+        for layer in own:
+            layer.host_length = 0
+        own[0].cumulative_length.zero_()
+        self.is_updated.update(dict.fromkeys(self.is_updated, False))
+
     def to_legacy_cache(self) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], ...]:
         """A layer's (self keys, self values, cross keys, cross values), views of the slots in use. Waits for the device.
 
