@@ -92,7 +92,7 @@ def tune(B: int, dtype: torch.dtype) -> list[dict[str, object]]:
     if dtype == torch.float32:
         shapes = itertools.product((64, 128), (64, 128), (16, 32), (8,), (4, 8), (3,))
     else:
-        shapes = itertools.product((128, 256), (128, 256), (32, 64), (8, 16), (4, 8), (3, 4))
+        shapes = itertools.product((64, 128, 256), (128, 256), (32, 64), (8, 16), (4, 8), (3, 4))
     rows = []
     for tiles in itertools.starmap(project.Tiles, shapes):
         stage = (tiles.BLOCK_M + tiles.BLOCK_N) * tiles.BLOCK_K * dtype.itemsize
