@@ -79,8 +79,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_prompt_is_one_pass_of_the_chain(device, projections, passes):
     model = tiny_whisper(device, seed=3, dtype=torch.float16)
     prompt = torch.tensor([START_OF_PREVIOUS, 5, 17], device=device)
-    assert_generates_as_stock(model, mel(2, device), prompt_ids=prompt, max_new_tokens=3, distinct=4)
-    assert passes == [5, 1, 1]
+    assert_generates_as_stock(model, mel(2, device), prompt_ids=prompt, max_new_tokens=2, distinct=2)
+    assert passes == [5, 1]
     assert projections == [True]
 
 
@@ -94,7 +94,7 @@ def test_a_prompt_that_the_chain_does_not_take_runs_in_the_modules(device, proje
 def test_a_prompt_of_one_token_is_a_step(device, projections, passes):
     model = tiny_whisper(device, seed=3)
     del model.generation_config.no_timestamps_token_id
-    assert_generates_as_stock(model, mel(1, device), max_new_tokens=1, distinct=2)
+    assert_generates_as_stock(model, mel(1, device), max_new_tokens=1, distinct=1)
     assert passes == [1]
     assert projections == [True]
 
