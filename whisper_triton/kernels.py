@@ -25,7 +25,9 @@ __path__ = [_find_files()]
 
 # Absolute imports, because to Python this is a plain module, whose relative imports start at `whisper_triton`.
 from whisper_triton.kernels._dispatch import backend  # noqa: E402
+from whisper_triton.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference  # noqa: E402
 from whisper_triton.kernels.append_attention import append_attention, append_attention_reference  # noqa: E402
+from whisper_triton.kernels.bias_gelu import bias_gelu, bias_gelu_reference  # noqa: E402
 from whisper_triton.kernels.decode_attention import decode_attention, decode_attention_reference  # noqa: E402
 from whisper_triton.kernels.project_cross_kv import (  # noqa: E402
     CrossTable,
@@ -37,9 +39,13 @@ from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_ca
 
 __all__ = [
     "CrossTable",
+    "add_layer_norm",
+    "add_layer_norm_reference",
     "append_attention",
     "append_attention_reference",
     "backend",
+    "bias_gelu",
+    "bias_gelu_reference",
     "cross_table",
     "decode_attention",
     "decode_attention_reference",
