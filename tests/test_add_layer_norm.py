@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from whisper_triton.kernels import add_layer_norm, add_layer_norm_reference
 
 # Triton's interpreter cuts to bfloat16 where a GPU rounds.

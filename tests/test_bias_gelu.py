@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from whisper_triton.kernels import bias_gelu, bias_gelu_reference
 
 # Triton's interpreter cuts to bfloat16 where a GPU rounds.

@@ -27,6 +27,7 @@ from .kernels import append_attention, decode_attention
 from .kernels._checks import DTYPES, HEAD_DIMS
 
 NAME = "whisper_triton"
+STATE = "_whisper_triton"  # the attribute of an accelerated model, and of its encoder
 logger = logging.getLogger(__name__)
 _reported: set[str] = set()
 

@@ -20,11 +20,11 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from .attention import NAME, is_length, report_once, why_not_covered
+from .attention import NAME, STATE, is_length, report_once, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .decoder import DecoderStep, why_not_captured
+from .encoder import EncoderState
 
-STATE = "_whisper_triton"
 MAX_BYTES = 8 << 30  # of caches kept for captured steps, the batch size in use always among them
 _LOCK = threading.Lock()
 _CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
@@ -45,6 +45,7 @@ class State:
 
     attn_implementation: str | None
     overridden: dict[str, MethodType]
+    encoder: EncoderState | None  # None where the encoder is another model's, or none of Whisper's
     steps: OrderedDict[int, DecoderStep] = field(default_factory=OrderedDict, repr=False)  # by batch size, oldest first
     calls: int = 0  # of `generate` that are running, in any thread
     attn_implementation_before_calls: str | None = None

@@ -1,7 +1,8 @@
 """`accelerate` and `restore`: puts our attention and caches into one model, in place, and takes them out again.
 
 Nothing of transformers is rebound. Of the model's instance, the attention modules change class (parameters, hooks and
-submodules stay), the config names our attention, and the methods that `generation.OVERRIDES` names are overridden.
+submodules stay), the config names our attention, and the methods that `generation.OVERRIDES` names are overridden, and of its
+encoder's instance those of `encoder.ENCODER_OVERRIDES`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 from torch import nn
 from transformers import WhisperForConditionalGeneration
-from transformers.models.whisper.modeling_whisper import WhisperAttention
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperEncoder
 
-from .attention import NAME, TritonAttention
-from .generation import OVERRIDES, STATE, State
+from .attention import NAME, STATE, TritonAttention
+from .encoder import ENCODER_OVERRIDES, EncoderState
+from .fused_encoder import unpack_encoder
+from .generation import OVERRIDES, State
 
 _ACCELERATED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -55,12 +58,11 @@ def accelerate(model: WhisperForConditionalGeneration) -> WhisperForConditionalG
             module.__class__ = TritonAttention
             module.stock_attn_implementation = "eager" if stock == "eager" else "sdpa"
     model.config._attn_implementation = NAME
-    overridden = {}
-    for name, function in OVERRIDES.items():
-        if name not in vars(model):  # what the user has put there before us, a compiled forward pass say, stays
-            overridden[name] = _bind(model, name, function)
-            setattr(model, name, overridden[name])
-    setattr(model, STATE, State(stock, overridden))
+    encoder, encoder_state = model.model.encoder, None
+    if isinstance(encoder, WhisperEncoder) and STATE not in vars(encoder):  # which two models may share
+        encoder_state = EncoderState(_override(encoder, ENCODER_OVERRIDES))
+        setattr(encoder, STATE, encoder_state)
+    setattr(model, STATE, State(stock, _override(model, OVERRIDES), encoder_state))
     _ACCELERATED.add(model)
     return model
 
@@ -74,10 +76,11 @@ def restore(model: WhisperForConditionalGeneration) -> WhisperForConditionalGene
         if type(module) is TritonAttention and hasattr(module, "stock_attn_implementation"):
             module.__class__ = WhisperAttention
             del module.stock_attn_implementation
-    for name, method in state.overridden.items():
-        if vars(model).get(name) is method:
-            delattr(model, name)
-    delattr(model, STATE)
+    encoder = model.model.encoder
+    if state.encoder is not None and vars(encoder).get(STATE) is state.encoder:
+        _take_back(encoder, state.encoder.overridden)
+        unpack_encoder(encoder)
+    _take_back(model, state.overridden)
     _ACCELERATED.discard(model)
     if not _sharing_config(model):
         model.config._attn_implementation = state.attn_implementation
@@ -94,6 +97,21 @@ def accelerated(model: WhisperForConditionalGeneration) -> Iterator[WhisperForCo
     finally:
         if not was_accelerated:
             restore(model)
+
+
+def _override(module: nn.Module, functions: dict[str, Callable[..., Any]]) -> dict[str, MethodType]:
+    """Puts `functions` on this instance as its methods; what the user has put there before us stays."""
+    methods = {name: _bind(module, name, function) for name, function in functions.items() if name not in vars(module)}
+    for name, method in methods.items():
+        setattr(module, name, method)
+    return methods
+
+
+def _take_back(module: nn.Module, methods: dict[str, MethodType]) -> None:
+    for name, method in methods.items():
+        if vars(module).get(name) is method:
+            delattr(module, name)
+    delattr(module, STATE)
 
 
 def _bind(model: nn.Module, name: str, function: Callable[..., Any]) -> MethodType:

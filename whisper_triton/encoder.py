@@ -1,0 +1,210 @@
+"""The encoder as a CUDA graph: log-mel features in, hidden states out, for one batch size.
+
+Launched one by one, the 230 kernels of large-v3's encoder would keep a GPU waiting at batch 1, so they are captured once and
+replayed. A graph belongs to one encoder and shape of features, and is kept from call to call. `ENCODER_OVERRIDES` names the
+method that `accelerate` puts on an encoder's instance; it falls back to the class's own for what no graph covers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperEncoder, WhisperEncoderLayer
+
+from .attention import NAME, STATE, TritonAttention, report_once
+from .fused_encoder import FusedEncoder
+from .kernels._checks import DTYPES
+
+MAX_BYTES = 8 << 30  # of memory kept for graphs, the shape in use always among them
+_LOCK = threading.Lock()
+# A graph replays kernels, not Python: modules whose forward pass we do not know might do something else a call.
+_KNOWN_MODULES = (
+    WhisperEncoder, WhisperEncoderLayer, WhisperAttention, TritonAttention, GELUActivation,
+    nn.ModuleList, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Embedding,
+)  # fmt: skip
+
+
+def why_not_captured(encoder: WhisperEncoder) -> str | None:
+    """Why a pass of `encoder` cannot be replayed from a graph, or None."""
+    device, dtype = encoder.device, encoder.dtype
+    if device.type != "cuda":
+        return f"the encoder is on {device}"
+    if encoder.config._attn_implementation != NAME:
+        return f"attention is {encoder.config._attn_implementation}"
+    if dtype not in DTYPES:
+        return f"the encoder's dtype is {dtype}"
+    if encoder.config.max_source_positions != encoder.embed_positions.num_embeddings:
+        return f"{encoder.embed_positions.num_embeddings} positions for {encoder.config.max_source_positions} frames"
+    for module in encoder.modules():
+        name = type(module).__name__
+        if type(module) not in _KNOWN_MODULES:
+            return f"a module of the encoder is {name}"
+        if module.training:
+            return f"{name} is in training mode"
+        if module is encoder:
+            continue  # its hooks are run around its forward pass, which is where the graph takes over
+        if "forward" in vars(module):
+            return f"{name} has a forward pass of its own"
+        if module._forward_pre_hooks or any(not is_recorder(hook) for hook in module._forward_hooks.values()):
+            return f"{name} has a forward hook"
+    parameters = list(encoder.parameters())
+    for parameter in parameters:
+        # Quantised and sharded weights are other tensors inside, which a kernel could not read and we could not follow.
+        if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+            return f"a weight of the encoder is {type(parameter.data).__name__}"
+    for parameter in parameters:
+        if parameter.device != device or parameter.dtype != dtype or not parameter.is_contiguous():
+            strides = "" if parameter.is_contiguous() else f" with strides {parameter.stride()}"
+            return f"a weight of the encoder, {dtype} on {device}, is {parameter.dtype} on {parameter.device}{strides}"
+    return None
+
+
+def is_recorder(hook: object) -> bool:
+    """Whether a forward hook is one that transformers leaves on every layer after a call with output_attentions.
+
+    They do nothing unless asked to.
+    """
+    return getattr(hook, "__name__", "") == "output_capturing_hook"
+
+
+def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
+    """What a graph depends on: another one is captured when modules, hooks, modes or the places of the weights change.
+
+    Asked before every replay, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
+    """
+    found: list[object] = []
+    modules: list[nn.Module] = [encoder]
+    while modules:
+        module = modules.pop()
+        found += (type(module), module.training, "forward" in vars(module))
+        for hooks in (module._forward_pre_hooks, module._forward_hooks) if module is not encoder else ():
+            found += map(id, hooks.values())
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found += (parameter.data_ptr(), parameter.dtype)
+        modules += module._modules.values()
+    return tuple(found)
+
+
+class CapturedEncoder:
+    """The captured pass of `encoder` for features of one shape.
+
+    Captured when it is made, which packs the weights of q, k and v; calls from several threads or streams take turns.
+    """
+
+    def __init__(self, encoder: WhisperEncoder, features: torch.Tensor) -> None:
+        # What is kept from call to call must not be an inference tensor, which only inference mode may write again.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(features.device):
+            chain = FusedEncoder(encoder)
+            self.fingerprint = fingerprint(encoder)
+            self.features = torch.empty(features.shape, dtype=features.dtype, device=features.device).copy_(features)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                chain(self.features)  # compiles and plans whatever it calls
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # "thread_local": what other threads do meanwhile, a data loader's pinned memory say, is no concern of this capture.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                before = torch.cuda.memory_reserved()
+                self.states = chain(self.features)
+                self.nbytes = torch.cuda.memory_reserved() - before + self.features.nbytes
+        self._done = torch.cuda.Event()
+        self._lock = threading.Lock()
+
+    def fits(self, encoder: WhisperEncoder) -> bool:
+        """Whether the graph still is what a pass of `encoder` would do."""
+        return self.fingerprint == fingerprint(encoder)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """features: (B, mel bins, frames) of the captured shape and dtype. Returns (B, frames / 2, C)."""
+        with self._lock, torch.cuda.device(self.features.device):
+            torch.cuda.current_stream().wait_event(self._done)
+            self.features.copy_(features)
+            self.graph.replay()
+            states = self.states.clone()  # the next replay overwrites them
+            self._done.record()
+        return states
+
+
+@dataclass
+class EncoderState:
+    """What the encoder of an accelerated model carries: what `restore` needs, and the graphs captured for it."""
+
+    overridden: dict[str, MethodType]
+    # By batch size and frames, the last used last.
+    graphs: OrderedDict[tuple[int, int], CapturedEncoder] = field(default_factory=OrderedDict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A captured graph belongs to the weights it was captured over: a copied model captures its own.
+        return vars(self) | {"graphs": OrderedDict()}
+
+
+def _forward(self: WhisperEncoder, *args: Any, **kwargs: Any) -> BaseModelOutput | tuple[Any, ...]:
+    if torch.compiler.is_compiling():
+        return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
+    features = args[0] if args else kwargs.get("input_features")
+    graph = _captured(self, features) if _is_covered(self, features, args, kwargs) else None
+    if graph is None:
+        return type(self).forward(self, *args, **kwargs)
+    return BaseModelOutput(last_hidden_state=graph(features))
+
+
+# What the encoder is called with besides the features, with the values that a graph covers.
+_ARGUMENTS = {
+    "return_dict": (True, None),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+}
+
+
+def _is_covered(self: WhisperEncoder, features: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a graph covers such a call; what does not fit the encoder is left to stock's errors."""
+    config = self.config
+    arguments = {name: value for name, value in kwargs.items() if name not in ("input_features", "attention_mask")}
+    return (
+        STATE in vars(self)  # not so if the method was kept from before `restore`
+        and type(features) is torch.Tensor
+        and features.is_cuda
+        and len(args) <= 2  # features and their mask, which Whisper ignores
+        and all(value in _ARGUMENTS.get(name, (None,)) for name, value in arguments.items())
+        and not torch.is_grad_enabled()
+        and not (config.output_attentions or config.output_hidden_states)
+        and ("return_dict" in arguments or getattr(config, "return_dict", True))
+        and not torch.is_autocast_enabled("cuda")
+        and (features.dtype, features.device) == (self.dtype, self.device)
+        and features.shape[0] > 0
+        and features.shape[1:] == (self.num_mel_bins, 2 * config.max_source_positions)
+        and not torch.cuda.is_current_stream_capturing()  # somebody else's graph cannot hold ours
+    )
+
+
+def _captured(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder | None:
+    """The graph for these features, kept from call to call, or None where there cannot be one."""
+    graphs = getattr(self, STATE).graphs
+    key = features.shape[0], features.shape[2]
+    with _LOCK:
+        if self.config._attn_implementation != NAME or key not in graphs or not graphs[key].fits(self):
+            for other in [other for other in graphs if not graphs[other].fits(self)]:
+                del graphs[other]  # before more memory is taken
+            reason = why_not_captured(self)
+            if reason is not None:
+                report_once(f"the encoder is launched one kernel at a time: {reason}")
+                return None
+            while graphs and sum(graph.nbytes for graph in graphs.values()) > MAX_BYTES:
+                graphs.popitem(last=False)
+            graphs[key] = CapturedEncoder(self, features)
+        graphs.move_to_end(key)
+        return graphs[key]
+
+
+ENCODER_OVERRIDES: dict[str, Callable[..., Any]] = {"forward": _forward}
