@@ -30,9 +30,18 @@ from triton.runtime import driver
 
 from whisper_triton.kernels import _attend, _dispatch
 
-update, decode, append, linear, embed, project = (
+update, decode, append, linear, embed, project, norm, gelu = (
     importlib.import_module(f"whisper_triton.kernels.{name}")
-    for name in ("update_kv_cache", "decode_attention", "append_attention", "skinny_linear", "embed_tokens", "project_cross_kv")
+    for name in (
+        "update_kv_cache",
+        "decode_attention",
+        "append_attention",
+        "skinny_linear",
+        "embed_tokens",
+        "project_cross_kv",
+        "add_layer_norm",
+        "bias_gelu",
+    )
 )
 
 TARGETS = {
@@ -183,6 +192,20 @@ def project_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield project_call("odd", 5, 80, 403, odd=1, is_odd=True)
 
 
+def encoder_calls() -> Iterator[Call]:
+    """What stands between the matrix products of the encoder: widths of tiny and large-v3, and an odd one."""
+    for C, R, dtype in (
+        (384, 1, torch.float16),
+        (1280, 1500, torch.float16),
+        (1280, 1500, torch.float32),
+        (99, 3, torch.float16),
+    ):
+        x, residual, vector = (torch.empty(*shape, dtype=dtype) for shape in ((3000, C), (R, C), (C,)))
+        sizes, is_odd = f"{C=} {R=} {str(dtype).removeprefix('torch.')}", C % 8 != 0
+        yield Call(f"norm {sizes}", partial(norm._launch, x, residual, vector, vector, 1e-5, 64504.0), is_odd=is_odd)
+        yield Call(f"gelu {sizes}", partial(gelu._launch, x, vector), is_odd=is_odd)
+
+
 def resources(files: dict[str, str], gpu: GPUTarget) -> dict[str, int]:
     """Registers and spilled bytes a thread, from what the assembler wrote."""
     by_kind = {Path(name).suffix: path for name, path in files.items()}
@@ -243,6 +266,7 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
 
 CALLS = [
     *linear_calls(),
+    *encoder_calls(),
     *project_calls(DTYPES[0]),
     *(call for D in HEAD_DIMS for dtype in DTYPES for call in attention_calls(dtype, D)),
     *(call for dtype in DTYPES[1:] for call in project_calls(dtype)),
@@ -250,8 +274,11 @@ CALLS = [
 
 
 def selection() -> Iterator[tuple[str, int]]:
-    """All linear layers and all calls in fp16 with Whisper's head dim for every target, the heavy ones of the rest for two."""
-    whisper = len([*linear_calls(), *project_calls(DTYPES[0]), *attention_calls(DTYPES[0], HEAD_DIMS[0])])
+    """The linear layers, the projection, the encoder's kernels and all calls in fp16 with Whisper's head dim for every target,
+    the heavy ones of the rest for two.
+    """
+    first = [*linear_calls(), *encoder_calls(), *project_calls(DTYPES[0]), *attention_calls(DTYPES[0], HEAD_DIMS[0])]
+    whisper = len(first)
     heavy = [number for number, call in enumerate(CALLS) if number >= whisper and call.is_heavy]
     for i, target in enumerate(TARGETS):
         for number in range(whisper):

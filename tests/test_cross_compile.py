@@ -18,7 +18,10 @@ NVIDIA = TARGETS[:4]
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
 # Those that may touch what no kernel before them writes, and do, before these have finished.
 READ_AHEAD = {"_decode_attention_kernel", "_append_attention_kernel", "_skinny_linear_kernel"}
-KERNELS = READ_AHEAD | {"_update_kv_cache_kernel", "_merge_splits_kernel", "_embed_tokens_kernel", "_project_cross_kv_kernel"}
+KERNELS = READ_AHEAD | {
+    "_update_kv_cache_kernel", "_merge_splits_kernel", "_embed_tokens_kernel", "_project_cross_kv_kernel",
+    "_add_layer_norm_kernel", "_bias_gelu_kernel",
+}  # fmt: skip
 
 Build = dict[str, object]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -293,6 +294,30 @@ class TestGraphs:
         for parameter in model.parameters():
             parameter.data.zero_()
         assert torch.equal(encode(twin, mel(1, device)), first)
+
+    def test_threads_with_streams_of_their_own_take_turns(self, device):
+        model = whisper_triton.accelerate(tiny_whisper(device, seed=3))
+        wanted = [encode(model, mel(1, device, seed=seed)) for seed in range(4)]
+        torch.cuda.synchronize()
+
+        def run(seed: int) -> bool:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                features = mel(1, device, seed=seed)
+                same = [torch.equal(encode(model, features), wanted[seed]) for _ in range(50)]
+            return all(same)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(run, range(4))) == [True] * 4
+
+    def test_a_graph_outlives_others_and_what_memory_they_free(self, device):
+        model = whisper_triton.accelerate(tiny_whisper(device, seed=3, d_model=384, encoder_ffn_dim=1536).half())
+        first = encode(model, mel(1, device))
+        encode(model, mel(8, device))
+        del self.graphs(model)[8, 2 * FRAMES]
+        torch.cuda.empty_cache()
+        poison = [torch.full((1 << 20,), torch.nan, device=device) for _ in range(64)]
+        assert torch.equal(encode(model, mel(1, device)), first)
+        assert all(tensor.isnan().all() for tensor in poison)
 
     def test_generate_gives_stocks_tokens(self, device):
         assert_generates_as_stock(tiny_whisper(device, seed=3), mel(2, device), max_new_tokens=12)

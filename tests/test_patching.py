@@ -42,7 +42,9 @@ def traces(model: nn.Module) -> dict[str, Any]:
         found[name] = (type(module), sorted(vars(module)), {key: id(value) for key, value in attributes.items()})
         found[f"{name} hooks"] = (list(module._forward_hooks.values()), list(module._forward_pre_hooks.values()))
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            found[f"{name}.{key}"] = (id(tensor), tensor.data_ptr())
+            # On a GPU an encoder's graph packs weights: what counts is that each has memory of its own again.
+            memory = tensor.data_ptr() if tensor.device.type == "cpu" else tensor.untyped_storage().nbytes()
+            found[f"{name}.{key}"] = (id(tensor), memory)
     return found
 
 

@@ -1,7 +1,7 @@
 """The encoder as a CUDA graph: log-mel features in, hidden states out, for one batch size.
 
-Launched one by one, the 230 kernels of large-v3's encoder would keep a GPU waiting at batch 1, so they are captured once and
-replayed. A graph belongs to one encoder and shape of features, and is kept from call to call. `ENCODER_OVERRIDES` names the
+Launched one by one, the hundreds of kernels of a large encoder would keep a GPU waiting at batch 1, so they are captured once
+and replayed. A graph belongs to one encoder and shape of features, and is kept from call to call. `ENCODER_OVERRIDES` names the
 method that `accelerate` puts on an encoder's instance; it falls back to the class's own for what no graph covers.
 """
 
@@ -22,6 +22,7 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 
 from .attention import NAME, STATE, TritonAttention, report_once
 from .fused_encoder import FusedEncoder
+from .graphs import capture
 from .kernels._checks import DTYPES
 
 MAX_BYTES = 8 << 30  # of memory kept for graphs, the shape in use always among them
@@ -107,17 +108,8 @@ class CapturedEncoder:
             chain = FusedEncoder(encoder)
             self.fingerprint = fingerprint(encoder)
             self.features = torch.empty(features.shape, dtype=features.dtype, device=features.device).copy_(features)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                chain(self.features)  # compiles and plans whatever it calls
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            # "thread_local": what other threads do meanwhile, a data loader's pinned memory say, is no concern of this capture.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                before = torch.cuda.memory_reserved()
-                self.states = chain(self.features)
-                self.nbytes = torch.cuda.memory_reserved() - before + self.features.nbytes
+            self.graph, self.states, nbytes = capture(lambda: chain(self.features), features.device)
+        self.nbytes = nbytes + self.features.nbytes
         self._done = torch.cuda.Event()
         self._lock = threading.Lock()
 

@@ -2,7 +2,7 @@
 
 The matrix products are cuBLAS's: q, k and v are one of them, over packed weights. Attention is SDPA's, on strided views of
 its output. What stands between them is ours: residual and layer norm in one pass, bias and GELU in another. Both convolutions
-read and write (B, T, C), as the layers do. A layer is seven launches, none of which copies or transposes.
+read and write (B, T, C), as the layers do. A layer is eight launches, none of which copies or transposes.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ class FusedEncoder:
 
 def unpack_encoder(encoder: WhisperEncoder) -> None:
     """Undoes what `FusedEncoder` did to the weights of q, k and v."""
-    for layer in encoder.layers:
-        projections = _projections(layer.self_attn)
-        if all(type(projection) is nn.Linear for projection in projections):  # or they have been replaced since
-            unpack(projections)
+    for attention in encoder.modules():
+        if isinstance(attention, WhisperAttention):
+            projections = _projections(attention)
+            if all(type(projection) is nn.Linear for projection in projections):  # or they have been replaced since
+                unpack(projections)
 
 
 def _projections(attention: WhisperAttention) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
