@@ -2,18 +2,21 @@
 
     python benchmarks/encoder.py --model large-v3 --batch 1,8
     python benchmarks/encoder.py --model large-v3 --batch 1 --compile none --profile
+    python benchmarks/encoder.py --model large-v3 --batch 8 --compile none --at-once 1,2,4,8
 
 Random weights in the published shapes, fp16, one window of 30 s a sequence. Milliseconds: `ours` is a graph replay, `call` the
 encoder of an accelerated model with all that surrounds the replay, `eager` and `compiled` stock's. The floor is the
 floating-point operations of all products over the rate of a large one measured in the same run. States are checked first
 against a float64 run of stock: at most 1.25 times as far from it as stock in fp16. `sdpa_*` are microseconds of one layer's
-attention by backend, on the strided views that the chain hands it. `--profile` prints where a replay's time goes, by kernel.
+attention by backend, on the strided views that the chain hands it. `--profile` prints where a replay's time goes, by kernel;
+`--at-once` tries how many sequences go through the chain together, where the package chooses by their size.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 import whisper_triton
+from whisper_triton import fused_encoder
 
 MODES = ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "none")
 BACKENDS = {
@@ -98,9 +102,11 @@ def print_profile(graph: torch.cuda.CUDAGraph, lines: int = 16) -> None:
         print(f"{event.device_time_total:9.1f} us {event.count:4d} x {event.key[:110]}")
 
 
-def bench(name: str, B: int, rate: float, mode: str, has_profile: bool) -> dict[str, object]:
+def bench(name: str, B: int, rate: float, mode: str, has_profile: bool, at_once: int | None) -> dict[str, object]:
     model = build_model(name)
     encoder = model.model.encoder
+    if at_once is not None:
+        fused_encoder.sequences_at_once = lambda encoder: at_once
     stock = copy.deepcopy(encoder)
     features = torch.randn(B, encoder.num_mel_bins, 2 * encoder.config.max_source_positions, device="cuda", dtype=model.dtype)
     with torch.no_grad():
@@ -118,6 +124,7 @@ def bench(name: str, B: int, rate: float, mode: str, has_profile: bool) -> dict[
         row: dict[str, object] = {
             "model": name,
             "B": B,
+            "at_once": min(B, fused_encoder.sequences_at_once(encoder)),
             "floor_ms": floor,
             "ours_ms": ms,
             "spread_ms": spread,
@@ -141,15 +148,17 @@ def main() -> None:
     parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
     parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
     parser.add_argument("--compile", default="reduce-overhead", choices=MODES, help="mode of stock's torch.compile, or none")
+    parser.add_argument("--at-once", help="sequences at once, separated by commas; by default the package's choice")
     parser.add_argument("--profile", action="store_true", help="print the time by kernel")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "encoder.jsonl")
     args = parser.parse_args()
     rate = matmul_rate()
     print(f"a large product runs at {rate:.0f} TFLOP/s")
+    choices = [None] if args.at_once is None else [int(n) for n in args.at_once.split(",")]
     rows = []
     for name in args.model.split(","):
-        for B in map(int, args.batch.split(",")):
-            rows.append(bench(name, B, rate, args.compile, args.profile))
+        for B, at_once in itertools.product(map(int, args.batch.split(",")), choices):
+            rows.append(bench(name, B, rate, args.compile, args.profile, at_once))
             torch.compiler.reset()
             torch.cuda.empty_cache()
     print_table(rows)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_models import FRAMES, MEL_BINS, assert_generates_as_stock, mel, tiny_whisper
 
 import whisper_triton
+from whisper_triton import fused_encoder
 from whisper_triton.encoder import CapturedEncoder, fingerprint, why_not_captured
 from whisper_triton.fused_encoder import FusedEncoder
 
@@ -85,6 +87,24 @@ class TestChain:
         with torch.no_grad(), Watch():
             chain(mel(2, device))
         assert copies == ["aten.clone.default"]  # of the features, which come as (B, mel bins, frames)
+
+    @pytest.mark.usefixtures("reference_kernels")
+    def test_a_long_batch_goes_through_in_parts(self, device, monkeypatch):
+        model, features = tiny_whisper(device, seed=3), mel(5, device)
+        monkeypatch.setattr(fused_encoder, "L2_BYTES", 2 * FRAMES * 64 * 4)
+        assert fused_encoder.sequences_at_once(model.model.encoder) == 2
+        self.check(model, features)
+        parts = [run_chain(model, part) for part in features.split(2)]
+        assert torch.equal(run_chain(model, features), torch.cat(parts))
+
+    @pytest.mark.parametrize(
+        ("d_model", "dtype", "expected"),
+        [(384, torch.float16, 7), (1024, torch.float16, 2), (1280, torch.float16, 2), (1280, torch.float32, 1)],
+    )
+    def test_how_many_go_at_once_depends_on_the_states_size(self, d_model, dtype, expected):
+        with torch.device("meta"):
+            encoder = WhisperEncoder(WhisperConfig(d_model=d_model, encoder_ffn_dim=4 * d_model, encoder_layers=0)).to(dtype)
+        assert fused_encoder.sequences_at_once(encoder) == expected
 
 
 class Wrapped(torch.Tensor):

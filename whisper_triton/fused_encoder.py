@@ -25,6 +25,15 @@ BACKENDS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+# Of the largest states between two products, fc1's. What an H100's L2 of 50 MB holds beside them is read and written several
+# times faster than memory; a longer batch goes through the encoder in parts.
+L2_BYTES = 32 << 20
+
+
+def sequences_at_once(encoder: WhisperEncoder) -> int:
+    """How many sequences go through the chain together; from shapes and the dtype alone, as it is a part of the rounding."""
+    hidden = encoder.config.max_source_positions * encoder.config.encoder_ffn_dim * encoder.dtype.itemsize
+    return max(1, L2_BYTES // hidden)
 
 
 class FusedEncoder:
@@ -39,6 +48,10 @@ class FusedEncoder:
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """features: (B, mel bins, frames). Returns (B, frames / 2, C)."""
+        parts = [self._encode(part) for part in features.split(sequences_at_once(self.encoder))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _encode(self, features: torch.Tensor) -> torch.Tensor:
         encoder = self.encoder
         x = _convolve(encoder.conv2, _convolve(encoder.conv1, features.transpose(1, 2).contiguous()))
         B, T, C = x.shape
