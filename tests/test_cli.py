@@ -177,7 +177,9 @@ def test_no_usable_file(command: Callable[..., Result], tmp_path: Path, monkeypa
         (["--language", "klingon"], 2, "unknown language 'klingon'"),
         (["--device", "abacus"], 2, "unknown device 'abacus'"),
         (["--device", "cuda:99"], 2, "device 'cuda:99' is not to be had"),
-        (["--output-dir", "/dev/null"], 1, "/dev/null: cannot write there"),
+        (["--device", "meta"], 2, "device 'meta' is not to be had"),
+        (["--output-dir", "/dev/null"], 1, "/dev/null: cannot write there: it is a file, not a directory"),
+        (["--output-dir", "/dev/null/out"], 1, "/dev/null/out: cannot write there: Not a directory"),
     ],
 )
 def test_wrong_options(
@@ -214,6 +216,13 @@ def test_stdout_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(click, "echo", write)
     with pytest.raises(Failure, match="cannot write to stdout: No space left on device"):
         jobs._write("words\n", None)
+
+
+def test_stdout_that_is_closed(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "load_model", lambda *args: pytest.fail("a model was loaded for nothing"))
+    monkeypatch.setattr(sys, "stdout", None)  # as Python finds it after `>&-`
+    with pytest.raises(Failure, match="cannot write to stdout: it is closed"):
+        main(["transcribe", str(short)], standalone_mode=False)
 
 
 def test_multilingual(command: Callable[..., Result], short: Path, tmp_path: Path) -> None:

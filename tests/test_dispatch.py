@@ -1,5 +1,6 @@
 """Where an op runs: the choice between kernel, interpreter and reference, dependent launch, and how an op is registered."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -163,6 +164,11 @@ def test_a_registered_op_compiles_by_its_fake_alone(monkeypatch: pytest.MonkeyPa
     )
     compiled = torch.compile(lambda x: op(x) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(torch.ones(3, 4)), torch.full((3,), 5.0))
+
+
+@pytest.mark.parametrize("name", ["update_kv_cache", "decode_attention", "append_attention"])
+def test_a_reference_has_the_signature_of_its_kernel(name: str) -> None:
+    assert inspect.signature(getattr(kernels, name)) == inspect.signature(getattr(kernels, f"{name}_reference"))
 
 
 @pytest.mark.parametrize("name", ["update_kv_cache", "decode_attention", "append_attention"])

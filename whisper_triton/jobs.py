@@ -69,13 +69,15 @@ def run(
         return False
     if output_dir is not None:
         _make_writable(output_dir)
+    elif sys.stdout is None:  # closed by the shell, as with `>&-`; click would drop the words in silence
+        raise Failure("cannot write to stdout: it is closed")
     precision = choose_dtype(dtype, where)
 
     def emit(transcript: Transcript, file: str) -> bool:
         return _write(render(transcript, output_format, timestamps=timestamps), targets.get(file))
 
     try:
-        speak = _prepare(model or default_model(where, task), precision, where, code, task)
+        speak = _prepare(default_model(where, task) if model is None else model, precision, where, code, task)
         started = time.perf_counter()
         seconds, done = _work(lengths, batch_size, speak, emit)
     except torch.OutOfMemoryError as error:
@@ -129,6 +131,8 @@ def _make_writable(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         # Tried, because permissions do not tell of a read-only file system.
         tempfile.TemporaryFile(dir=directory).close()
+    except FileExistsError as error:
+        raise Failure(f"{_shown(directory)}: cannot write there: it is a file, not a directory") from error
     except OSError as error:
         raise Failure(f"{_shown(directory)}: cannot write there: {error.strerror}") from error
 

@@ -31,7 +31,7 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} is not to be had: {no_gpu_reason()}")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # read back, which the device "meta" cannot
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]  # torch's messages go on for a page
         raise ValueError(f"device {name!r} is not to be had: {reason}") from error
