@@ -22,7 +22,7 @@ PIP = $(VENV)/bin/python $(PIP_INSTALL)
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
-KERNEL_TESTS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) tests/test_cross_compile.py
+KERNEL_TESTS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) tests/test_cross_compile.py tests/test_dispatch.py
 
 .PHONY: help demo test test-oldest lint wheel clean
 

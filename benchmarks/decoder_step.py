@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from generate import SHAPES, build_model, check
-from harness import print_table, read_bandwidth, time_graph, write_rows
+from harness import parse, print_table, read_bandwidth, time_graph, write_rows
 from transformers import WhisperForConditionalGeneration
 
 import whisper_triton
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
     parser.add_argument("--batch", default="1,2,4,8,16", help="batch sizes, separated by commas")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "decoder_step.jsonl")
-    args = parser.parse_args()
+    args = parse(parser)
     bandwidth = read_bandwidth()
     rows = []
     for name in args.model.split(","):

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import print_table, write_rows
+from harness import parse, print_table, write_rows
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
 import whisper_triton
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
     parser.add_argument("--calls", type=int, default=10, help="timed calls a variant, taken in turns")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "generate.jsonl")
-    args = parser.parse_args()
+    args = parse(parser)
     stock, by_name, ours = (build_model(args.model) for _ in range(3))
     for B in map(int, args.batch.split(",")):
         check(ours, B)

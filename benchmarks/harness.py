@@ -89,11 +89,19 @@ def clones(tensors: Sequence[torch.Tensor], touched: int | None = None, most_byt
     return [[t.clone() for t in tensors] for _ in range(count)]
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line's arguments; exits where there is no GPU to measure."""
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is nothing to measure without a GPU, and torch finds none")
+    return args
+
+
 def parse_args(description: str, output: str) -> argparse.Namespace:
     """The arguments that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / output, help="row file to write")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def print_table(rows: Sequence[dict[str, object]]) -> None:

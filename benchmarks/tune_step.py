@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from decoder_step import POSITION
 from generate import SHAPES, build_model
-from harness import time_graph, write_rows
+from harness import parse, time_graph, write_rows
 from transformers import WhisperForConditionalGeneration
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.decode_attention import Tiles as AttentionTiles
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
     parser.add_argument("--batch", default="1", help="batch sizes, separated by commas")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "tune_step.jsonl")
-    args = parser.parse_args()
+    args = parse(parser)
     batches = [int(B) for B in args.batch.split(",")]
     tasks = []
     for name in args.model.split(","):

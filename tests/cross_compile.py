@@ -148,10 +148,7 @@ def attention_calls(dtype: torch.dtype, D: int) -> Iterator[Call]:
 
 
 def linear_calls(B: int = 1) -> Iterator[Call]:
-    """The embedding and the linear layers of a decode step, as whisper_triton/fused.py launches them for large-v3 in fp16.
-
-    One row: the tiles for more were chosen for the registers and the shared memory of compute capability 9.0.
-    """
+    """The embedding and linear layers of a decode step of B rows, as whisper_triton/fused.py launches them: large-v3, fp16."""
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float16)
@@ -264,32 +261,39 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
     return built
 
 
-CALLS = [
+SEVERAL_ROWS = [*linear_calls(8)]
+FIRST = [
+    *SEVERAL_ROWS,
     *linear_calls(),
     *encoder_calls(),
     *project_calls(DTYPES[0]),
-    *(call for D in HEAD_DIMS for dtype in DTYPES for call in attention_calls(dtype, D)),
+    *attention_calls(DTYPES[0], HEAD_DIMS[0]),
+]
+CALLS = [
+    *FIRST,
+    *(call for D in HEAD_DIMS for dtype in DTYPES if (dtype, D) != (DTYPES[0], HEAD_DIMS[0]) for call in attention_calls(dtype, D)),
     *(call for dtype in DTYPES[1:] for call in project_calls(dtype)),
 ]
 
 
+def can_run(number: int, target: str) -> bool:
+    """Whether the call is ever made on the target: a chain of several rows is not where shared memory is short."""
+    return number >= len(SEVERAL_ROWS) or target in ("sm_80", "sm_90", "sm_100")
+
+
 def selection() -> Iterator[tuple[str, int]]:
     """The linear layers, the projection, the encoder's kernels and all calls in fp16 with Whisper's head dim for every target,
-    the heavy ones of the rest for two.
+    the heavy ones of the rest for one.
     """
-    first = [*linear_calls(), *encoder_calls(), *project_calls(DTYPES[0]), *attention_calls(DTYPES[0], HEAD_DIMS[0])]
-    whisper = len(first)
+    whisper = len(FIRST)
     heavy = [number for number, call in enumerate(CALLS) if number >= whisper and call.is_heavy]
     for i, target in enumerate(TARGETS):
-        for number in range(whisper):
-            yield target, number
-        for j, number in enumerate(heavy):
-            if (i + j) % len(TARGETS) < 2:
-                yield target, number
+        yield from ((target, number) for number in range(whisper) if can_run(number, target))
+        yield from ((target, number) for number in heavy[i :: len(TARGETS)])
 
 
 def main() -> None:
-    everything = ((target, number) for target in TARGETS for number in range(len(CALLS)))
+    everything = ((target, number) for target in TARGETS for number in range(len(CALLS)) if can_run(number, target))
     tasks = everything if sys.argv[1:] == ["all"] else selection()
     with multiprocessing.get_context("fork").Pool(2) as pool:
         built = [record for records in pool.imap_unordered(build, tasks, chunksize=4) for record in records]

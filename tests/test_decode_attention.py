@@ -232,7 +232,7 @@ def launch(
     return module._launch(query, key_cache, value_cache, kv_length, SCALE, is_causal, False, tiles)
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 64, 65, 200])
+@pytest.mark.parametrize("length", [1, 16, 65, 200])
 @pytest.mark.parametrize("splits", [2, 7, 16])
 def test_any_number_of_splits_gives_the_right_result(splits: int, length: int, device: torch.device) -> None:
     # With 16 keys a tile there are programs with no key, with one tile, with several, and with a last one half full.
