@@ -15,14 +15,17 @@ CPU_TORCH = 2.13.0
 CPU_TRITON = 'triton==3.7.1; platform_system == "Linux"'
 OLDEST_TRANSFORMERS = transformers==5.17.0
 
-# Twice quiet: a warning for each package index that lacks a package tells nobody anything.
-PIP_INSTALL = -m pip install -qq --disable-pip-version-check
+# Twice quiet: a warning for each package index that lacks a package tells nobody anything. Not compiled: of torch's and
+# transformers' thousands of modules few are ever imported, and those Python compiles by itself.
+PIP_INSTALL = -m pip install -qq --disable-pip-version-check --no-compile
 PIP = $(VENV)/bin/python $(PIP_INSTALL)
 # A process a core. Each takes whole test modules, so that what the tests of one share is made once.
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
-KERNEL_TESTS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) tests/test_cross_compile.py tests/test_dispatch.py
+# The kernels know nothing of transformers, nor do audio and output; the command has it through modules tested here.
+SAME_WITH_ANY_TRANSFORMERS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) \
+  $(patsubst %,tests/test_%.py,cross_compile dispatch audio output cli)
 
 .PHONY: help demo test test-oldest lint wheel clean
 
@@ -41,9 +44,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python $(PYTEST) $(ARGS)
 
-# The kernels know nothing of transformers, so their tests would only repeat `make test`.
 test-oldest: $(OLDEST_VENV)/.installed
-	$(OLDEST_VENV)/bin/python $(PYTEST) $(KERNEL_TESTS:%=--ignore=%) $(ARGS)
+	$(OLDEST_VENV)/bin/python $(PYTEST) $(SAME_WITH_ANY_TRANSFORMERS:%=--ignore=%) $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 _reported: set[str] = set()
 
 
-def report_once(reason: str) -> None:
-    """Logs, once a process and reason, that attention takes the stock path."""
-    if torch.compiler.is_compiling() or reason in _reported:
+def report_once(what: str) -> None:
+    """Logs, once a process, what is not done on the fast path and why."""
+    if torch.compiler.is_compiling() or what in _reported:
         return
-    _reported.add(reason)
-    logger.warning("attention takes the stock path: %s", reason)
+    _reported.add(what)
+    logger.warning(what)
 
 
 def attention_mask(
@@ -151,7 +151,7 @@ def _stock_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SDPA for prompts and the encoder (`reason` None); else what the model did before `accelerate`, with its mask."""
     if reason is not None:
-        report_once(reason)
+        report_once(f"attention takes the stock path: {reason}")
     wants_weights = kwargs.get("output_attentions") or module.config.output_attentions
     stock = getattr(module, "stock_attn_implementation", "eager" if wants_weights else "sdpa")
     if is_length(mask):
