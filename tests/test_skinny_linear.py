@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import GuardedAllocations
 from whisper_triton.kernels.decode_attention import SplitAttention, Tiles, decode_attention_splits
 from whisper_triton.kernels.skinny_linear import LayerNorm, skinny_linear, skinny_linear_reference, split_width
 from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
@@ -95,6 +96,27 @@ def test_an_attentions_splits_are_joined_as_they_are_read(H, D, dtype, device):
     stock = torch.nn.functional.scaled_dot_product_attention(query.transpose(1, 2), *caches, scale=0.3).reshape(1, -1)
     stock = torch.nn.functional.linear(stock, weights[0], biases[0]) + residual
     assert relative_error(ours, exact) <= 2 * relative_error(stock, exact)
+
+
+def before_nans(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy of `tensor` that NaNs follow in memory."""
+    if tensor is None:
+        return None
+    buffer = torch.full((tensor.numel() + 65536,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    return buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize(("B", "parts", "tiles"), [(1, 3, None), (5, 3, None), (5, 1, LinearTiles(32, 3, 4))])
+def test_nothing_behind_the_inputs_is_read_and_nothing_beside_the_result_written(B, parts, tiles, device):
+    x, weights, biases, norm, residual = make(B, 384, 33, parts, torch.float16, device)
+    x, weights, biases = before_nans(x), tuple(map(before_nans, weights)), tuple(map(before_nans, biases))
+    norm = LayerNorm(before_nans(norm.weight), before_nans(norm.bias), norm.eps)
+    around = {"residual": before_nans(residual)} if parts == 1 else {"layer_norm": norm}
+    with GuardedAllocations() as guarded:
+        out = skinny_linear(x, weights, biases, tiles=tiles, **around)
+    guarded.check()
+    assert out.isfinite().all()
+    check(x, weights, biases, tiles=tiles, **around)
 
 
 def test_a_row_is_the_same_whatever_the_other_rows_hold(device):
