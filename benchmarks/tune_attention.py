@@ -56,7 +56,7 @@ def tune_decode(B: int) -> list[dict[str, object]]:
     rows = []
     for (keys, warps), splits in itertools.product(CUTS, sorted({1, 2, 3, 4, 5, 6, most // 2, most})):
         tiles = DecodeTiles(keys, splits, warps, 2)
-        us, _ = measure([lambda c=c, t=tiles: launch_decode(query, *c, None, 1.0, True, True, t) for c in caches], 12)
+        us, _ = measure([lambda c=c, t=tiles: launch_decode(query, *c, None, 1.0, True, True, None, t) for c in caches], 12)
         rows.append({"op": "decode_attention", "B": B, "tiles": list(tiles), "us": us})
     best(rows)
     return rows
@@ -80,7 +80,7 @@ def main() -> None:
     q, k = randn(2, 1, H, D), randn(2, H, 1500, D)
     compile_ahead(
         [
-            lambda c=c, s=s: launch_decode(q, k, k, None, 1.0, True, True, DecodeTiles(c[0], s, c[1], 2))
+            lambda c=c, s=s: launch_decode(q, k, k, None, 1.0, True, True, None, DecodeTiles(c[0], s, c[1], 2))
             for c in CUTS
             for s in (1, 4)
         ]

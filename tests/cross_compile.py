@@ -271,7 +271,13 @@ FIRST = [
 ]
 CALLS = [
     *FIRST,
-    *(call for D in HEAD_DIMS for dtype in DTYPES if (dtype, D) != (DTYPES[0], HEAD_DIMS[0]) for call in attention_calls(dtype, D)),
+    *(
+        call
+        for D in HEAD_DIMS
+        for dtype in DTYPES
+        if (dtype, D) != (DTYPES[0], HEAD_DIMS[0])
+        for call in attention_calls(dtype, D)
+    ),
     *(call for dtype in DTYPES[1:] for call in project_calls(dtype)),
 ]
 

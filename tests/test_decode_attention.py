@@ -228,8 +228,9 @@ def launch(
     *,
     tiles: module.Tiles,
     is_causal: bool = True,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return module._launch(query, key_cache, value_cache, kv_length, SCALE, is_causal, False, tiles)
+    return module._launch(query, key_cache, value_cache, kv_length, SCALE, is_causal, False, counters, tiles)
 
 
 @pytest.mark.parametrize("length", [1, 16, 65, 200])
@@ -243,6 +244,27 @@ def test_any_number_of_splits_gives_the_right_result(splits: int, length: int, d
             out = launch(query, *caches, kv_length, tiles=module.Tiles(16, splits, 4, 2))
         exact = decode_attention_reference(query.double(), *(c.double() for c in caches), kv_length, scale=SCALE)
         assert_close_as_pytorch(out, exact, sdpa(query, *caches, [length] * shape.B, scale=SCALE))
+
+
+@pytest.mark.parametrize(("tile", "splits", "length"), [(16, 7, 200), (32, 7, 200), (64, 4, 200), (16, 5, 3), (256, 1, 200)])
+def test_the_last_program_of_a_head_joins_the_splits_as_a_second_launch_would(
+    tile: int, splits: int, length: int, device: torch.device
+) -> None:
+    """Tiles of which a split takes several, one, or none; the counters are left as they were found."""
+    call = arguments(SPLIT_SHAPE._replace(length=length), torch.float16, device)
+    tiles, counters = module.Tiles(tile, splits, 4, 2), torch.zeros(9, dtype=torch.int32, device=device)
+    expected = launch(**call, tiles=tiles)
+    with poisoned_allocations():
+        for _ in range(2):
+            assert torch.equal(bits(launch(**call, tiles=tiles, counters=counters)), bits(expected))
+    assert not counters.any()
+
+
+def test_counters_that_do_not_fit_are_refused(device: torch.device) -> None:
+    call = arguments(SPLIT_SHAPE, torch.float16, device)
+    for counters in (torch.zeros(3, dtype=torch.int32), torch.zeros(4), torch.zeros(8, dtype=torch.int32)[::2]):
+        with pytest.raises(ValueError, match="counters"):
+            decode_attention(**call, scale=SCALE, counters=counters.to(device))
 
 
 @pytest.mark.parametrize("tile", [16, 32, 64, 128])
@@ -368,7 +390,8 @@ def test_the_result_is_the_same_in_every_run(T: int, times: int, device: torch.d
 def test_the_op_keeps_the_rules_of_torch_library(device: torch.device) -> None:
     for dtype, T, has_length in ((torch.float16, 1, True), (torch.float32, 2, False)):
         query, *caches, length = arguments(SHAPE._replace(T=T), dtype, device).values()
-        torch.library.opcheck(OP, (query, *caches, length if has_length else None, SCALE, has_length, not has_length))
+        counters = torch.zeros(SHAPE.B * SHAPE.H, dtype=torch.int32, device=device) if has_length else None
+        torch.library.opcheck(OP, (query, *caches, length if has_length else None, SCALE, has_length, not has_length, counters))
 
 
 def assert_compiles(device: torch.device, **options: object) -> None:
@@ -455,21 +478,22 @@ def test_a_captured_graph_follows_the_length_on_the_device(T: int, S: int, dtype
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("read_ahead", [False, True])
+@pytest.mark.parametrize(("read_ahead", "counts"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("T", [1, 4])
 @pytest.mark.parametrize("B", [1, 32])
-def test_a_captured_chain_waits_for_each_query(B: int, T: int, read_ahead: bool, device: torch.device) -> None:
+def test_a_captured_chain_waits_for_each_query(B: int, T: int, read_ahead: bool, counts: bool, device: torch.device) -> None:
     # Launches overlap on Hopper, and each query here is the result of the launch before it.
     shape = Shape(B=B, T=T, H=20, D=64, S=1500, length=1500)
     layers = [arguments(shape, torch.float16, device) for _ in range(8)]
     first = layers[0]["query"]
+    counters = torch.zeros(B * 20, dtype=torch.int32, device=device) if counts else None
 
     def step(synchronize: bool = False) -> torch.Tensor:
         states = first
         for layer in layers:
             caches = layer["key_cache"], layer["value_cache"]
             # A scale that leaves few keys with weight, so that the result depends on the query.
-            states = decode_attention(states, *caches, scale=4.0, is_causal=False, read_ahead=read_ahead)
+            states = decode_attention(states, *caches, scale=4.0, is_causal=False, read_ahead=read_ahead, counters=counters)
             if synchronize:
                 torch.cuda.synchronize()
         return states
