@@ -30,7 +30,7 @@ from triton.runtime import driver
 
 from whisper_triton.kernels import _attend, _dispatch
 
-update, decode, append, linear, embed, project, norm, gelu = (
+update, decode, append, linear, embed, project, norm, gelu, select = (
     importlib.import_module(f"whisper_triton.kernels.{name}")
     for name in (
         "update_kv_cache",
@@ -41,6 +41,7 @@ update, decode, append, linear, embed, project, norm, gelu = (
         "project_cross_kv",
         "add_layer_norm",
         "bias_gelu",
+        "select_token",
     )
 )
 
@@ -203,6 +204,18 @@ def encoder_calls() -> Iterator[Call]:
         yield Call(f"gelu {sizes}", partial(gelu._launch, x, vector), is_odd=is_odd)
 
 
+def select_calls() -> Iterator[Call]:
+    """The choice of the next token over Whisper's vocabulary, and over one that fits one program."""
+    for B, V, dtype in ((1, 51866, torch.float16), (8, 51865, torch.bfloat16), (3, 1000, torch.float32)):
+        integers = [torch.zeros(B, dtype=torch.int64) for _ in range(3)]
+        ids, next_ids = torch.zeros(B, 448, dtype=torch.int64), torch.zeros(B, 1, dtype=torch.int64)
+        limits = torch.zeros(len(select.TokenLimits._fields), dtype=torch.int64)
+        rules = select.TokenRules(torch.zeros(V, dtype=torch.uint8), limits, torch.tensor(0.0))
+        state = select.TokenState(ids, *integers, torch.zeros(B), next_ids)
+        launch = partial(select._launch, torch.empty(B, V, dtype=dtype), rules, state, select.BLOCK_V)
+        yield Call(f"select {B=} {V=}", launch)
+
+
 def resources(files: dict[str, str], gpu: GPUTarget) -> dict[str, int]:
     """Registers and spilled bytes a thread, from what the assembler wrote."""
     by_kind = {Path(name).suffix: path for name, path in files.items()}
@@ -267,6 +280,7 @@ FIRST = [
     *linear_calls(),
     *encoder_calls(),
     *project_calls(DTYPES[0]),
+    *select_calls(),
     *attention_calls(DTYPES[0], HEAD_DIMS[0]),
 ]
 CALLS = [
@@ -288,8 +302,8 @@ def can_run(number: int, target: str) -> bool:
 
 
 def selection() -> Iterator[tuple[str, int]]:
-    """The linear layers, the projection, the encoder's kernels and all calls in fp16 with Whisper's head dim for every target,
-    the heavy ones of the rest for one.
+    """The linear layers, the projection, the encoder's kernels, the choice of a token and all calls in fp16 with Whisper's
+    head dim for every target, the heavy ones of the rest for one.
     """
     whisper = len(FIRST)
     heavy = [number for number, call in enumerate(CALLS) if number >= whisper and call.is_heavy]

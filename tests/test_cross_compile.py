@@ -22,7 +22,7 @@ READ_AHEAD = {"_decode_attention_kernel", "_append_attention_kernel", "_skinny_l
 SEVERAL_ROWS = {"_layer_norm_kernel", "_sum_splits_kernel"}
 KERNELS = READ_AHEAD | {
     "_update_kv_cache_kernel", "_merge_splits_kernel", "_embed_tokens_kernel", "_project_cross_kv_kernel",
-    "_add_layer_norm_kernel", "_bias_gelu_kernel",
+    "_add_layer_norm_kernel", "_bias_gelu_kernel", "_reduce_chunks_kernel", "_pick_token_kernel",
 }  # fmt: skip
 
 Build = dict[str, object]

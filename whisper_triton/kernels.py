@@ -35,6 +35,7 @@ from whisper_triton.kernels.project_cross_kv import (  # noqa: E402
     project_cross_kv,
     project_cross_kv_reference,
 )
+from whisper_triton.kernels.select_token import select_token, select_token_reference  # noqa: E402
 from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_cache_reference  # noqa: E402
 
 __all__ = [
@@ -51,6 +52,8 @@ __all__ = [
     "decode_attention_reference",
     "project_cross_kv",
     "project_cross_kv_reference",
+    "select_token",
+    "select_token_reference",
     "update_kv_cache",
     "update_kv_cache_reference",
 ]

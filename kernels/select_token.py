@@ -1,0 +1,370 @@
+"""Picks the next token of every row from its logits, by Whisper's rules, and carries the decoding's state on: two launches.
+
+    s = logits, -inf where a token is suppressed, always or at this length, or where timestamps may not stand:
+        they come in pairs, do not decrease, the first is a timestamp of at most some index
+    s = -inf for all text if  logsumexp(log_softmax(s)[timestamps]) > max(log_softmax(s)[text])
+    token = argmax(s), or argmax(s / temperature + Gumbel noise), which draws from softmax(s / temperature)
+
+These are transformers' `SuppressTokens`, `SuppressTokensAtBegin`, `MinLength`, `MinNewTokens`, `WhisperTimeStamp` and
+`Temperature` processors in the order in which Whisper's `generate` applies them, and the end of `_sample`: a row that has ended
+gets the pad token. All that differs from call to call lies on the device (`TokenRules`), as does all that a step changes
+(`TokenState`), so that one captured graph serves every call and no step waits for the host.
+
+The first launch cuts the vocabulary into chunks and reduces text and timestamps of each to (maximum, sum of exponentials,
+best token); the second, a program a row, joins them. Noise is Philox at the counter (token, length, row) under the call's
+seed: a row draws the same whatever else is in the batch. Who calls it: `whisper_triton.decode_loop`. Bytes moved: B * V
+logits and V flags.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ._dispatch import backend, pdl_handover, pdl_options, tl, triton
+
+# Bits of a token's flags.
+SUPPRESSED, SUPPRESSED_AT_BEGIN, SUPPRESSED_UNTIL_MIN_LENGTH, ENDS = 1, 2, 4, 8
+NEVER = (1 << 31) - 1  # a length, or a token, that is never reached
+BLOCK_V = 1024
+
+
+class TokenLimits(NamedTuple):
+    """The numbers among a call's rules. Lengths count a row's prompt too."""
+
+    max_length: int  # at which a row ends
+    pad_token: int
+    begin_length: int = NEVER  # at which SUPPRESSED_AT_BEGIN holds
+    min_length: int = 0  # below which SUPPRESSED_UNTIL_MIN_LENGTH holds
+    timestamp_begin: int = NEVER  # the first timestamp; NEVER: no rule for timestamps
+    timestamp_length: int = NEVER  # of the prompt: where a first timestamp stands
+    last_initial_timestamp: int = NEVER  # the greatest token there
+    end_of_text: int = 0  # tokens below it may not follow an opening timestamp
+    prefer_timestamps: int = 0  # 1: all timestamps together are compared with the best text token
+    seed: int = 0
+
+
+class TokenRules(NamedTuple):
+    """A call's rules on the device, read by each step."""
+
+    flags: torch.Tensor  # (V,) uint8, the bits above
+    limits: torch.Tensor  # (10,) int64, a TokenLimits
+    temperature: torch.Tensor  # () fp32, 0 is greedy
+
+
+class TokenState(NamedTuple):
+    """What a step reads and changes, on the device."""
+
+    ids: torch.Tensor  # (B, L) int64, a row's tokens up to its length
+    lengths: torch.Tensor  # (B,) int64
+    last_timestamps: torch.Tensor  # (B,) int64, a row's newest timestamp, 0 if it has none
+    ends: torch.Tensor  # (B,) int64, the length at which a row ended, 0 while it goes on
+    sum_logprobs: torch.Tensor  # (B,) fp32, of the tokens that the rows have chosen, at temperature 1
+    next_ids: torch.Tensor  # (B, 1) int64, the tokens chosen last
+
+
+def _multiply(a: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low half of the product of two 32-bit numbers."""
+    high, low = a * (x >> 16), a * (x & 0xFFFF)
+    return (high + (low >> 16)) >> 16, ((high << 16) + low) & 0xFFFFFFFF
+
+
+def random_bits(seed: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """32 random bits for each token, length and row: Philox4x32-10 (Salmon et al., SC'11)."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(tokens, lengths, rows, torch.zeros_like(tokens))
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        (high_0, low_0), (high_2, low_2) = _multiply(0xD2511F53, c0), _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0
+
+
+def _exponential_reference(bits: torch.Tensor) -> torch.Tensor:
+    v = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return torch.where(v < 0.015625, v * (1 + v * (0.5 + v * (1 / 3 + v * 0.25))), -torch.log(1 - v))
+
+
+def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
+    """What `select_token` does, in PyTorch."""
+    B, V = logits.shape
+    limits = TokenLimits(*rules.limits.unbind())
+    tokens, rows = torch.arange(V, device=logits.device), torch.arange(B, device=logits.device)
+    lengths, newest = state.lengths[:, None], state.last_timestamps[:, None]
+    is_timestamp = tokens >= limits.timestamp_begin
+
+    active = SUPPRESSED + SUPPRESSED_AT_BEGIN * (lengths == limits.begin_length).long()
+    active = active + SUPPRESSED_UNTIL_MIN_LENGTH * (lengths < limits.min_length).long()
+    banned = (rules.flags & active) != 0
+    last, before = (state.ids.gather(1, (lengths - i).clamp(0, state.ids.shape[1] - 1)) for i in (1, 2))
+    new = lengths - limits.timestamp_length
+    after_timestamp = (new >= 1) & (last >= limits.timestamp_begin)
+    after_pair = after_timestamp & ((new < 2) | (before >= limits.timestamp_begin))
+    after_opening = after_timestamp & ~after_pair
+    floor = torch.where(newest > 0, newest + (~after_opening).long(), limits.timestamp_begin)
+    banned |= is_timestamp & (after_pair | (tokens < floor))
+    banned |= after_opening & (tokens < limits.end_of_text)
+    banned |= (new == 0) & (~is_timestamp | (tokens > limits.last_initial_timestamp))
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).masked_fill(banned, -torch.inf)
+
+    logprobs = torch.log_softmax(scores, -1)
+    timestamps = logprobs.masked_fill(~is_timestamp, -torch.inf).logsumexp(-1)
+    text = logprobs.masked_fill(is_timestamp, -torch.inf).amax(-1)
+    prefer = (limits.prefer_timestamps != 0) & (timestamps > text)
+    scores = scores.masked_fill(prefer[:, None] & ~is_timestamp, -torch.inf)
+
+    noise = torch.log(_exponential_reference(random_bits(limits.seed, tokens, lengths, rows[:, None])))
+    keys = torch.where(rules.temperature > 0, scores / rules.temperature - noise, scores)
+    chosen = keys.argmax(-1)
+    running = state.ends == 0
+    logprob = torch.log_softmax(scores, -1).gather(1, chosen[:, None])[:, 0]
+    chosen = torch.where(running, chosen, limits.pad_token)
+
+    inside = state.lengths < state.ids.shape[1]
+    place = state.lengths.clamp(max=state.ids.shape[1] - 1)
+    state.ids[rows, place] = torch.where(inside, chosen, state.ids[rows, place])
+    state.sum_logprobs.add_(torch.where(running, logprob, 0.0))
+    state.last_timestamps.copy_(torch.where(running & (chosen >= limits.timestamp_begin), chosen, state.last_timestamps))
+    state.lengths.add_(1)
+    done = ((rules.flags[chosen] & ENDS) != 0) | (state.lengths >= limits.max_length)
+    state.ends.copy_(torch.where(running & done, state.lengths, state.ends))
+    state.next_ids.copy_(chosen[:, None])
+
+
+@triton.jit
+def _reduce_chunks_kernel(
+    logits_ptr,  # (B, V) fp16/bf16/fp32
+    flags_ptr,  # (V,) uint8
+    limits_ptr,  # (10,) int64
+    temperature_ptr,  # () fp32
+    ids_ptr,  # (B, L) int64
+    lengths_ptr,  # (B,) int64
+    last_timestamps_ptr,  # (B,) int64
+    ends_ptr,  # (B,) int64
+    partial_ptr,  # (6, B, chunks) fp32: maximum, sum, best key of text, then of timestamps
+    partial_tokens_ptr,  # (2, B, chunks) int32: best token of text, of timestamps
+    stride_ids_b,
+    V,
+    USE_PDL: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    pdl_handover(USE_PDL)
+    i_chunk, i_b = tl.program_id(0), tl.program_id(1)
+    offs = i_chunk * BLOCK_V + tl.arange(0, BLOCK_V)
+    length = tl.load(lengths_ptr + i_b).to(tl.int32)
+    mask = (offs < V) & (tl.load(ends_ptr + i_b) == 0)  # of a row that has ended nothing is read
+    s = tl.load(logits_ptr + i_b.to(tl.int64) * V + offs, mask=mask, other=float("-inf")).to(tl.float32)
+    flags = tl.load(flags_ptr + offs, mask=mask, other=0).to(tl.int32)
+    begin_length = tl.load(limits_ptr + 2).to(tl.int32)
+    min_length = tl.load(limits_ptr + 3).to(tl.int32)
+    timestamp_begin = tl.load(limits_ptr + 4).to(tl.int32)
+    new = length - tl.load(limits_ptr + 5).to(tl.int32)
+    last_initial = tl.load(limits_ptr + 6).to(tl.int32)
+    end_of_text = tl.load(limits_ptr + 7).to(tl.int32)
+    newest = tl.load(last_timestamps_ptr + i_b).to(tl.int32)
+    row_ptr = ids_ptr + i_b * stride_ids_b + length
+    last = tl.load(row_ptr - 1, mask=length >= 1, other=0).to(tl.int32)
+    before = tl.load(row_ptr - 2, mask=length >= 2, other=0).to(tl.int32)
+
+    # PyTorch's argmax takes a NaN for the greatest.
+    s = tl.where(s == s, s, float("inf"))
+    active = 1 + tl.where(length == begin_length, 2, 0) + tl.where(length < min_length, 4, 0)
+    is_timestamp = offs >= timestamp_begin
+    after_timestamp = (new >= 1) & (last >= timestamp_begin)
+    is_pair = (new < 2) | (before >= timestamp_begin)
+    after_pair = after_timestamp & is_pair
+    after_opening = after_timestamp & (is_pair == 0)
+    floor = tl.where(newest > 0, newest + tl.where(after_opening, 0, 1), timestamp_begin)
+    banned = (flags & active) != 0
+    banned |= is_timestamp & (after_pair | (offs < floor))
+    banned |= after_opening & (offs < end_of_text)
+    banned |= (new == 0) & ((is_timestamp == 0) | (offs > last_initial))
+    s = tl.where(banned, float("-inf"), s)
+
+    m_text = tl.max(tl.where(is_timestamp, float("-inf"), s), axis=0)
+    m_time = tl.max(tl.where(is_timestamp, s, float("-inf")), axis=0)
+    p = tl.where(banned, 0.0, tl.exp(s - tl.where(is_timestamp, m_time, m_text)))
+    p = tl.where(mask, p, 0.0)
+    key = s
+    temperature = tl.load(temperature_ptr)
+    if temperature > 0:
+        seed = tl.load(limits_ptr + 9)
+        zeros = offs * 0
+        bits, _, _, _ = tl.philox(seed, offs, zeros + length, zeros + i_b, zeros)
+        # An exponential variate, exact in its small values, which are those that win.
+        v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
+        small = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
+        key = s / temperature - tl.log(tl.where(v < 0.015625, small, -tl.log(1.0 - v)))
+    k_text, i_text = tl.max(tl.where(is_timestamp, float("-inf"), key), axis=0, return_indices=True)
+    k_time, i_time = tl.max(tl.where(is_timestamp, key, float("-inf")), axis=0, return_indices=True)
+
+    field = tl.num_programs(0) * tl.num_programs(1)
+    partial_ptr += i_b * tl.num_programs(0) + i_chunk
+    partial_tokens_ptr += i_b * tl.num_programs(0) + i_chunk
+    tl.store(partial_ptr, m_text)
+    tl.store(partial_ptr + field, tl.sum(tl.where(is_timestamp, 0.0, p), axis=0))
+    tl.store(partial_ptr + 2 * field, k_text)
+    tl.store(partial_ptr + 3 * field, m_time)
+    tl.store(partial_ptr + 4 * field, tl.sum(tl.where(is_timestamp, p, 0.0), axis=0))
+    tl.store(partial_ptr + 5 * field, k_time)
+    tl.store(partial_tokens_ptr, i_chunk * BLOCK_V + i_text)
+    tl.store(partial_tokens_ptr + field, i_chunk * BLOCK_V + i_time)
+
+
+@triton.jit
+def join_chunks(partial_ptr, tokens_ptr, field, chunks, BLOCK_C: tl.constexpr):
+    """Maximum, sum of exponentials below it, best key and its token, over the chunks of text or of timestamps."""
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = offs_c < chunks
+    m_c = tl.load(partial_ptr + offs_c, mask=mask, other=float("-inf"))
+    l_c = tl.load(partial_ptr + field + offs_c, mask=mask, other=0.0)
+    key_c = tl.load(partial_ptr + 2 * field + offs_c, mask=mask, other=float("-inf"))
+    token_c = tl.load(tokens_ptr + offs_c, mask=mask, other=0)
+    m = tl.max(m_c, axis=0)
+    l = tl.sum(tl.where(m_c == float("-inf"), 0.0, l_c * tl.exp(m_c - m)), axis=0)
+    key, i_best = tl.max(key_c, axis=0, return_indices=True)  # the first of equals, as PyTorch's argmax
+    return m, l, key, tl.sum(tl.where(offs_c == i_best, token_c, 0), axis=0)
+
+
+@triton.jit
+def _pick_token_kernel(
+    partial_ptr,  # as above
+    partial_tokens_ptr,
+    logits_ptr,  # (B, V) fp16/bf16/fp32
+    flags_ptr,  # (V,) uint8
+    limits_ptr,  # (10,) int64
+    ids_ptr,  # (B, L) int64, this and all below in place
+    lengths_ptr,  # (B,) int64
+    last_timestamps_ptr,  # (B,) int64
+    ends_ptr,  # (B,) int64
+    sum_logprobs_ptr,  # (B,) fp32
+    next_ids_ptr,  # (B, 1) int64
+    stride_ids_b,
+    L,
+    V,
+    chunks,
+    USE_PDL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pdl_handover(USE_PDL)
+    i_b = tl.program_id(0)
+    field = tl.num_programs(0) * chunks
+    partial_ptr += i_b * chunks
+    partial_tokens_ptr += i_b * chunks
+    m_text, l_text, k_text, i_text = join_chunks(partial_ptr, partial_tokens_ptr, field, chunks, BLOCK_C)
+    m_time, l_time, k_time, i_time = join_chunks(partial_ptr + 3 * field, partial_tokens_ptr + field, field, chunks, BLOCK_C)
+    length = tl.load(lengths_ptr + i_b)
+    end = tl.load(ends_ptr + i_b)
+    sum_logprobs = tl.load(sum_logprobs_ptr + i_b)
+    max_length, pad_token = tl.load(limits_ptr), tl.load(limits_ptr + 1)
+    timestamp_begin = tl.load(limits_ptr + 4)
+
+    # Subtracted in the order of log_softmax, so that what is equal there is equal here.
+    m = tl.maximum(m_text, m_time)
+    l = tl.where(m_text == float("-inf"), 0.0, l_text * tl.exp(m_text - m))
+    l += tl.where(m_time == float("-inf"), 0.0, l_time * tl.exp(m_time - m))
+    log_l = tl.log(l)
+    timestamps = (m_time - m - log_l) + tl.log(l_time)
+    prefer = (tl.load(limits_ptr + 8) != 0) & (timestamps > m_text - m - log_l)
+    chosen = tl.where(prefer | (k_time > k_text), i_time, i_text)
+    score = tl.load(logits_ptr + i_b.to(tl.int64) * V + chosen).to(tl.float32)
+    logprob = score - tl.where(prefer, m_time, m) - tl.where(prefer, tl.log(l_time), log_l)
+
+    running = end == 0
+    token = tl.where(running, chosen.to(tl.int64), pad_token)
+    ends_row = (tl.load(flags_ptr + token).to(tl.int32) & 8) != 0
+    tl.store(ids_ptr + i_b * stride_ids_b + length, token, mask=length < L)
+    tl.store(next_ids_ptr + i_b, token)
+    tl.store(lengths_ptr + i_b, length + 1)
+    tl.store(last_timestamps_ptr + i_b, token, mask=running & (token >= timestamp_begin))
+    tl.store(sum_logprobs_ptr + i_b, sum_logprobs + logprob, mask=running)
+    tl.store(ends_ptr + i_b, length + 1, mask=running & (ends_row | (length + 1 >= max_length)))
+
+
+def select_token(logits: torch.Tensor, rules: TokenRules, state: TokenState, *, block_size: int = BLOCK_V) -> None:
+    """Chooses the next token of every row and writes it into `state`, in place; no value comes back to the host.
+
+    A row that has ended gets the pad token; its length goes on. Past the last column of `ids` nothing is written there.
+
+    Args:
+        logits: (B, V) fp16, bf16 or fp32, contiguous; the rules' and the state's shapes and dtypes are given there. Every
+            row holds at least one token, at most L, and `limits.max_length` is at most L.
+        block_size: tokens a program, a power of two.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit.
+    """
+    _check(logits, rules, state)
+    if backend(logits.device) == "reference":
+        select_token_reference(logits, rules, state)
+    else:
+        _launch(logits, rules, state, block_size)
+
+
+def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, block_size: int) -> None:
+    B, V = logits.shape
+    chunks = triton.cdiv(V, block_size)
+    partial = torch.empty(6, B, chunks, dtype=torch.float32, device=logits.device)
+    partial_tokens = torch.empty(2, B, chunks, dtype=torch.int32, device=logits.device)
+    pdl = pdl_options(logits.device)
+    _reduce_chunks_kernel[(chunks, B)](
+        logits_ptr=logits,
+        flags_ptr=rules.flags,
+        limits_ptr=rules.limits,
+        temperature_ptr=rules.temperature,
+        ids_ptr=state.ids,
+        lengths_ptr=state.lengths,
+        last_timestamps_ptr=state.last_timestamps,
+        ends_ptr=state.ends,
+        partial_ptr=partial,
+        partial_tokens_ptr=partial_tokens,
+        stride_ids_b=state.ids.stride(0),
+        V=V,
+        BLOCK_V=block_size,
+        num_warps=4,
+        **pdl,
+    )
+    _pick_token_kernel[(B,)](
+        partial_ptr=partial,
+        partial_tokens_ptr=partial_tokens,
+        logits_ptr=logits,
+        flags_ptr=rules.flags,
+        limits_ptr=rules.limits,
+        ids_ptr=state.ids,
+        lengths_ptr=state.lengths,
+        last_timestamps_ptr=state.last_timestamps,
+        ends_ptr=state.ends,
+        sum_logprobs_ptr=state.sum_logprobs,
+        next_ids_ptr=state.next_ids,
+        stride_ids_b=state.ids.stride(0),
+        L=state.ids.shape[1],
+        V=V,
+        chunks=chunks,
+        BLOCK_C=triton.next_power_of_2(chunks),
+        num_warps=1,  # a second warp might read a row's length after the first has written the next
+        **pdl,
+    )
+
+
+def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
+    if logits.dim() != 2 or not logits.is_contiguous() or not logits.is_floating_point():
+        raise ValueError(f"logits must be (B, V), contiguous, got {logits.dtype} {tuple(logits.shape)} {logits.stride()}")
+    B, V = logits.shape
+    expected = {
+        "flags": (rules.flags, (V,), torch.uint8),
+        "limits": (rules.limits, (len(TokenLimits._fields),), torch.int64),
+        "temperature": (rules.temperature, (), torch.float32),
+        "ids": (state.ids, (B, state.ids.shape[-1]), torch.int64),
+        "lengths": (state.lengths, (B,), torch.int64),
+        "last_timestamps": (state.last_timestamps, (B,), torch.int64),
+        "ends": (state.ends, (B,), torch.int64),
+        "sum_logprobs": (state.sum_logprobs, (B,), torch.float32),
+        "next_ids": (state.next_ids, (B, 1), torch.int64),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != logits.device:
+            found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name} must be {dtype} {shape} on {logits.device}, got {found}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

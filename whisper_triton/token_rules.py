@@ -1,0 +1,167 @@
+"""What `generate` has set up for the choice of tokens, as the device-side rules of `select_token`.
+
+Stock transformers applies a list of logits processors to the scores and asks a list of stopping criteria. `read_settings`
+knows those that Whisper's own options bring, by their exact class, and their order; anything else, a user's own above all, is
+not covered, and the reason says so. `write_rules` puts the settings where a captured step reads them, without waiting for
+the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    StoppingCriteriaList,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    WhisperTimeStampLogitsProcessor,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from .kernels.select_token import (
+    ENDS,
+    SUPPRESSED,
+    SUPPRESSED_AT_BEGIN,
+    SUPPRESSED_UNTIL_MIN_LENGTH,
+    TokenLimits,
+    TokenRules,
+)
+
+
+class NotCovered(Exception):
+    """The reason why a call's tokens cannot be chosen by `select_token`."""
+
+
+class Settings(NamedTuple):
+    """A call's rules, as far as the host knows them: token ids stay on the device, where stock has put them."""
+
+    tokens: tuple[tuple[int, torch.Tensor], ...]  # (flag, the ids that have it)
+    no_timestamps: int | None  # suppressed, where there are rules for timestamps
+    limits: TokenLimits  # without seed and pad token
+    temperature: float
+
+
+def read_settings(
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    prompt_length: int,
+    vocabulary_size: int,
+) -> Settings:
+    """What the lists that `generate` hands to its decoding loop ask for.
+
+    Raises:
+        NotCovered: something that the kernel does not do.
+    """
+    tokens: list[tuple[int, torch.Tensor]] = []
+    limits: dict[str, int] = {"pad_token": 0}
+    temperature = 1.0 if generation_config.do_sample else 0.0
+    no_timestamps = None
+    seen: list[type] = []
+    for processor in processors:
+        kind = type(processor)
+        # What suppresses tokens may come in any order, but only before it can the timestamps' rule weigh what is left.
+        if kind in seen or (WhisperTimeStampLogitsProcessor in seen and kind is not TemperatureLogitsWarper):
+            raise NotCovered(f"{kind.__name__} a second time, or after the rules for timestamps")
+        if TemperatureLogitsWarper in seen:
+            raise NotCovered(f"{kind.__name__} after the temperature")
+        seen.append(kind)
+        if kind is SuppressTokensLogitsProcessor:
+            tokens.append((SUPPRESSED, processor.suppress_tokens))
+        elif kind is SuppressTokensAtBeginLogitsProcessor:
+            tokens.append((SUPPRESSED_AT_BEGIN, processor.begin_suppress_tokens))
+            limits["begin_length"] = processor.begin_index
+        elif kind is MinLengthLogitsProcessor or kind is MinNewTokensLengthLogitsProcessor:
+            _add_min_length(processor, tokens, limits)
+        elif kind is WhisperTimeStampLogitsProcessor:
+            limits |= _timestamp_limits(processor, prompt_length, vocabulary_size)
+            no_timestamps = processor.no_timestamps_token_id
+        elif kind is TemperatureLogitsWarper and generation_config.do_sample:
+            temperature = processor.temperature
+        else:
+            raise NotCovered(kind.__name__)
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria:
+            limits["max_length"] = min(criterion.max_length, limits.get("max_length", criterion.max_length))
+        elif type(criterion) is EosTokenCriteria:
+            tokens.append((ENDS, criterion.eos_token_id))
+        else:
+            raise NotCovered(type(criterion).__name__)
+    if "max_length" not in limits:
+        raise NotCovered("no greatest length")
+    return Settings(tuple(tokens), no_timestamps, TokenLimits(**limits), temperature)
+
+
+def _add_min_length(
+    processor: MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor,
+    tokens: list[tuple[int, torch.Tensor]],
+    limits: dict[str, int],
+) -> None:
+    if type(processor) is MinLengthLogitsProcessor:
+        min_length = processor.min_length
+    else:
+        min_length = processor.prompt_length_to_skip + processor.min_new_tokens
+    before = [ids for flag, ids in tokens if flag == SUPPRESSED_UNTIL_MIN_LENGTH]
+    if before and before[0] is not processor.eos_token_id:
+        raise NotCovered("two least lengths for different tokens")
+    if not before:
+        tokens.append((SUPPRESSED_UNTIL_MIN_LENGTH, processor.eos_token_id))
+    limits["min_length"] = max(min_length, limits.get("min_length", 0))
+
+
+def _timestamp_limits(processor: WhisperTimeStampLogitsProcessor, prompt_length: int, vocabulary_size: int) -> dict[str, int]:
+    if processor.begin_index != prompt_length:
+        raise NotCovered(f"timestamps from token {processor.begin_index} on, after a prompt of {prompt_length}")
+    if not isinstance(processor.eos_token_id, int) or not 0 <= processor.no_timestamps_token_id < vocabulary_size:
+        raise NotCovered(f"timestamps after {processor.no_timestamps_token_id}, text below {processor.eos_token_id}")
+    limits = {
+        "timestamp_begin": processor.timestamp_begin,
+        "timestamp_length": processor.begin_index,
+        "end_of_text": processor.eos_token_id,
+        "prefer_timestamps": int(bool(processor._detect_timestamp_from_logprob)),
+    }
+    if processor.max_initial_timestamp_index is not None:
+        limits["last_initial_timestamp"] = processor.timestamp_begin + processor.max_initial_timestamp_index
+    return limits
+
+
+def allocate_rules(vocabulary_size: int, device: torch.device) -> TokenRules:
+    """Rules for `write_rules` to fill."""
+    return TokenRules(
+        torch.zeros(vocabulary_size, dtype=torch.uint8, device=device),
+        torch.zeros(len(TokenLimits._fields), dtype=torch.int64, device=device),
+        torch.zeros((), dtype=torch.float32, device=device),
+    )
+
+
+def write_rules(settings: Settings, pad_token: torch.Tensor | None, rules: TokenRules) -> None:
+    """Fills `rules`, in place. A call that samples draws its seed from PyTorch's generator of the device.
+
+    Args:
+        pad_token: 0-dim or (1,) on the device; None where no row can end before the others.
+    """
+    vocabulary_size, device = rules.flags.shape[0], rules.flags.device
+    # One more column, for ids beyond the vocabulary: stock takes no notice of them.
+    marks = torch.zeros(len(settings.tokens) + 1, vocabulary_size + 1, dtype=torch.uint8, device=device)
+    for row, (flag, ids) in zip(marks, settings.tokens, strict=False):
+        ids = ids.to(device, torch.int64).flatten()
+        row.index_fill_(0, torch.where((ids >= 0) & (ids < vocabulary_size), ids, vocabulary_size), flag)
+    if settings.no_timestamps is not None:
+        marks[-1, settings.no_timestamps].fill_(SUPPRESSED)
+    flags = marks[0]
+    for row in marks[1:]:
+        flags = flags | row
+    rules.flags.copy_(flags[:vocabulary_size])
+    limits = torch.tensor(settings.limits, dtype=torch.int64, pin_memory=device.type == "cuda")
+    rules.limits.copy_(limits, non_blocking=True)
+    if pad_token is not None:
+        rules.limits[TokenLimits._fields.index("pad_token")].copy_(pad_token.view(()))
+    rules.temperature.fill_(settings.temperature)
+    if settings.temperature > 0.0:
+        rules.limits[TokenLimits._fields.index("seed")].copy_(torch.randint(1 << 62, (), device=device))
