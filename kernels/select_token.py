@@ -10,10 +10,9 @@ These are transformers' `SuppressTokens`, `SuppressTokensAtBegin`, `MinLength`, 
 gets the pad token. All that differs from call to call lies on the device (`TokenRules`), as does all that a step changes
 (`TokenState`), so that one captured graph serves every call and no step waits for the host.
 
-The first launch cuts the vocabulary into chunks and reduces text and timestamps of each to (maximum, sum of exponentials,
-best token); the second, a program a row, joins them. Noise is Philox at the counter (token, length, row) under the call's
-seed: a row draws the same whatever else is in the batch. Who calls it: `whisper_triton.decode_loop`. Bytes moved: B * V
-logits and V flags.
+The first launch cuts text and timestamps into chunks and reduces each to (maximum, sum of exponentials, best token); the
+second, a program a row, joins them. Noise is Philox at the counter (token, length, row) under the call's seed: a row draws the
+same whatever else is in the batch. Who calls it: `whisper_triton.decode_loop`. Bytes moved: B * V logits and V flags.
 """
 
 from __future__ import annotations
@@ -86,18 +85,23 @@ def _exponential_reference(bits: torch.Tensor) -> torch.Tensor:
     return torch.where(v < 0.015625, v * (1 + v * (0.5 + v * (1 / 3 + v * 0.25))), -torch.log(1 - v))
 
 
-def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
-    """What `select_token` does, in PyTorch."""
-    B, V = logits.shape
+def apply_rules(
+    logits: torch.Tensor, rules: TokenRules, ids: torch.Tensor, lengths: torch.Tensor, last_timestamps: torch.Tensor
+) -> torch.Tensor:
+    """The scores (B, V) that the stock processors make of `logits`, the temperature aside; fp32, float64 for float64.
+
+    Args:
+        ids, lengths, last_timestamps: as in `TokenState`.
+    """
     limits = TokenLimits(*rules.limits.unbind())
-    tokens, rows = torch.arange(V, device=logits.device), torch.arange(B, device=logits.device)
-    lengths, newest = state.lengths[:, None], state.last_timestamps[:, None]
+    tokens = torch.arange(logits.shape[1], device=logits.device)
+    lengths, newest = lengths[:, None], last_timestamps[:, None]
     is_timestamp = tokens >= limits.timestamp_begin
 
     active = SUPPRESSED + SUPPRESSED_AT_BEGIN * (lengths == limits.begin_length).long()
     active = active + SUPPRESSED_UNTIL_MIN_LENGTH * (lengths < limits.min_length).long()
     banned = (rules.flags & active) != 0
-    last, before = (state.ids.gather(1, (lengths - i).clamp(0, state.ids.shape[1] - 1)) for i in (1, 2))
+    last, before = (ids.gather(1, (lengths - i).clamp(0, ids.shape[1] - 1)) for i in (1, 2))
     new = lengths - limits.timestamp_length
     after_timestamp = (new >= 1) & (last >= limits.timestamp_begin)
     after_pair = after_timestamp & ((new < 2) | (before >= limits.timestamp_begin))
@@ -112,9 +116,16 @@ def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: Token
     timestamps = logprobs.masked_fill(~is_timestamp, -torch.inf).logsumexp(-1)
     text = logprobs.masked_fill(is_timestamp, -torch.inf).amax(-1)
     prefer = (limits.prefer_timestamps != 0) & (timestamps > text)
-    scores = scores.masked_fill(prefer[:, None] & ~is_timestamp, -torch.inf)
+    return scores.masked_fill(prefer[:, None] & ~is_timestamp, -torch.inf)
 
-    noise = torch.log(_exponential_reference(random_bits(limits.seed, tokens, lengths, rows[:, None])))
+
+def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
+    """What `select_token` does, in PyTorch."""
+    B, V = logits.shape
+    limits = TokenLimits(*rules.limits.unbind())
+    tokens, rows = torch.arange(V, device=logits.device), torch.arange(B, device=logits.device)
+    scores = apply_rules(logits, rules, state.ids, state.lengths, state.last_timestamps)
+    noise = torch.log(_exponential_reference(random_bits(limits.seed, tokens, state.lengths[:, None], rows[:, None])))
     keys = torch.where(rules.temperature > 0, scores / rules.temperature - noise, scores)
     chosen = keys.argmax(-1)
     running = state.ends == 0
@@ -142,8 +153,8 @@ def _reduce_chunks_kernel(
     lengths_ptr,  # (B,) int64
     last_timestamps_ptr,  # (B,) int64
     ends_ptr,  # (B,) int64
-    partial_ptr,  # (6, B, chunks) fp32: maximum, sum, best key of text, then of timestamps
-    partial_tokens_ptr,  # (2, B, chunks) int32: best token of text, of timestamps
+    partial_ptr,  # (3, B, chunks) fp32: maximum, sum of exponentials below it, best key
+    partial_tokens_ptr,  # (B, chunks) int32: the best key's token
     stride_ids_b,
     V,
     USE_PDL: tl.constexpr,
@@ -151,11 +162,8 @@ def _reduce_chunks_kernel(
 ):
     pdl_handover(USE_PDL)
     i_chunk, i_b = tl.program_id(0), tl.program_id(1)
-    offs = i_chunk * BLOCK_V + tl.arange(0, BLOCK_V)
     length = tl.load(lengths_ptr + i_b).to(tl.int32)
-    mask = (offs < V) & (tl.load(ends_ptr + i_b) == 0)  # of a row that has ended nothing is read
-    s = tl.load(logits_ptr + i_b.to(tl.int64) * V + offs, mask=mask, other=float("-inf")).to(tl.float32)
-    flags = tl.load(flags_ptr + offs, mask=mask, other=0).to(tl.int32)
+    running = tl.load(ends_ptr + i_b) == 0
     begin_length = tl.load(limits_ptr + 2).to(tl.int32)
     min_length = tl.load(limits_ptr + 3).to(tl.int32)
     timestamp_begin = tl.load(limits_ptr + 4).to(tl.int32)
@@ -163,68 +171,63 @@ def _reduce_chunks_kernel(
     last_initial = tl.load(limits_ptr + 6).to(tl.int32)
     end_of_text = tl.load(limits_ptr + 7).to(tl.int32)
     newest = tl.load(last_timestamps_ptr + i_b).to(tl.int32)
+    temperature = tl.load(temperature_ptr)
     row_ptr = ids_ptr + i_b * stride_ids_b + length
-    last = tl.load(row_ptr - 1, mask=length >= 1, other=0).to(tl.int32)
-    before = tl.load(row_ptr - 2, mask=length >= 2, other=0).to(tl.int32)
+    last = tl.load(row_ptr - 1, mask=running & (length >= 1), other=0).to(tl.int32)
+    before = tl.load(row_ptr - 2, mask=running & (length >= 2), other=0).to(tl.int32)
 
-    # PyTorch's argmax takes a NaN for the greatest.
-    s = tl.where(s == s, s, float("inf"))
+    # A chunk is of text or of timestamps, never of both.
+    end = tl.minimum(timestamp_begin, V)
+    text_chunks = tl.cdiv(end, BLOCK_V)
+    is_text = i_chunk < text_chunks
+    start = tl.where(is_text, i_chunk * BLOCK_V, end + (i_chunk - text_chunks) * BLOCK_V)
+    offs = start + tl.arange(0, BLOCK_V)
+    mask = (offs < tl.where(is_text, end, V)) & running  # of a row that has ended nothing is read
+    s = tl.load(logits_ptr + i_b.to(tl.int64) * V + offs, mask=mask, other=float("-inf")).to(tl.float32)
+    flags = tl.load(flags_ptr + offs, mask=mask, other=1).to(tl.int32)
+
     active = 1 + tl.where(length == begin_length, 2, 0) + tl.where(length < min_length, 4, 0)
-    is_timestamp = offs >= timestamp_begin
     after_timestamp = (new >= 1) & (last >= timestamp_begin)
     is_pair = (new < 2) | (before >= timestamp_begin)
-    after_pair = after_timestamp & is_pair
     after_opening = after_timestamp & (is_pair == 0)
+    # Tokens from `low` to `high` are left: of text those that may stand here, of timestamps those that are not in the past.
     floor = tl.where(newest > 0, newest + tl.where(after_opening, 0, 1), timestamp_begin)
-    banned = (flags & active) != 0
-    banned |= is_timestamp & (after_pair | (offs < floor))
-    banned |= after_opening & (offs < end_of_text)
-    banned |= (new == 0) & ((is_timestamp == 0) | (offs > last_initial))
-    s = tl.where(banned, float("-inf"), s)
+    low = tl.where(is_text, tl.where(after_opening, end_of_text, 0), floor)
+    high = tl.where((new == 0) & (is_text == 0), last_initial, V)
+    none = tl.where(is_text, new == 0, after_timestamp & is_pair)
+    banned = ((flags & active) != 0) | (offs < low) | (offs > high) | none
+    # PyTorch's argmax takes a NaN for the greatest.
+    s = tl.where(banned, float("-inf"), tl.where(s == s, s, float("inf")))
 
-    m_text = tl.max(tl.where(is_timestamp, float("-inf"), s), axis=0)
-    m_time = tl.max(tl.where(is_timestamp, s, float("-inf")), axis=0)
-    p = tl.where(banned, 0.0, tl.exp(s - tl.where(is_timestamp, m_time, m_text)))
-    p = tl.where(mask, p, 0.0)
+    m = tl.max(s, axis=0)
+    p = tl.where(banned, 0.0, tl.exp(s - m))
     key = s
-    temperature = tl.load(temperature_ptr)
     if temperature > 0:
-        seed = tl.load(limits_ptr + 9)
         zeros = offs * 0
-        bits, _, _, _ = tl.philox(seed, offs, zeros + length, zeros + i_b, zeros)
+        bits, _, _, _ = tl.philox(tl.load(limits_ptr + 9), offs, zeros + length, zeros + i_b, zeros)
         # An exponential variate, exact in its small values, which are those that win.
         v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
         small = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
         key = s / temperature - tl.log(tl.where(v < 0.015625, small, -tl.log(1.0 - v)))
-    k_text, i_text = tl.max(tl.where(is_timestamp, float("-inf"), key), axis=0, return_indices=True)
-    k_time, i_time = tl.max(tl.where(is_timestamp, key, float("-inf")), axis=0, return_indices=True)
+    best, i_best = tl.max(key, axis=0, return_indices=True)
 
-    field = tl.num_programs(0) * tl.num_programs(1)
-    partial_ptr += i_b * tl.num_programs(0) + i_chunk
-    partial_tokens_ptr += i_b * tl.num_programs(0) + i_chunk
-    tl.store(partial_ptr, m_text)
-    tl.store(partial_ptr + field, tl.sum(tl.where(is_timestamp, 0.0, p), axis=0))
-    tl.store(partial_ptr + 2 * field, k_text)
-    tl.store(partial_ptr + 3 * field, m_time)
-    tl.store(partial_ptr + 4 * field, tl.sum(tl.where(is_timestamp, p, 0.0), axis=0))
-    tl.store(partial_ptr + 5 * field, k_time)
-    tl.store(partial_tokens_ptr, i_chunk * BLOCK_V + i_text)
-    tl.store(partial_tokens_ptr + field, i_chunk * BLOCK_V + i_time)
+    chunks, rows = tl.num_programs(0), tl.num_programs(1)
+    partial_ptr += i_b * chunks + i_chunk
+    tl.store(partial_ptr, m)
+    tl.store(partial_ptr + rows * chunks, tl.sum(p, axis=0))
+    tl.store(partial_ptr + 2 * rows * chunks, best)
+    tl.store(partial_tokens_ptr + i_b * chunks + i_chunk, start + i_best)
 
 
 @triton.jit
-def join_chunks(partial_ptr, tokens_ptr, field, chunks, BLOCK_C: tl.constexpr):
-    """Maximum, sum of exponentials below it, best key and its token, over the chunks of text or of timestamps."""
-    offs_c = tl.arange(0, BLOCK_C)
-    mask = offs_c < chunks
-    m_c = tl.load(partial_ptr + offs_c, mask=mask, other=float("-inf"))
-    l_c = tl.load(partial_ptr + field + offs_c, mask=mask, other=0.0)
-    key_c = tl.load(partial_ptr + 2 * field + offs_c, mask=mask, other=float("-inf"))
-    token_c = tl.load(tokens_ptr + offs_c, mask=mask, other=0)
+def join_chunks(mask, m_c, l_c, key_c, token_c):
+    """Maximum, sum of exponentials below it, best key and its token, over the chunks in `mask`."""
+    m_c = tl.where(mask, m_c, float("-inf"))
     m = tl.max(m_c, axis=0)
     l = tl.sum(tl.where(m_c == float("-inf"), 0.0, l_c * tl.exp(m_c - m)), axis=0)
-    key, i_best = tl.max(key_c, axis=0, return_indices=True)  # the first of equals, as PyTorch's argmax
-    return m, l, key, tl.sum(tl.where(offs_c == i_best, token_c, 0), axis=0)
+    key, i_best = tl.max(tl.where(mask, key_c, float("-inf")), axis=0, return_indices=True)  # the first, as PyTorch's argmax
+    token = tl.sum(tl.where(tl.arange(0, token_c.shape[0]) == i_best, token_c, 0), axis=0)
+    return m, l, key, token
 
 
 @triton.jit
@@ -245,41 +248,47 @@ def _pick_token_kernel(
     V,
     chunks,
     USE_PDL: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     pdl_handover(USE_PDL)
     i_b = tl.program_id(0)
-    field = tl.num_programs(0) * chunks
-    partial_ptr += i_b * chunks
-    partial_tokens_ptr += i_b * chunks
-    m_text, l_text, k_text, i_text = join_chunks(partial_ptr, partial_tokens_ptr, field, chunks, BLOCK_C)
-    m_time, l_time, k_time, i_time = join_chunks(partial_ptr + 3 * field, partial_tokens_ptr + field, field, chunks, BLOCK_C)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = offs_c < chunks
+    rows = tl.num_programs(0)
+    partial_ptr += i_b * chunks + offs_c
+    m_c = tl.load(partial_ptr, mask=mask, other=float("-inf"))
+    l_c = tl.load(partial_ptr + rows * chunks, mask=mask, other=0.0)
+    key_c = tl.load(partial_ptr + 2 * rows * chunks, mask=mask, other=float("-inf"))
+    token_c = tl.load(partial_tokens_ptr + i_b * chunks + offs_c, mask=mask, other=0)
     length = tl.load(lengths_ptr + i_b)
     end = tl.load(ends_ptr + i_b)
     sum_logprobs = tl.load(sum_logprobs_ptr + i_b)
     max_length, pad_token = tl.load(limits_ptr), tl.load(limits_ptr + 1)
     timestamp_begin = tl.load(limits_ptr + 4)
 
+    is_text = offs_c < tl.cdiv(tl.minimum(timestamp_begin.to(tl.int32), V), BLOCK_V)
+    m_text, l_text, key_text, text = join_chunks(is_text, m_c, l_c, key_c, token_c)
+    m_time, l_time, key_time, time = join_chunks(is_text == 0, m_c, l_c, key_c, token_c)
     # Subtracted in the order of log_softmax, so that what is equal there is equal here.
     m = tl.maximum(m_text, m_time)
     l = tl.where(m_text == float("-inf"), 0.0, l_text * tl.exp(m_text - m))
     l += tl.where(m_time == float("-inf"), 0.0, l_time * tl.exp(m_time - m))
-    log_l = tl.log(l)
-    timestamps = (m_time - m - log_l) + tl.log(l_time)
-    prefer = (tl.load(limits_ptr + 8) != 0) & (timestamps > m_text - m - log_l)
-    chosen = tl.where(prefer | (k_time > k_text), i_time, i_text)
+    log_l, log_time = tl.log(l), tl.log(l_time)
+    prefer = (tl.load(limits_ptr + 8) != 0) & (m_time - m - log_l + log_time > m_text - m - log_l)
+    chosen = tl.where(prefer | (key_time > key_text), time, text)
     score = tl.load(logits_ptr + i_b.to(tl.int64) * V + chosen).to(tl.float32)
-    logprob = score - tl.where(prefer, m_time, m) - tl.where(prefer, tl.log(l_time), log_l)
+    logprob = score - tl.where(prefer, m_time, m) - tl.where(prefer, log_time, log_l)
 
     running = end == 0
     token = tl.where(running, chosen.to(tl.int64), pad_token)
-    ends_row = (tl.load(flags_ptr + token).to(tl.int32) & 8) != 0
+    is_last = (tl.load(flags_ptr + token).to(tl.int32) & 8) != 0
     tl.store(ids_ptr + i_b * stride_ids_b + length, token, mask=length < L)
     tl.store(next_ids_ptr + i_b, token)
     tl.store(lengths_ptr + i_b, length + 1)
     tl.store(last_timestamps_ptr + i_b, token, mask=running & (token >= timestamp_begin))
     tl.store(sum_logprobs_ptr + i_b, sum_logprobs + logprob, mask=running)
-    tl.store(ends_ptr + i_b, length + 1, mask=running & (ends_row | (length + 1 >= max_length)))
+    tl.store(ends_ptr + i_b, length + 1, mask=running & (is_last | (length + 1 >= max_length)))
 
 
 def select_token(logits: torch.Tensor, rules: TokenRules, state: TokenState, *, block_size: int = BLOCK_V) -> None:
@@ -304,9 +313,9 @@ def select_token(logits: torch.Tensor, rules: TokenRules, state: TokenState, *, 
 
 def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, block_size: int) -> None:
     B, V = logits.shape
-    chunks = triton.cdiv(V, block_size)
-    partial = torch.empty(6, B, chunks, dtype=torch.float32, device=logits.device)
-    partial_tokens = torch.empty(2, B, chunks, dtype=torch.int32, device=logits.device)
+    chunks = triton.cdiv(V, block_size) + 1  # the last of text may be cut short, and so may the last of timestamps
+    partial = torch.empty(3, B, chunks, dtype=torch.float32, device=logits.device)
+    partial_tokens = torch.empty(B, chunks, dtype=torch.int32, device=logits.device)
     pdl = pdl_options(logits.device)
     _reduce_chunks_kernel[(chunks, B)](
         logits_ptr=logits,
@@ -341,6 +350,7 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, block_si
         L=state.ids.shape[1],
         V=V,
         chunks=chunks,
+        BLOCK_V=block_size,
         BLOCK_C=triton.next_power_of_2(chunks),
         num_warps=1,  # a second warp might read a row's length after the first has written the next
         **pdl,

@@ -8,7 +8,8 @@ short prompts, and where the cross keys and values of all layers are projected f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from .cache import StaticEncoderDecoderCache, build_static_cache
 from .fused import FusedDecoder, is_fusable
 from .kernels import CrossTable, cross_table, project_cross_kv
 from .kernels._checks import MAX_QUERIES
+
+if TYPE_CHECKING:
+    from .decode_loop import TokenSelection
 
 # A graph replays kernels, not Python: modules whose forward pass we do not know might do something else a step.
 _KNOWN_MODULES = (
@@ -122,6 +126,8 @@ class DecoderStep:
         self.fused = FusedDecoder(model) if is_fusable(model, batch_size) else None
         self.passes: dict[int, CapturedPass] = {}  # by T
         self._takes: dict[int, bool] = {1: True}
+        self.selection: TokenSelection | None = None  # of the pass that `advance` replays
+        self._selecting: CapturedPass | None = None
 
     @property
     def graph(self) -> torch.cuda.CUDAGraph | None:
@@ -174,13 +180,50 @@ class DecoderStep:
         """
         T = input_ids.shape[1]
         if T not in self.passes:
-            self.passes[T] = self._capture(model, input_ids)
+            with torch.inference_mode(False):
+                kept_ids = torch.empty_like(input_ids, memory_format=torch.contiguous_format).copy_(input_ids)
+            graph, logits = self._capture(lambda: self._run(model, kept_ids))
+            self.passes[T] = CapturedPass(graph, kept_ids, logits)
         captured = self.passes[T]
         captured.input_ids.copy_(input_ids)
-        for layer in self.cache.self_attention_cache.layers:
-            layer.claim(T)
+        self._claim(T)
         captured.graph.replay()
         return captured.logits.clone()  # the next replay overwrites them
+
+    def advance(self, model: WhisperForConditionalGeneration, selection: TokenSelection) -> Callable[[], torch.Tensor]:
+        """What decodes the tokens that `selection`, the step's only one, has chosen, and has it choose the next, at each call.
+
+        It returns the logits (B, V), which the next call overwrites. Captures it if need be, which leaves the cache as it was
+        but not the selection's state.
+        """
+        next_ids = selection.state.next_ids
+
+        def run() -> torch.Tensor:
+            logits = self._run(model, next_ids)[:, -1]
+            selection(logits)
+            return logits
+
+        if self._selecting is None:
+            graph, logits = self._capture(run)
+            self._selecting = CapturedPass(graph, next_ids, logits)
+        captured = self._selecting
+
+        def replay() -> torch.Tensor:
+            self._claim(1)
+            captured.graph.replay()
+            return captured.logits
+
+        return replay
+
+    def rewind(self, length: int) -> None:
+        """Forgets the cache's tokens from slot `length` on."""
+        self.cache.get_seq_length().fill_(length)
+        for layer in self.cache.self_attention_cache.layers:
+            layer.host_length = length
+
+    def _claim(self, new_tokens: int) -> None:
+        for layer in self.cache.self_attention_cache.layers:
+            layer.claim(new_tokens)
 
     def _run(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
         if self.fused is not None:
@@ -193,25 +236,23 @@ class DecoderStep:
         ).last_hidden_state
         return model.proj_out(hidden_states)
 
-    def _capture(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> CapturedPass:
+    def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Runs the pass once to compile and warm up what it calls, then records it; leaves position and cache as found."""
         layers = self.cache.self_attention_cache.layers
         position, host_length = self.cache.get_seq_length().clone(), layers[0].host_length
-        with torch.inference_mode(False):
-            kept_ids = torch.empty_like(input_ids, memory_format=torch.contiguous_format).copy_(input_ids)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.no_grad():
-            self._run(model, kept_ids)
+            run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         for layer in layers:
             layer.host_length = host_length
         # "thread_local": what other threads do meanwhile, a data loader's pinned memory say, is no concern of this capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
-            logits = self._run(model, kept_ids)
+            logits = run()
         # The warm-up advanced the position and filled T slots, which the first replay writes again.
         self.cache.get_seq_length().copy_(position)
         for layer in layers:
             layer.host_length = host_length
-        return CapturedPass(graph, kept_ids, logits)
+        return graph, logits

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .attention import NAME, STATE, is_length, report_once, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
+from .decode_loop import decode
 from .decoder import DecoderStep, why_not_captured
 from .encoder import EncoderState
 
@@ -73,6 +74,8 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
         if state.calls == 1:
             state.attn_implementation_before_calls = self.config._attn_implementation
     outer = _CALL.set(call)
+    if _takes_our_loop(self, args, kwargs):
+        kwargs["custom_generate"] = _decode
     try:
         return _stock(self, "generate")(*args, **kwargs)
     finally:
@@ -84,6 +87,38 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
             if state.calls == 0:
                 # `return_token_timestamps=True` sets eager attention and leaves it so, which would end the acceleration.
                 self.config._attn_implementation = state.attn_implementation_before_calls
+
+
+# Arguments of `generate` that bring another loop than `_sample`, or that transformers keeps from a loop of ours.
+_OTHER_LOOPS = (
+    "custom_generate", "streamer", "assistant_model", "assistant_tokenizer", "tokenizer", "stop_strings", "synced_gpus",
+    "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "constraints",
+    "force_words_ids", "num_beam_groups",
+)  # fmt: skip
+
+
+def _takes_our_loop(self: WhisperForConditionalGeneration, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate` may be handed `_decode`, which then looks closer, once for each window."""
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    return (
+        len(args) <= 5  # the sixth is `synced_gpus`
+        and not any(kwargs.get(name) for name in _OTHER_LOOPS)
+        and kwargs.get("num_beams") in (None, 1)
+        and all(c is None or c.get_generation_mode() in _MODES[:2] for c in (config, self.generation_config))
+        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    )
+
+
+def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+    state: State | None = vars(self).get(STATE)
+    # What a user has put around or in place of the forward pass runs at each step, which a replay would not see.
+    is_plain = (
+        state is not None
+        and type(self) is WhisperForConditionalGeneration
+        and vars(self).get("forward") is state.overridden.get("forward")
+        and not (self._forward_hooks or self._forward_pre_hooks)
+    )
+    return decode(self, state.in_use if is_plain else None, input_ids, **kwargs)
 
 
 def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput | tuple[Any, ...]:

@@ -22,6 +22,7 @@ from transformers import (
     TemperatureLogitsWarper,
     WhisperTimeStampLogitsProcessor,
 )
+from transformers.generation.logits_process import WhisperNoSpeechDetection
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .kernels.select_token import (
@@ -82,6 +83,8 @@ def read_settings(
         elif kind is WhisperTimeStampLogitsProcessor:
             limits |= _timestamp_limits(processor, prompt_length, vocabulary_size)
             no_timestamps = processor.no_timestamps_token_id
+        elif kind is WhisperNoSpeechDetection and processor.begin_index == prompt_length:
+            pass  # it looks at the first scores and leaves them as they are
         elif kind is TemperatureLogitsWarper and generation_config.do_sample:
             temperature = processor.temperature
         else:
@@ -118,12 +121,13 @@ def _add_min_length(
 def _timestamp_limits(processor: WhisperTimeStampLogitsProcessor, prompt_length: int, vocabulary_size: int) -> dict[str, int]:
     if processor.begin_index != prompt_length:
         raise NotCovered(f"timestamps from token {processor.begin_index} on, after a prompt of {prompt_length}")
-    if not isinstance(processor.eos_token_id, int) or not 0 <= processor.no_timestamps_token_id < vocabulary_size:
-        raise NotCovered(f"timestamps after {processor.no_timestamps_token_id}, text below {processor.eos_token_id}")
+    end_of_text, no_timestamps = processor.eos_token_id, processor.no_timestamps_token_id
+    if not isinstance(end_of_text, int) or not 0 <= end_of_text <= no_timestamps < vocabulary_size:
+        raise NotCovered(f"text below {end_of_text}, timestamps after {no_timestamps}")
     limits = {
         "timestamp_begin": processor.timestamp_begin,
         "timestamp_length": processor.begin_index,
-        "end_of_text": processor.eos_token_id,
+        "end_of_text": end_of_text,
         "prefer_timestamps": int(bool(processor._detect_timestamp_from_logprob)),
     }
     if processor.max_initial_timestamp_index is not None:

@@ -1,0 +1,327 @@
+"""`generate` through our decoding loop gives stock's tokens, and what the loop does not cover is decoded by stock's.
+
+Without a GPU a step runs eagerly where a graph would be replayed; the loop around it is the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import StoppingCriteria, SuppressTokensLogitsProcessor, WhisperForConditionalGeneration
+from transformers.generation.streamers import BaseStreamer
+from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, mel, tensors_of, tiny_whisper
+
+from whisper_triton import accelerated, decode_loop, decoder, generation
+
+README = Path(__file__).parent.parent / "README.md"
+# Which loop decodes which calls, as README has it: every row is stated by the test that holds it.
+DECODED_BY: dict[str, str] = {}
+
+pytest_plugins = ["whisper_fixtures"]
+pytestmark = pytest.mark.usefixtures("one_thread", "reference_kernels", "eager_steps")
+
+
+def row(call: str, loop: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Marks the test of a row of README's table."""
+    DECODED_BY[call] = loop
+    return lambda test: test
+
+
+@pytest.fixture
+def eager_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, a captured step that is none: what is captured runs anew at each replay."""
+
+    def capture(self: decoder.DecoderStep, run: Callable[[], torch.Tensor]) -> tuple[SimpleNamespace, torch.Tensor]:
+        layers = self.cache.self_attention_cache.layers
+
+        def replay() -> None:
+            length = layers[0].host_length  # which Python in a graph does not count either
+            logits.copy_(run())
+            for layer in layers:
+                layer.host_length = length
+
+        position = self.cache.get_seq_length().clone()
+        length = layers[0].host_length
+        first = run()  # a capture begins with a run that leaves the selection's state behind
+        with torch.inference_mode(False):
+            logits = torch.empty(first.shape, device=first.device)
+        self.cache.get_seq_length().copy_(position)
+        for layer in layers:
+            layer.host_length = length
+        return SimpleNamespace(replay=replay), logits
+
+    if device.type == "cpu":
+        monkeypatch.setattr(generation, "why_not_captured", lambda model: None)
+        monkeypatch.setattr(decoder, "is_fusable", lambda model, batch_size: False)
+        monkeypatch.setattr(decoder.DecoderStep, "_capture", capture)
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of steps taken for each window that our loop has decoded."""
+    steps: list[int] = []
+    run = decode_loop.run_until_ended
+
+    def counted(advance: Callable[[], None], selection: decode_loop.TokenSelection, most: int) -> int:
+        steps.append(0)
+
+        def step() -> None:
+            steps[-1] += 1
+            advance()
+
+        return run(step, selection, most)
+
+    monkeypatch.setattr(decode_loop, "run_until_ended", counted)
+    return steps
+
+
+def talkative(device: torch.device, eos_bias: float = 1.0, **config: Any) -> WhisperForConditionalGeneration:
+    """A tiny model whose rows end at different lengths: `eos_bias` scales the end token's embedding, that is its logits."""
+    model = tiny_whisper(device, seed=3, **config)
+    model.model.decoder.embed_tokens.weight.data[EOS] *= eos_bias
+    return model
+
+
+def assert_as_stock(model: WhisperForConditionalGeneration, features: torch.Tensor, **kwargs: Any) -> Any:
+    stock = model.generate(features, **kwargs)
+    with accelerated(model):
+        for _ in range(2):  # the second call finds the buffers of the first
+            ours = model.generate(features, **kwargs)
+            mine, theirs = tensors_of(ours), tensors_of(stock)
+            assert mine.keys() == theirs.keys()
+            for path in theirs:
+                if theirs[path].is_floating_point():
+                    torch.testing.assert_close(mine[path], theirs[path], rtol=1e-3, atol=1e-4)
+                else:
+                    assert mine[path].tolist() == theirs[path].tolist(), path
+                assert mine[path].dtype == theirs[path].dtype
+    return stock
+
+
+class TestStocksTokens:
+    @row("greedy search", "ours")
+    def test_greedy(self, device: torch.device, loops: list[int]) -> None:
+        tokens = assert_as_stock(talkative(device), mel(3, device), max_new_tokens=30)
+        assert tokens.unique().numel() > 8
+        assert len(loops) == 2
+
+    @pytest.mark.parametrize(("eos_bias", "length"), [(4.0, 28), (-3.0, 5)])
+    def test_rows_that_end_early_are_padded(self, device: torch.device, eos_bias: float, length: int, loops: list[int]) -> None:
+        tokens = assert_as_stock(talkative(device, eos_bias), mel(5, device))
+        assert tokens.shape[1] == length
+        assert (tokens != EOS).sum(1).unique().numel() > 2
+        assert length - 1 <= loops[0] <= length + decode_loop.LOOK_EVERY
+
+    @row("timestamps", "ours")
+    def test_timestamps(self, device: torch.device, loops: list[int]) -> None:
+        tokens = assert_as_stock(talkative(device), mel(2, device), return_timestamps=True)
+        assert (tokens > NO_TIMESTAMPS).sum() > 2
+        assert len(loops) >= 2
+
+    @pytest.mark.parametrize("length", [1, 2, 5, 6])
+    def test_lengths_around_the_hosts_looks(self, device: torch.device, length: int, loops: list[int]) -> None:
+        assert assert_as_stock(talkative(device), mel(2, device), max_new_tokens=length).shape == (2, length)
+        assert loops == [length - 1] * 2
+
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {"min_new_tokens": 12},
+            {"min_length": 12, "begin_suppress_tokens": None},
+            {"suppress_tokens": [5, 17, 42, *range(60, 90)], "begin_suppress_tokens": [1, EOS]},
+            {"suppress_tokens": None, "begin_suppress_tokens": None},
+            {"prompt_ids": torch.tensor([START_OF_PREVIOUS, 5, 17, 42, 8])},
+            {"num_beams": 1, "do_sample": False, "temperature": 0.0},
+            {"return_dict_in_generate": True},
+            {"eos_token_id": [EOS, 7, 30], "return_timestamps": False},
+        ],
+        ids=str,
+    )
+    @row("suppressed tokens, least and greatest lengths", "ours")
+    def test_options(self, device: torch.device, kwargs: dict[str, Any], loops: list[int]) -> None:
+        kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        assert_as_stock(talkative(device, eos_bias=2.0), mel(2, device), max_new_tokens=20, **kwargs)
+        assert len(loops) == 2
+
+    @row("long audio, window by window", "ours")
+    def test_windows_in_a_row(self, device: torch.device, loops: list[int]) -> None:
+        mask = torch.ones(2, 250, dtype=torch.int64, device=device)
+        mask[1, 120:] = 0
+        assert_as_stock(talkative(device), mel(2, device, seconds=2.5), attention_mask=mask, return_timestamps=True)
+        assert len(loops) > 4
+
+    @row("previous tokens or a prompt before a window", "ours")
+    def test_a_window_that_follows_the_previous_tokens(self, device: torch.device, loops: list[int]) -> None:
+        """One audio's prompt has no padding, though a mask comes with it."""
+        features = mel(1, device, seconds=2.5)
+        assert_as_stock(talkative(device), features, return_timestamps=True, condition_on_prev_tokens=True)
+        assert len(loops) > 4
+
+    @row("scores, logits, thresholds of compression ratio, log probability and no speech", "ours")
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "return_timestamps": False},
+            {"return_dict_in_generate": True, "output_scores": True, "return_timestamps": True, "return_segments": True},
+            {"compression_ratio_threshold": 0.1, "temperature": (0.0, 0.0)},
+            {"logprob_threshold": -0.5, "temperature": (0.0, 0.0)},
+            {"logprob_threshold": 0.0, "no_speech_threshold": 0.0, "temperature": (0.0,), "return_timestamps": True},
+        ],
+        ids=lambda kwargs: ",".join(kwargs),
+    )
+    def test_scores_and_what_is_decided_by_them(self, device: torch.device, kwargs: dict[str, Any], loops: list[int]) -> None:
+        assert_as_stock(talkative(device, eos_bias=4.0), mel(3, device), max_new_tokens=20, **kwargs)
+        assert len(loops) >= 2
+
+    def test_the_scores_of_samples_are_those_they_were_drawn_from(self, device: torch.device) -> None:
+        with accelerated(talkative(device)) as model:
+            output = model.generate(mel(2, device), **SAMPLING, return_dict_in_generate=True, output_scores=True)
+            again = model(mel(2, device), decoder_input_ids=output.sequences[:, :-1]).logits
+        scores = torch.stack(output.scores, 1)
+        drawn = scores.gather(2, output.sequences[:, -scores.shape[1] :, None])
+        assert drawn.isfinite().all()
+        left = scores.isfinite()
+        again = again[:, -scores.shape[1] :] / SAMPLING["temperature"]
+        torch.testing.assert_close(scores[left], again[left], rtol=1e-3, atol=1e-3)
+
+    def test_settings_that_change_from_call_to_call(self, device: torch.device, loops: list[int]) -> None:
+        model, features = talkative(device, eos_bias=2.0), mel(2, device)
+        calls = [
+            {"max_new_tokens": 9},
+            {"return_timestamps": True},
+            {"suppress_tokens": [3, 5]},
+            {"max_new_tokens": 3},
+            {"min_length": 30},
+        ]
+        stock = [model.generate(features, **kwargs).tolist() for kwargs in calls]
+        with accelerated(model):
+            assert [model.generate(features, **kwargs).tolist() for kwargs in calls] == stock
+        assert len(loops) >= len(calls)
+        assert len({str(tokens) for tokens in stock}) == len(calls)
+
+    def test_buffers_made_in_inference_mode_serve_outside_it(self, device: torch.device, loops: list[int]) -> None:
+        model, features = talkative(device), mel(2, device)
+        stock = model.generate(features, max_new_tokens=8)
+        with accelerated(model):
+            with torch.inference_mode():
+                inside = model.generate(features, max_new_tokens=8)
+            outside = model.generate(features, max_new_tokens=8)
+        assert inside.tolist() == outside.tolist() == stock.tolist()
+        assert len(loops) == 2
+
+
+SAMPLING = {"temperature": 0.8, "top_k": 0, "max_new_tokens": 10}
+
+
+class TestSampling:
+    @row("temperature without top-k, its tokens from a random stream of our own", "ours")
+    def test_a_seed_gives_the_same_tokens(self, device: torch.device, loops: list[int]) -> None:
+        model, results = talkative(device), []
+        with accelerated(model):
+            for seed in (1, 1, 2):
+                torch.manual_seed(seed)
+                results.append(model.generate(mel(2, device), **SAMPLING).tolist())
+        assert results[0] == results[1] != results[2]
+        assert len(loops) == 3
+
+    def test_a_row_is_the_same_whatever_the_batch(self, device: torch.device) -> None:
+        model, features, results = talkative(device), mel(3, device), []
+        with accelerated(model):
+            for B in (1, 3):
+                torch.manual_seed(5)
+                results.append(model.generate(features[:B], **SAMPLING).tolist()[0])
+        assert results[0] == results[1]
+
+
+class Streamer(BaseStreamer):
+    def put(self, value: torch.Tensor) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+class AfterTwelve(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 12, device=input_ids.device)
+
+
+NOT_COVERED = [
+    ("top-k (transformers' default is 50 at a temperature), top-p", {"temperature": 0.7}),
+    ("top-k (transformers' default is 50 at a temperature), top-p", {"temperature": 0.7, "top_k": 0, "top_p": 0.8}),
+    ("beam search, an assistant", {"num_beams": 2}),
+    ("attentions, hidden states", {"return_dict_in_generate": True, "output_hidden_states": True}),
+    ("attentions, hidden states", {"return_dict_in_generate": True, "output_attentions": True}),
+    ("a user's logits processors or stopping criteria", {"logits_processor": [Recorder()]}),
+    (
+        "a user's logits processors or stopping criteria",
+        {"logits_processor": [SuppressTokensLogitsProcessor([4])], "return_timestamps": True},
+    ),
+    ("a user's logits processors or stopping criteria", {"stopping_criteria": [AfterTwelve()]}),
+    ("other processors, as a repetition penalty", {"repetition_penalty": 1.3}),
+    ("no cache, another cache", {"use_cache": False}),
+    ("no cache, another cache", {"cache_implementation": "static", "disable_compile": True}),
+]
+for name, _ in NOT_COVERED:
+    row(name, "stock's")
+
+
+class TestStocksLoop:
+    @pytest.mark.parametrize("kwargs", [kwargs for _, kwargs in NOT_COVERED], ids=lambda kwargs: ",".join(kwargs))
+    def test_what_is_not_covered(self, device: torch.device, kwargs: dict[str, Any], loops: list[int]) -> None:
+        model, results = talkative(device), []
+        for context in (torch.no_grad(), accelerated(model)):
+            torch.manual_seed(0)
+            with context:
+                result = model.generate(mel(2, device), max_new_tokens=14, **kwargs)
+            results.append(result if isinstance(result, torch.Tensor) else result["sequences"])
+        assert results[0].tolist() == results[1].tolist()
+        assert not loops
+
+    @row("a streamer", "stock's")
+    def test_a_streamer(self, device: torch.device, loops: list[int]) -> None:
+        with accelerated(talkative(device)) as model:
+            model.generate(mel(1, device), max_new_tokens=4, streamer=Streamer())
+        assert not loops
+
+    @row("a batch of prompts padded on the left", "stock's")
+    def test_rows_of_a_batch_padded_on_the_left(self, device: torch.device, loops: list[int]) -> None:
+        features = mel(2, device, seconds=2.5)
+        mask = torch.ones(2, features.shape[-1], dtype=torch.int64, device=device)
+        assert_as_stock(talkative(device), features, attention_mask=mask, return_timestamps=True, condition_on_prev_tokens=True)
+        assert loops  # of the first window, which has no prompt, and of windows with prompts of one length
+
+    @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+    @row("hooks on the model, a forward pass of the user's", "stock's")
+    def test_a_hook_on_the_model_is_called_at_every_step(self, device: torch.device, hook: str, loops: list[int]) -> None:
+        calls: list[int] = []
+        with accelerated(talkative(device)) as model:
+            getattr(model, hook)(lambda *args: calls.append(1))
+            model.generate(mel(1, device), max_new_tokens=8, min_new_tokens=8)
+        assert len(calls) == 8
+        assert not loops
+
+    def test_a_forward_pass_of_the_users_is_called_at_every_step(self, device: torch.device, loops: list[int]) -> None:
+        model, calls = talkative(device), []
+        stock = model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return stock(*args, **kwargs)
+
+        model.forward = forward
+        with accelerated(model):
+            model.generate(mel(1, device), max_new_tokens=8, min_new_tokens=8)
+        assert len(calls) == 8
+        assert not loops
+
+
+def test_readme_says_which_loop_decodes_what() -> None:
+    rows = dict(re.findall(r"^\| ([^|]+) \| (ours|stock's) \|$", README.read_text(), flags=re.MULTILINE))
+    assert rows == DECODED_BY

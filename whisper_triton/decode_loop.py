@@ -1,0 +1,214 @@
+"""The decoding loop of `generate` with nothing to wait for from token to token: `custom_generate` of an accelerated model.
+
+The prompt's forward pass is the model's own. After it each token is one replay of a graph that decodes a token and has
+`select_token` choose the next, which lies where the next replay reads it. The host only counts replays, and looks every few of
+them, one behind, whether all rows have ended; what was decoded beyond the end is dropped. Whatever is not covered, by the loop
+here or by the rules in `token_rules.py`, is decoded by stock's own loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, WhisperForConditionalGeneration
+from transformers.generation.logits_process import WhisperNoSpeechDetection
+from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateEncoderDecoderOutput
+
+from .decoder import DecoderStep
+from .kernels import select_token
+from .kernels.select_token import TokenState, apply_rules
+from .token_rules import NotCovered, Settings, allocate_rules, read_settings, write_rules
+
+ROWS_AT_ONCE = 64  # whose scores are computed together, after the last token
+LOOK_EVERY = 4  # replays between two looks at the rows' ends; each look is a copy of 8 bytes a row
+logger = logging.getLogger(__name__)
+
+# What `generate` may pass to the forward passes, with the values that a replay covers. The attention mask is of the encoder's
+# frames, which Whisper ignores.
+_TENSORS = ("past_key_values", "encoder_outputs", "attention_mask", "decoder_attention_mask")
+_ARGUMENTS = {
+    "use_cache": (True,),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+}
+
+
+class TokenSelection:
+    """The rules and the state of one batch size's decoding, at addresses that a graph can hold.
+
+    Args:
+        batch_size: B.
+        max_length: the most tokens of a row, prompt included.
+    """
+
+    def __init__(self, batch_size: int, max_length: int, vocabulary_size: int, device: torch.device) -> None:
+        B = batch_size
+        # What is kept from call to call must not be an inference tensor, which only inference mode may write again.
+        with torch.inference_mode(False):
+            lengths, last_timestamps, ends = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(3))
+            ids = torch.zeros(B, max_length, dtype=torch.int64, device=device)
+            sums = torch.zeros(B, dtype=torch.float32, device=device)
+            next_ids = torch.zeros(B, 1, dtype=torch.int64, device=device)
+            self.state = TokenState(ids, lengths, last_timestamps, ends, sums, next_ids)
+            self.rules = allocate_rules(vocabulary_size, device)
+            self._ends = torch.zeros(B, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+
+    def begin(self, prompt: torch.Tensor, settings: Settings, pad_token: torch.Tensor | None) -> None:
+        """Starts over with `prompt` (B, T) and a call's rules."""
+        write_rules(settings, pad_token, self.rules)
+        self.state.ids[:, : prompt.shape[1]] = prompt
+        self.state.lengths.fill_(prompt.shape[1])
+        for tensor in (self.state.last_timestamps, self.state.ends, self.state.sum_logprobs):
+            tensor.zero_()
+
+    def __call__(self, logits: torch.Tensor) -> None:
+        """Chooses from logits (B, V)."""
+        select_token(logits, self.rules, self.state)
+
+    def look(self) -> None:
+        """Begins to copy to the host where rows have ended."""
+        self._ends.copy_(self.state.ends, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def ends(self) -> list[int]:
+        """A row's length at its end, 0 where it went on when `look` was called last."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._ends.tolist()
+
+    def scores(self, logits: list[torch.Tensor], prompt_length: int) -> tuple[torch.Tensor, ...]:
+        """What stock's processors made of the logits (B, V) of each step, the first of which chose token `prompt_length`."""
+        steps, B = len(logits), logits[0].shape[0]
+        new = self.state.ids[:, prompt_length : prompt_length + steps]
+        order = torch.arange(1, steps + 1, device=new.device)
+        # Of each step the newest timestamp before it: its place counted from 1, 0 for none.
+        place = torch.where(new >= self.rules.limits[4], order, 0).cummax(1).values.roll(1, 1)
+        place[:, 0] = 0
+        newest = torch.where(place > 0, new.gather(1, (place - 1).clamp(min=0)), 0).T
+        lengths = (order - 1 + prompt_length)[:, None].expand(steps, B)
+        scores: list[torch.Tensor] = []
+        width = max(1, ROWS_AT_ONCE // B)
+        for first in range(0, steps, width):
+            some = slice(first, first + width)
+            rows = torch.cat(logits[some])
+            ids = self.state.ids.repeat(rows.shape[0] // B, 1)
+            some_scores = apply_rules(rows, self.rules, ids, lengths[some].flatten(), newest[some].flatten())
+            some_scores = torch.where(self.rules.temperature > 0, some_scores / self.rules.temperature, some_scores)
+            scores += some_scores.split(B)
+        return tuple(scores)
+
+
+def run_until_ended(advance: Callable[[], object], selection: TokenSelection, steps: int) -> int:
+    """Calls `advance` at most `steps` times, a few more than needed until all rows have ended; returns their greatest length.
+
+    After `steps` of them all rows must have ended.
+    """
+    for i in range(steps):
+        if i % LOOK_EVERY == 0:
+            selection.look()
+        advance()
+        # Only now: while the host waits for the step before, the device has this one to run.
+        if i % LOOK_EVERY == 0 and all(selection.ends()):
+            break
+    else:
+        selection.look()
+    return max(selection.ends())
+
+
+def decode(
+    model: WhisperForConditionalGeneration,
+    step: DecoderStep | None,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> torch.Tensor | GenerateEncoderDecoderOutput:
+    """What stock's loop returns for the same arguments: ids (B, T), or with `return_dict_in_generate` all that is asked for.
+
+    Args:
+        step: captured for this call, or None. input_ids: (B, T), the prompt.
+    """
+    try:
+        settings = _settings(model, step, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+    except NotCovered as reason:
+        logger.debug("stock's loop decodes: %s", reason)
+        loop = getattr(type(model), GENERATION_MODES_MAPPING[generation_config.get_generation_mode()])
+        return loop(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            **model_kwargs,
+        )
+    if step.selection is None:
+        step.selection = TokenSelection(
+            input_ids.shape[0], model.config.max_target_positions, model.proj_out.out_features, input_ids.device
+        )
+    selection = step.selection
+    logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1].contiguous()
+    detect_no_speech(logits_processor, input_ids, logits)
+    advance = step.advance(model, selection)
+    selection.begin(input_ids, settings, generation_config._pad_token_tensor)
+    selection(logits)
+    prompt_length = input_ids.shape[1]
+    wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+    wants_logits = generation_config.return_dict_in_generate and generation_config.output_logits
+    kept = [logits]
+    run = (lambda: kept.append(advance().clone())) if wants_scores or wants_logits else advance
+    length = run_until_ended(run, selection, settings.limits.max_length - prompt_length - 1)
+    step.rewind(length - 1)  # the last token of all is not in the cache
+    ids, kept = selection.state.ids[:, :length].clone(), kept[: length - prompt_length]
+    if generation_config.return_dict_in_generate:
+        return GenerateEncoderDecoderOutput(
+            sequences=ids,
+            scores=selection.scores(kept, prompt_length) if wants_scores else None,
+            logits=tuple(one.to(torch.float32, copy=True) for one in kept) if wants_logits else None,
+            past_key_values=step.cache,
+        )
+    return ids
+
+
+def detect_no_speech(processors: LogitsProcessorList, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+    """Has stock's detector, if it is among the processors, do what it does once, at the first token."""
+    kinds = [type(processor) for processor in processors]
+    if WhisperNoSpeechDetection in kinds:
+        LogitsProcessorList(processors[: kinds.index(WhisperNoSpeechDetection) + 1])(input_ids, logits.float())
+
+
+def _settings(
+    model: WhisperForConditionalGeneration,
+    step: DecoderStep | None,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> Settings:
+    """The rules for the loop above; raises NotCovered."""
+    if step is None or model_kwargs.get("past_key_values") is not step.cache:
+        raise NotCovered("no captured step")
+    if GENERATION_MODES_MAPPING[generation_config.get_generation_mode()] != "_sample":
+        raise NotCovered("a search over beams")
+    if input_ids.shape[0] != step.encoder_states.shape[0] or input_ids.device != step.encoder_states.device:
+        raise NotCovered(f"input ids {tuple(input_ids.shape)} on {input_ids.device}")
+    if model.config.output_attentions or model.config.output_hidden_states:
+        raise NotCovered("attentions or hidden states are asked for")
+    for name, value in model_kwargs.items():
+        if name not in _TENSORS and not any(value is allowed for allowed in _ARGUMENTS.get(name, (None,))):
+            raise NotCovered(f"{name} is given")
+    settings = read_settings(
+        logits_processor, stopping_criteria, generation_config, input_ids.shape[1], model.proj_out.out_features
+    )
+    if not input_ids.shape[1] < settings.limits.max_length <= model.config.max_target_positions:
+        raise NotCovered(f"a prompt of {input_ids.shape[1]} and at most {settings.limits.max_length} tokens")
+    mask = model_kwargs.get("decoder_attention_mask")
+    if mask is not None and not mask.all():  # waits for the device, once a window
+        raise NotCovered("a padded prompt")
+    return settings
