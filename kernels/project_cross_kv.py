@@ -88,8 +88,11 @@ def _project_cross_kv_kernel(
         else:
             x = tl.load(x_ptrs, mask=(k + offs_k < C)[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=(k + offs_k < C)[:, None], other=0.0)
-        # "ieee" is for fp32, which would else be rounded to tf32.
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if dtype == tl.float32:
+            # Each tile summed by itself: one sum over all of C would round more than cuBLAS's do. "ieee": not tf32.
+            acc += tl.dot(x, w, input_precision="ieee")
+        else:
+            acc = tl.dot(x, w, acc)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
 

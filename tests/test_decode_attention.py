@@ -262,9 +262,10 @@ def test_the_last_program_of_a_head_joins_the_splits_as_a_second_launch_would(
 
 def test_counters_that_do_not_fit_are_refused(device: torch.device) -> None:
     call = arguments(SPLIT_SHAPE, torch.float16, device)
-    for counters in (torch.zeros(3, dtype=torch.int32), torch.zeros(4), torch.zeros(8, dtype=torch.int32)[::2]):
+    enough = torch.zeros(8, dtype=torch.int32, device=device)
+    for counters in (enough[:3], enough.float(), enough[::2]):
         with pytest.raises(ValueError, match="counters"):
-            decode_attention(**call, scale=SCALE, counters=counters.to(device))
+            decode_attention(**call, scale=SCALE, counters=counters)
 
 
 @pytest.mark.parametrize("tile", [16, 32, 64, 128])
