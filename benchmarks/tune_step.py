@@ -58,11 +58,11 @@ def step_ms(model: WhisperForConditionalGeneration, B: int) -> float:
 
 def linear_candidates(B: int, N: int, K: int, has_norm: bool) -> list[Tiles]:
     tiles = []
-    if B <= 8:  # rows of weights a warp, warps a program
+    if B == 1:  # rows of weights a warp, warps a program
         cuts = ((1, 2, 4), (2, 4, 8)) if K <= 2048 else ((1, 2), (1, 2, 4, 8))
         cuts = ((2, 4), (4, 8, 16)) if N > 16384 else cuts
         tiles += [Tiles(rows * warps, 1, warps) for rows, warps in itertools.product(*cuts)]
-    if B > 1:
+    else:
         splits = (1, 2, 4, 5) if K > 2048 and not has_norm else (1,)
         tiles += [Tiles(n, k, w, True) for n, k, w in itertools.product((16, 32, 64), splits, (4, 8))]
     return tiles

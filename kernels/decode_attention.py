@@ -268,17 +268,24 @@ MEASURED_TILES = (
     (1200, 32, 2400, 2),
 )
 MANY_HEADS = (128, 0, 4)
+# Where the last program of a head joins its splits, in the decoder's step; measured by benchmarks/tune_step.py on the same GPU,
+# 2026-11-24, at 20 and 160 heads. Up to so many heads in the batch: keys a tile, programs a head, warps a program.
+MEASURED_JOINED_TILES = (
+    (30, 256, 6, 8),
+    (180, 128, 12, 4),
+)
 
 
 def choose_tiles(B: int, T: int, H: int, S: int, D: int, itemsize: int, joins: bool = False) -> Tiles:
     """Tiles from shapes alone (never from values: the split of the keys is part of the result's rounding).
 
-    `itemsize`: bytes an element. A tile of wider rows than the measured ones holds fewer keys, so that it fits the same
+    `itemsize`: bytes an element; `joins`: the splits are joined in the same launch. A tile of wider rows than the measured ones holds fewer keys, so that it fits the same
     registers.
     """
     BLOCK_S, programs, num_warps = next((tiles for heads, *tiles in MEASURED_TILES if heads >= B * H), MANY_HEADS)
-    if joins and B * H <= 30:
-        BLOCK_S, programs, num_warps = 256, 6 * B * H, 8
+    if joins:
+        few = next(((keys, n * B * H, warps) for heads, keys, n, warps in MEASURED_JOINED_TILES if heads >= B * H), None)
+        BLOCK_S, programs, num_warps = few or (BLOCK_S, programs, num_warps)
     if S <= 512:  # a self cache: too few keys to be worth the second launch that joins the splits
         BLOCK_S, programs, num_warps = 128, 0, 4
     if T > 1:

@@ -10,7 +10,7 @@
 A step reads every weight once, so this is a matter of having enough bytes in flight: each program loads all the weights it
 needs before it waits for the kernel that computes `x` (programmatic dependent launch, sm_90 and later). What counts
 after that is how soon a program is done, so K is cut into chunks that one warp holds a row of: sums over K stay
-within a warp. Few rows multiply on the CUDA cores; more are padded to tensor-core tiles. Sums are in fp32, in a fixed order.
+within a warp. One row multiplies on the CUDA cores; more are padded to tensor-core tiles. Sums are in fp32, in a fixed order.
 Who calls it: `whisper_triton.fused`. Bytes moved: N * K weights, the rest is small.
 """
 
@@ -124,7 +124,7 @@ def _skinny_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     GELU: tl.constexpr,
     USE_PDL: tl.constexpr,
-    NUM_ROWS: tl.constexpr,  # that the CUDA cores multiply one by one, or 0: tensor cores
+    USE_DOT: tl.constexpr,  # tensor cores; else B is 1
     ROW_TILES: tl.constexpr,
     BLOCK_B: tl.constexpr,  # a tensor-core tile
     BLOCK_N: tl.constexpr,
@@ -154,7 +154,7 @@ def _skinny_linear_kernel(
     weight_ptr += first_k
     x_ptr += first_k
 
-    if NUM_ROWS > 0:
+    if not USE_DOT:
         # Tiles of one row of weights a warp, so that sums over K stay within a warp, which has x for itself.
         WARP_ROWS: tl.constexpr = BLOCK_N // NUM_WARPS
         warps = tl.arange(0, NUM_WARPS)
@@ -171,40 +171,37 @@ def _skinny_linear_kernel(
             bias = bias + (bias_n,)  # noqa: RUF005
         if USE_PDL:
             gdc_wait()  # all above is constant; x and the residual are the previous kernels' work
-        for i_b in tl.static_range(NUM_ROWS):
-            x = load_chunks(x_ptr + i_b * K + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
-            if HAS_NORM:
-                # Only now, from the L2: registers that wait with the weights are registers the next kernel lacks.
-                g = load_chunks(norm_weight_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
-                b = load_chunks(norm_bias_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
-            residual = ()
-            for i_n in tl.static_range(WARP_ROWS):
-                r = tl.zeros((NUM_WARPS,), tl.float32)
-                if HAS_RESIDUAL:
-                    offs_n = first_n + i_n * NUM_WARPS + warps
-                    r = tl.load(residual_ptr + i_b * N + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-                residual = residual + (r,)  # noqa: RUF005
-            acc = ()
-            for _ in tl.static_range(WARP_ROWS):
-                acc = acc + (tl.zeros((NUM_WARPS, BLOCK_K), tl.float32),)  # noqa: RUF005
-            if HAS_NORM:
-                mean, rstd = moments(x, eps, K, NUM_CHUNKS)
-            for i in tl.static_range(NUM_CHUNKS):
-                x_i = x[i].to(tl.float32)
-                if HAS_NORM:
-                    x_i = (x_i - mean) * rstd * g[i].to(tl.float32) + b[i].to(tl.float32)
-                added = ()
-                for i_n in tl.static_range(WARP_ROWS):
-                    added = added + (acc[i_n] + w[i_n][i].to(tl.float32) * x_i,)  # noqa: RUF005
-                acc = added
-            for i_n in tl.static_range(WARP_ROWS):
+        x = load_chunks(x_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
+        if HAS_NORM:
+            # Only now, from the L2: registers that wait with the weights are registers the next kernel lacks.
+            g = load_chunks(norm_weight_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
+            b = load_chunks(norm_bias_ptr + offs_k, offs_k < BLOCK_K, NUM_CHUNKS, BLOCK_K, IS_STREAMED=False)
+        residual, acc = (), ()
+        for i_n in tl.static_range(WARP_ROWS):
+            residual_n = tl.zeros((NUM_WARPS,), tl.float32)
+            if HAS_RESIDUAL:
                 offs_n = first_n + i_n * NUM_WARPS + warps
-                y = tl.sum(acc[i_n], axis=1)
-                if SPLIT_K > 1:
-                    tl.store(out_ptr + (tl.program_id(2) * NUM_ROWS + i_b) * N + offs_n, y, mask=offs_n < N)
-                else:
-                    y = finish(y, bias[i_n], residual[i_n], scale, GELU).to(out_ptr.dtype.element_ty)
-                    tl.store(out_ptr + (i_b * NUM_PARTS + i_part) * N + offs_n, y, mask=offs_n < N)
+                residual_n = tl.load(residual_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
+            residual = residual + (residual_n,)  # noqa: RUF005
+            acc = acc + (tl.zeros((NUM_WARPS, BLOCK_K), tl.float32),)  # noqa: RUF005
+        if HAS_NORM:
+            mean, rstd = moments(x, eps, K, NUM_CHUNKS)
+        for i in tl.static_range(NUM_CHUNKS):
+            x_i = x[i].to(tl.float32)
+            if HAS_NORM:
+                x_i = (x_i - mean) * rstd * g[i].to(tl.float32) + b[i].to(tl.float32)
+            added = ()
+            for i_n in tl.static_range(WARP_ROWS):
+                added = added + (acc[i_n] + w[i_n][i].to(tl.float32) * x_i,)  # noqa: RUF005
+            acc = added
+        for i_n in tl.static_range(WARP_ROWS):
+            offs_n = first_n + i_n * NUM_WARPS + warps
+            y = tl.sum(acc[i_n], axis=1)
+            if SPLIT_K > 1:
+                tl.store(out_ptr + tl.program_id(2) * N + offs_n, y, mask=offs_n < N)
+            else:
+                y = finish(y, bias[i_n], residual[i_n], scale, GELU).to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + i_part * N + offs_n, y, mask=offs_n < N)
     else:
         # Two pieces of K, the first as wide as may be: each way from registers to tensor cores costs two barriers.
         TAIL: tl.constexpr = K // SPLIT_K - HEAD
@@ -300,10 +297,7 @@ class Tiles(NamedTuple):
     BLOCK_N: int
     SPLIT_K: int
     num_warps: int
-    USE_DOT: bool = False  # tensor cores
-
-
-MAX_SINGLE_ROWS = 4  # more rows are faster on tensor cores
+    USE_DOT: bool = False  # tensor cores, from two rows on
 
 
 def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles:
@@ -312,7 +306,7 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles:
     K can be split where nothing but a bias and a residual surrounds the product.
     Measured by benchmarks/tune_step.py on one H100 80GB HBM3, 2026-11-24: large-v3, fp16, batches 1 and 8.
     """
-    if B > MAX_SINGLE_ROWS:
+    if B > 1:
         if N > 16384:
             return Tiles(32, 1, 4, True)
         if K > 2048:
@@ -349,7 +343,7 @@ def skinny_linear(
     """Computes the formula above.
 
     Args:
-        x: (B, K), B from 1 to 64, contiguous; fp16, bf16, or fp32 with B up to 4.
+        x: (B, K), B from 1 to 64, contiguous; fp16, bf16, or fp32 with B = 1.
         weights: one (N, K) weight or three, contiguous, in x's dtype; biases: (N,) or None for each.
         layer_norm: applied to x first. scale: multiplies the first weight's result. residual: (B, N), added last.
 
@@ -375,8 +369,8 @@ def skinny_linear(
     if not x.is_contiguous() or (residual is not None and (residual.shape != (B, N) or not residual.is_contiguous())):
         raise ValueError("x and residual must be contiguous, the residual (B, N)")
     BLOCK_N, SPLIT_K, num_warps, use_dot = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None)
-    if use_dot and x.dtype == torch.float32:
-        raise ValueError(f"fp32 takes up to 4 rows, got {B}: tensor cores would round it to tf32")
+    if B > 1 and (x.dtype == torch.float32 or not use_dot):
+        raise ValueError(f"several rows, {B} here, take tensor cores, which would round {x.dtype} to tf32 if it is fp32")
     if K % SPLIT_K or not fits_tiles(K // SPLIT_K):
         raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two from 16 on")
     if SPLIT_K > 1 and (layer_norm is not None or gelu or scale != 1.0 or len(weights) == 3):
@@ -425,7 +419,7 @@ def skinny_linear(
         HAS_NORM=layer_norm is not None,
         HAS_RESIDUAL=residual is not None and SPLIT_K == 1,
         GELU=gelu,
-        NUM_ROWS=0 if use_dot else B,
+        USE_DOT=use_dot,
         ROW_TILES=row_tiles,
         BLOCK_B=16,
         BLOCK_N=BLOCK_N,

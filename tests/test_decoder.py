@@ -33,7 +33,7 @@ def prefill(model, cache, states: torch.Tensor, ids: torch.Tensor) -> None:
         model(encoder_outputs=(states,), decoder_input_ids=ids, past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize(("B", "dtype"), [(1, torch.float32), (1, torch.float16), (3, torch.float32), (5, torch.float16)])
+@pytest.mark.parametrize(("B", "dtype"), [(1, torch.float32), (1, torch.float16), (5, torch.float16)])
 def test_the_fused_chain_gives_the_stock_decoders_logits(B, dtype, device):
     model = tiny_whisper(device).to(dtype)
     states, ids = inputs(model, B, PROMPT + 2)
@@ -159,7 +159,7 @@ def test_every_head_dim_goes_through_the_chain(d_model, heads, device):
 
 def test_what_the_chain_does_not_cover_is_known_beforehand():
     assert not is_fusable(tiny_whisper(dtype=torch.float16), 65)
-    assert not is_fusable(tiny_whisper(), 5)
+    assert not is_fusable(tiny_whisper(), 2)
     assert not is_fusable(tiny_whisper(dtype=torch.float64), 1)
     assert not is_fusable(tiny_whisper(activation_function="relu"), 1)
     assert not is_fusable(tiny_whisper(decoder_ffn_dim=448), 1)

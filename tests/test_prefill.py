@@ -86,7 +86,7 @@ def test_a_prompt_is_one_pass_of_the_chain(device, projections, passes):
 
 def test_a_prompt_that_the_chain_does_not_take_runs_in_the_modules(device, projections, passes):
     model = tiny_whisper(device, seed=3)
-    assert_generates_as_stock(model, mel(3, device), max_new_tokens=4, distinct=4)  # six rows of fp32
+    assert_generates_as_stock(model, mel(2, device), max_new_tokens=4, distinct=4)  # two rows of fp32
     assert passes == [1, 1, 1]
     assert projections == [True]
 

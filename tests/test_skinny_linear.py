@@ -49,7 +49,7 @@ def check(x, weights, biases, tiles: LinearTiles | None = None, **around) -> Non
     assert relative_error(ours, exact) <= 2 * relative_error(stock, exact)
 
 
-ROWS = [(1, torch.float32), (1, torch.float16), (3, torch.float16), (5, torch.float16), (33, torch.float16)]
+ROWS = [(1, torch.float32), (1, torch.float16), (2, torch.float16), (33, torch.float16)]
 
 
 @pytest.mark.parametrize(("B", "dtype"), ROWS)
@@ -72,10 +72,10 @@ class TestEveryLinkOfALayer:
         check(x, weights, (None,), layer_norm=norm)
 
 
-@pytest.mark.parametrize("B", [2, 16])
+@pytest.mark.parametrize("B", [1, 16])
 def test_a_split_k_is_summed_with_bias_and_residual(B, device):
     x, weights, biases, _, residual = make(B, 1024, 300, 1, torch.float16, device)
-    check(x, weights, biases, tiles=LinearTiles(32, 4, 4, USE_DOT=B > 4), residual=residual)
+    check(x, weights, biases, tiles=LinearTiles(32, 4, 4, USE_DOT=B > 1), residual=residual)
 
 
 def test_a_row_is_the_same_whatever_the_other_rows_hold(device):
@@ -112,7 +112,7 @@ def test_other_widths_are_refused(device):
     ("change", "message"),
     [
         (lambda x, w, b, r: (torch.cat([x] * 65), w, b, {}), "65"),
-        (lambda x, w, b, r: (torch.cat([x] * 5), w, b, {}), "fp32"),
+        (lambda x, w, b, r: (torch.cat([x] * 2), w, b, {}), "fp32"),
         (lambda x, w, b, r: (x, (w[0], w[0]), (b[0], b[0]), {}), "one or three"),
         (lambda x, w, b, r: (x, (w[0].T.contiguous().T,), b, {}), "contiguous"),
         (lambda x, w, b, r: (x, w, b, {"residual": r[:, :-1]}), "residual"),

@@ -19,7 +19,7 @@ from .cache import StaticEncoderDecoderCache
 from .kernels import append_attention, decode_attention
 from .kernels._checks import DTYPES, HEAD_DIMS
 from .kernels.embed_tokens import embed_tokens
-from .kernels.skinny_linear import MAX_ROWS, MAX_SINGLE_ROWS, LayerNorm, fits_tiles, skinny_linear
+from .kernels.skinny_linear import MAX_ROWS, LayerNorm, fits_tiles, skinny_linear
 
 
 class _Layer(NamedTuple):
@@ -40,16 +40,15 @@ _SHARED_MEMORY = 128 << 10
 
 
 def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
-    """Whether the fused chain covers `model` at `batch_size` rows: widths, dtype, activation, up to 64 rows (fp32: 4).
+    """Whether the fused chain covers `model` at `batch_size` rows: widths, dtype, activation, up to 64 rows (fp32: one).
 
-    More than 4 rows need a GPU with 128 KB of shared memory a program: compute capability 8.0, 9.0, 10.0.
+    Several rows need a GPU with 128 KB of shared memory a program: compute capability 8.0, 9.0, 10.0.
     """
     config = model.config
-    few = batch_size <= MAX_SINGLE_ROWS
     return (
         batch_size <= MAX_ROWS
-        and (few or model.device.type != "cuda" or _shared_memory(model.device) >= _SHARED_MEMORY)
-        and (model.dtype in DTYPES if few else model.dtype in (torch.float16, torch.bfloat16))
+        and (batch_size == 1 or model.device.type != "cuda" or _shared_memory(model.device) >= _SHARED_MEMORY)
+        and (model.dtype in DTYPES if batch_size == 1 else model.dtype in (torch.float16, torch.bfloat16))
         and config.d_model // config.decoder_attention_heads in HEAD_DIMS
         and config.activation_function == "gelu"
         and fits_tiles(config.d_model)
