@@ -33,6 +33,8 @@ SHAPES = {
     "distil-large-v3": (1280, 32, 2, 20, 128, 51866),
 }
 NEW_TOKENS = 64
+BY_NAME = "attention by name, static+compile"
+VARIANTS = ("stock static+compile", BY_NAME, "stock dynamic", "accelerate")
 
 
 def build_model(name: str, dtype: torch.dtype = torch.float16) -> WhisperForConditionalGeneration:
@@ -141,6 +143,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="large-v3", choices=SHAPES)
     parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
+    parser.add_argument(
+        "--variants", default=";".join(VARIANTS), help="separated by semicolons; tokens are compared to the first's"
+    )
     parser.add_argument("--calls", type=int, default=10, help="timed calls a variant, taken in turns")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "generate.jsonl")
     args = parse(parser)
@@ -153,11 +158,10 @@ def main() -> None:
     for B in map(int, args.batch.split(",")):
         features = torch.randn(B, stock.config.num_mel_bins, 3000, device="cuda", dtype=stock.dtype)
         torch._dynamo.reset()
+        runners = {"stock static+compile": stock, BY_NAME: by_name, "stock dynamic": stock, "accelerate": ours}
         variants = [
-            Variant("stock static+compile", stock, features, cache_implementation="static"),
-            Variant("attention by name, static+compile", by_name, features, cache_implementation="static"),
-            Variant("stock dynamic", stock, features),
-            Variant("accelerate", ours, features),
+            Variant(name, runners[name], features, **({"cache_implementation": "static"} if "static" in name else {}))
+            for name in args.variants.split(";")
         ]
         for _ in range(args.calls):
             for variant in variants:
