@@ -1,9 +1,9 @@
 """The decoder's step as a chain of fused kernels, from the last token's id to the next token's logits.
 
 A layer is eight launches for one row: layer norm and q/k/v; self-attention with the cache write; its output projection with
-bias and residual; layer norm and cross query; cross-attention; its output projection, which joins the attention's splits; layer
-norm, fc1 and GELU; fc2 and residual. For more rows the layer norms and the joining of splits, of fc2's too, are launches of
-their own. The kernels read the model's own parameters: nothing is packed or copied.
+bias and residual; layer norm and cross query; cross-attention, in which the last program of a head joins its splits; its output
+projection; layer norm, fc1 and GELU; fc2 and residual. For more rows the layer norms, and the joining of fc2's parts, are
+launches of their own. The kernels read the model's own parameters: nothing is packed or copied.
 """
 
 from __future__ import annotations
