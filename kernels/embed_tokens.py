@@ -78,6 +78,11 @@ def embed_tokens(
         )
     if not token_embedding.is_contiguous() or not position_embedding.is_contiguous():
         raise ValueError("embeddings must be contiguous")
+    if not input_ids.device == position_embedding.device == token_embedding.device:
+        raise ValueError(
+            f"input_ids are on {input_ids.device}, position_embedding on {position_embedding.device}, token_embedding on "
+            f"{token_embedding.device}"
+        )
     check_positions("cache_position", cache_position, 1, token_embedding.device)
     ids = input_ids if input_ids.dim() == 2 else input_ids[:, None]
     B, T = ids.shape

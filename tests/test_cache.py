@@ -9,7 +9,6 @@ from whisper_triton import StaticEncoderDecoderCache, accelerate, build_static_c
 from whisper_triton.cache import CrossAttentionLayer, SelfAttentionLayer
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, H, S, D = 2, 2, 8, 32  # of the layers below; H and D are the tiny models'
 

@@ -20,7 +20,6 @@ from whisper_triton.checkpoints import DEMO, CheckpointError, load_model
 from whisper_triton.vocabulary import load_tokenizer
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 MULTILINGUAL = 51865  # the smallest vocabulary that makes a model multilingual
 CPU = torch.device("cpu")

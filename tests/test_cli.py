@@ -30,7 +30,7 @@ from whisper_triton.cli import DTYPES, main
 from whisper_triton.failure import Failure
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("one_thread", "reference_kernels")
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "samples" / "valley.flac"

@@ -10,12 +10,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import WhisperForConditionalGeneration
-from whisper_models import SOT, mel, tiny_whisper
+from whisper_models import SOT, by_name, mel, tiny_whisper
 
 from whisper_triton import StaticEncoderDecoderCache, accelerate, build_static_cache, restore
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 # What transformers itself would compile is disabled: the tests compile the forward pass, and count.
 KWARGS = {"cache_implementation": "static", "disable_compile": True, "max_new_tokens": 12}
@@ -27,11 +27,6 @@ def fresh_dynamo() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def by_name(model: WhisperForConditionalGeneration) -> WhisperForConditionalGeneration:
-    model.set_attn_implementation("whisper_triton")
-    return model
 
 
 class Compiled:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +16,14 @@ from transformers import StoppingCriteria, SuppressTokensLogitsProcessor, Whispe
 from transformers.generation.streamers import BaseStreamer
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, mel, tensors_of, tiny_whisper
 
-from whisper_triton import accelerated, decode_loop, decoder, generation
+from whisper_triton import accelerated, decode_loop, decoder
 
 README = Path(__file__).parent.parent / "README.md"
 # Which loop decodes which calls, as README has it: every row is stated by the test that holds it.
 DECODED_BY: dict[str, str] = {}
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("one_thread", "reference_kernels", "eager_steps")
+pytestmark = pytest.mark.usefixtures("reference_kernels", "eager_steps")
 
 
 def row(call: str, loop: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -33,33 +32,11 @@ def row(call: str, loop: str) -> Callable[[Callable[..., None]], Callable[..., N
     return lambda test: test
 
 
-@pytest.fixture
-def eager_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, a captured step that is none: what is captured runs anew at each replay."""
-
-    def capture(self: decoder.DecoderStep, run: Callable[[], torch.Tensor]) -> tuple[SimpleNamespace, torch.Tensor]:
-        layers = self.cache.self_attention_cache.layers
-
-        def replay() -> None:
-            length = layers[0].host_length  # which Python in a graph does not count either
-            logits.copy_(run())
-            for layer in layers:
-                layer.host_length = length
-
-        position = self.cache.get_seq_length().clone()
-        length = layers[0].host_length
-        first = run()  # a capture begins with a run that leaves the selection's state behind
-        with torch.inference_mode(False):
-            logits = torch.empty(first.shape, device=first.device)
-        self.cache.get_seq_length().copy_(position)
-        for layer in layers:
-            layer.host_length = length
-        return SimpleNamespace(replay=replay), logits
-
+@pytest.fixture(autouse=True)
+def _modules(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, the steps run in the model's modules: the chain has tests of its own, and takes long in the interpreter."""
     if device.type == "cpu":
-        monkeypatch.setattr(generation, "why_not_captured", lambda model: None)
         monkeypatch.setattr(decoder, "is_fusable", lambda model, batch_size: False)
-        monkeypatch.setattr(decoder.DecoderStep, "_capture", capture)
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from whisper_models import (
 from whisper_triton import accelerated, build_static_cache
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def count_encoder_runs(model: WhisperForConditionalGeneration, run: Callable[[], Any]) -> int:

@@ -5,6 +5,7 @@ import inspect
 import io
 import pickle
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,11 +27,11 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 from whisper_models import assert_generates_as_stock, assert_same, mel, tiny_whisper
 
-from whisper_triton import accelerate, accelerated, attention, is_accelerated, restore
+from whisper_triton import accelerate, accelerated, is_accelerated, restore
 from whisper_triton.attention import TritonAttention
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("one_thread", "reference_kernels")
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
@@ -46,21 +47,6 @@ def traces(model: nn.Module) -> dict[str, Any]:
             memory = tensor.data_ptr() if tensor.device.type == "cpu" else tensor.untyped_storage().nbytes()
             found[f"{name}.{key}"] = (id(tensor), memory)
     return found
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that our attention modules have called."""
-    names: list[str] = []
-    for name in ("append_attention", "decode_attention"):
-        kernel = getattr(attention, name)
-
-        def call(*args: Any, name: str = name, kernel: Callable = kernel, **kwargs: Any) -> torch.Tensor:
-            names.append(name)
-            return kernel(*args, **kwargs)
-
-        monkeypatch.setattr(attention, name, call)
-    return names
 
 
 class TestAccelerate:
@@ -165,16 +151,18 @@ class TestRestore:
         model.generate(mel(1, device), return_token_timestamps=True, max_new_tokens=5)
         assert restore(model).config._attn_implementation == "sdpa"
 
-    def test_a_method_kept_from_the_accelerated_model_is_stocks_afterwards(self, device: torch.device) -> None:
+    def test_a_method_kept_from_the_accelerated_model_is_stocks_afterwards(self, device: torch.device, tmp_path: Path) -> None:
         """As a forward pass is that was compiled in between."""
         model, features = tiny_whisper(device, seed=3), mel(2, device)
         stock = model.generate(features, max_new_tokens=5).tolist()
         accelerate(model)
-        generate, forward = model.generate, model.forward
+        generate, forward, save_pretrained = model.generate, model.forward, model.save_pretrained
         model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
         restore(model)
         assert model.generate(features, max_new_tokens=5).tolist() == stock
         assert generate(features, max_new_tokens=5).tolist() == stock
+        save_pretrained(tmp_path)
+        assert WhisperForConditionalGeneration.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
     def test_the_context_manager_restores_after_an_error_too(self) -> None:
         model = tiny_whisper()
@@ -345,7 +333,7 @@ class TestTokenTimestamps:
         assert_same(*results)
         assert results[1]["token_timestamps"].unique().numel() > 4
 
-    def test_they_do_not_end_the_acceleration(self, device: torch.device, calls: list[str]) -> None:
+    def test_they_do_not_end_the_acceleration(self, device: torch.device, calls: Counter[str]) -> None:
         model, features = tiny_whisper(device, seed=3), mel(2, device)
         stock = model.generate(features, max_new_tokens=8).tolist()
         accelerate(model)

@@ -6,46 +6,20 @@ Without a GPU nothing is captured: the passes then run eagerly in place of their
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import gpu_factor, relative_error
-from whisper_models import START_OF_PREVIOUS, TEXT, VOCABULARY, assert_generates_as_stock, mel, tiny_whisper
+from whisper_models import START_OF_PREVIOUS, TEXT, VOCABULARY, assert_generates_as_stock, assert_same, mel, tiny_whisper
 from whisper_triton.kernels._checks import MAX_QUERIES
 
 import whisper_triton
-from whisper_triton import generation
-from whisper_triton.decoder import CapturedPass, DecoderStep, why_not_captured
+from whisper_triton.decoder import DecoderStep
 
-
-class Eager:
-    """Stands for a graph: what is captured runs at each replay."""
-
-    def __init__(self, step: DecoderStep, model: Any, input_ids: torch.Tensor) -> None:
-        self.run = lambda: step._run(model, self.input_ids)
-        self.input_ids = input_ids.clone()
-        self.logits = torch.empty(input_ids.shape[0], 1, VOCABULARY, dtype=model.dtype)
-
-    def replay(self) -> None:
-        self.logits.copy_(self.run())
-
-
-@pytest.fixture(autouse=True)
-def _graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    if device.type == "cuda":
-        return
-
-    def capture(step: DecoderStep, model: Any, input_ids: torch.Tensor) -> CapturedPass:
-        graph = Eager(step, model, input_ids)
-        return CapturedPass(graph, graph.input_ids, graph.logits)
-
-    def why_not(model: Any) -> str | None:
-        reason = why_not_captured(model)
-        return None if reason == "the model is on cpu" else reason
-
-    monkeypatch.setattr(DecoderStep, "_capture", capture)
-    monkeypatch.setattr(generation, "why_not_captured", why_not)
+pytest_plugins = ["whisper_fixtures"]
+pytestmark = pytest.mark.usefixtures("eager_steps")
 
 
 @pytest.fixture
@@ -66,36 +40,61 @@ def projections(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of tokens a sequence in each pass that a graph serves."""
     lengths = []
-    call = DecoderStep.__call__
+    claim = DecoderStep._claim
 
-    def recorded(step: DecoderStep, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-        lengths.append(input_ids.shape[1])
-        return call(step, model, input_ids)
+    def recorded(step: DecoderStep, new_tokens: int) -> None:
+        lengths.append(new_tokens)
+        claim(step, new_tokens)
 
-    monkeypatch.setattr(DecoderStep, "__call__", recorded)
+    monkeypatch.setattr(DecoderStep, "_claim", recorded)
     return lengths
 
 
-def test_a_prompt_is_one_pass_of_the_chain(device, projections, passes):
+def assert_scores_as_stock(model: Any, features: torch.Tensor, **kwargs: Any) -> None:
+    """As `assert_generates_as_stock`, but with no processor of the test's: our own loop decodes after the prompt."""
+
+    def run(runner: Any) -> Any:
+        output = runner.generate(
+            features.to(runner.dtype), return_dict_in_generate=True, output_scores=True, return_timestamps=False, **kwargs
+        )
+        return {"sequences": output["sequences"], "scores": output["scores"]}
+
+    stock, exact = run(model), run(copy.deepcopy(model).double())
+    with whisper_triton.accelerated(model):
+        assert_same(run(model), stock, exact)
+
+
+# With a processor of the test's, stock's loop calls the forward pass; without, ours calls it for the prompt alone.
+by_both_loops = pytest.mark.parametrize(
+    "generates_as_stock",
+    [partial(assert_generates_as_stock, distinct=2), assert_scores_as_stock],
+    ids=["stock's loop", "our loop"],
+)
+
+
+@by_both_loops
+def test_a_prompt_is_one_pass_of_the_chain(device, projections, passes, generates_as_stock):
     model = tiny_whisper(device, seed=3, dtype=torch.float16)
     prompt = torch.tensor([START_OF_PREVIOUS, 5, 17], device=device)
-    assert_generates_as_stock(model, mel(2, device), prompt_ids=prompt, max_new_tokens=2, distinct=2)
+    generates_as_stock(model, mel(2, device), prompt_ids=prompt, max_new_tokens=2)
     assert passes == [5, 1]
     assert projections == [True]
 
 
-def test_a_prompt_that_the_chain_does_not_take_runs_in_the_modules(device, projections, passes):
+@by_both_loops
+def test_a_prompt_that_the_chain_does_not_take_runs_in_the_modules(device, projections, passes, generates_as_stock):
     model = tiny_whisper(device, seed=3)
-    assert_generates_as_stock(model, mel(2, device), max_new_tokens=4, distinct=4)  # two rows of fp32
+    generates_as_stock(model, mel(2, device), max_new_tokens=4)  # two rows of fp32
     assert passes == [1, 1, 1]
     assert projections == [True]
 
 
-def test_a_prompt_of_one_token_is_a_step(device, projections, passes):
+@by_both_loops
+def test_a_prompt_of_one_token_is_a_step(device, projections, passes, generates_as_stock):
     model = tiny_whisper(device, seed=3)
     del model.generation_config.no_timestamps_token_id
-    assert_generates_as_stock(model, mel(1, device), max_new_tokens=1, distinct=1)
-    assert passes == [1]
+    generates_as_stock(model, mel(1, device), max_new_tokens=2)
+    assert passes == [1, 1]
     assert projections == [True]
 
 

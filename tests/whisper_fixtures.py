@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ import soundfile
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+from whisper_triton import attention, decoder, generation
 from whisper_triton.checkpoints import DEMO, DEMO_PACKAGE, load_model
 from whisper_triton.kernels import _dispatch
 
@@ -19,18 +24,60 @@ SAMPLE = Path(__file__).parent.parent / "samples" / "valley.flac"
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The models are tiny: a second thread brings nothing, and where the cores are busy it costs seventyfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the ops run as their PyTorch references, not in Triton's interpreter, which takes 0.3 s a token."""
     monkeypatch.setattr(_dispatch, "INTERPRET", False)
+
+
+@pytest.fixture
+def fallbacks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the log says about the stock path, once the reasons of earlier tests are forgotten."""
+    monkeypatch.setattr(attention, "_reported", set())
+    caplog.set_level(logging.WARNING, logger=attention.logger.name)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == attention.logger.name]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often our attention has called each of its kernels."""
+    counts: Counter[str] = Counter()
+    for name in ("append_attention", "decode_attention"):
+        kernel = getattr(attention, name)
+
+        def count(*args: Any, name: str = name, kernel: Callable = kernel, **kwargs: Any) -> torch.Tensor:
+            counts[name] += 1
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(attention, name, count)
+    return counts
+
+
+@pytest.fixture
+def eager_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, a captured step that is none: what is captured runs anew at each replay."""
+
+    def capture(self: decoder.DecoderStep, run: Callable[[], torch.Tensor]) -> tuple[SimpleNamespace, torch.Tensor]:
+        layers = self.cache.self_attention_cache.layers
+
+        def replay() -> None:
+            length = layers[0].host_length  # which Python in a graph does not count either
+            logits.copy_(run())
+            for layer in layers:
+                layer.host_length = length
+
+        position = self.cache.get_seq_length().clone()
+        length = layers[0].host_length
+        first = run()  # a capture begins with a run that leaves the selection's state behind
+        with torch.inference_mode(False):
+            logits = torch.empty_like(first)
+        self.cache.get_seq_length().copy_(position)
+        for layer in layers:
+            layer.host_length = length
+        return SimpleNamespace(replay=replay), logits
+
+    if device.type == "cpu":
+        monkeypatch.setattr(generation, "why_not_captured", lambda model: None)
+        monkeypatch.setattr(decoder.DecoderStep, "_capture", capture)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from transformers.models.whisper.modeling_whisper import (
 from .attention import NAME, TritonAttention, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .fused import FusedDecoder, is_fusable
+from .graphs import capture
 from .kernels import CrossTable, cross_table, project_cross_kv
 from .kernels._checks import MAX_QUERIES
 
@@ -237,22 +238,21 @@ class DecoderStep:
         return model.proj_out(hidden_states)
 
     def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """Runs the pass once to compile and warm up what it calls, then records it; leaves position and cache as found."""
+        """The graph of a pass at the cache's position; leaves position and cache as found."""
         layers = self.cache.self_attention_cache.layers
         position, host_length = self.cache.get_seq_length().clone(), layers[0].host_length
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        for layer in layers:
-            layer.host_length = host_length
-        # "thread_local": what other threads do meanwhile, a data loader's pinned memory say, is no concern of this capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"), torch.no_grad():
-            logits = run()
-        # The warm-up advanced the position and filled T slots, which the first replay writes again.
+
+        def count_from(length: int) -> None:
+            for layer in layers:
+                layer.host_length = length
+
+        def run_once() -> torch.Tensor:
+            count_from(host_length)  # a capture runs it twice, at one position
+            return run()
+
+        with torch.no_grad():
+            graph, logits, _ = capture(run_once, self.encoder_states.device)
+        # The first run advanced the position and filled T slots, which the first replay writes again.
         self.cache.get_seq_length().copy_(position)
-        for layer in layers:
-            layer.host_length = host_length
+        count_from(host_length)
         return graph, logits

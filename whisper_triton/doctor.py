@@ -8,9 +8,9 @@ from importlib import metadata
 import torch
 
 from whisper_triton import __version__
+from whisper_triton.fused import max_rows
 from whisper_triton.kernels import backend
 from whisper_triton.kernels._dispatch import HAS_TRITON
-from whisper_triton.kernels.skinny_linear import MAX_ROWS
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path, no_gpu_reason
 
 KERNELS = ("update_kv_cache", "decode_attention", "append_attention")
@@ -46,7 +46,9 @@ def _step(device: torch.device) -> tuple[str, str]:
     """How the steps of `generate` are run, and why."""
     if device.type != "cuda":
         return "module by module", "no GPU to capture a CUDA graph on"
-    why = f"up to {MAX_ROWS} sequences at a time (fp32: one) through fused kernels, more through the attention module"
+    rows, rows_fp32 = max_rows(choose_dtype(None, device), device), max_rows(torch.float32, device)
+    less = "" if rows == rows_fp32 else f" (fp32: {rows_fp32})"
+    why = f"up to {rows} sequences at a time{less} through fused kernels, more through the attention module"
     return "replayed CUDA graph", why
 
 

@@ -39,16 +39,21 @@ def _norm(module: nn.LayerNorm) -> LayerNorm:
 _SHARED_MEMORY = 128 << 10
 
 
-def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
-    """Whether the fused chain covers `model` at `batch_size` rows: widths, dtype, activation, up to 64 rows (fp32: one).
+def max_rows(dtype: torch.dtype, device: torch.device) -> int:
+    """The most rows that the fused chain takes: 64, and 1 in fp32 or where a program has less than 128 KB of shared memory.
 
-    Several rows need a GPU with 128 KB of shared memory a program: compute capability 8.0, 9.0, 10.0.
+    So much have GPUs of compute capability 8.0, 9.0, 10.0.
     """
+    is_short = device.type == "cuda" and _shared_memory(device) < _SHARED_MEMORY
+    return 1 if is_short or dtype == torch.float32 else MAX_ROWS
+
+
+def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
+    """Whether the fused chain covers `model` at `batch_size` rows: their number, dtype, widths, activation."""
     config = model.config
     return (
-        batch_size <= MAX_ROWS
-        and (batch_size == 1 or model.device.type != "cuda" or _shared_memory(model.device) >= _SHARED_MEMORY)
-        and (model.dtype in DTYPES if batch_size == 1 else model.dtype in (torch.float16, torch.bfloat16))
+        model.dtype in DTYPES
+        and batch_size <= max_rows(model.dtype, model.device)
         and config.d_model // config.decoder_attention_heads in HEAD_DIMS
         and config.activation_function == "gelu"
         and fits_tiles(config.d_model)

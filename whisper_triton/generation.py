@@ -125,7 +125,7 @@ def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -
     step = None if torch.compiler.is_compiling() or args else _step_in_use(self, kwargs)
     if step is not None and not any(step.cache.is_updated.values()):
         step.project(kwargs["encoder_outputs"][0])
-    if step is None or not _is_captured(self, step, kwargs):
+    if step is None or not _is_replayed(self, step, kwargs):
         return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
     return Seq2SeqLMOutput(
         logits=step(self, kwargs["decoder_input_ids"]),
@@ -134,7 +134,9 @@ def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -
     )
 
 
-# What `generate` passes to a step besides ids, cache and encoder outputs, with the values that a graph covers.
+# What `generate` passes to a step: the attention mask is of the frames, which Whisper ignores ...
+_TENSORS = ("decoder_input_ids", "decoder_attention_mask", "past_key_values", "encoder_outputs", "attention_mask")
+# ... and besides, with the values that a graph covers.
 _STEP_ARGUMENTS = {
     "use_cache": (True,),
     "return_dict": (True, None),
@@ -152,24 +154,35 @@ def _step_in_use(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) 
     return None if torch.is_grad_enabled() else step
 
 
-def _is_captured(self: WhisperForConditionalGeneration, step: DecoderStep, kwargs: dict[str, Any]) -> bool:
+def _is_replayed(self: WhisperForConditionalGeneration, step: DecoderStep, kwargs: dict[str, Any]) -> bool:
     """Whether a graph of the step serves this forward pass."""
-    arguments = dict(kwargs)
-    ids, mask = arguments.pop("decoder_input_ids", None), arguments.pop("decoder_attention_mask", None)
-    for name in ("past_key_values", "encoder_outputs", "attention_mask"):  # the last is of the frames: Whisper ignores it
-        arguments.pop(name, None)
+    ids, owner = kwargs.get("decoder_input_ids"), getattr(self, STATE).owner
     if ids is None or ids.dim() != 2 or ids.shape[0] != step.encoder_states.shape[0] or ids.shape[1] < 1:
         return False
-    T, owner = ids.shape[1], getattr(self, STATE).owner
+    T, reason = ids.shape[1], _why_not_replayed(self, kwargs)
+    if reason is not None and T == 1:  # a prompt is in the modules' hands wherever no graph takes it
+        report_once(f"steps are launched one kernel at a time: {reason}")
     return (
-        (mask is None or (T == 1 and is_length(mask)))
+        reason is None
         and all(step.cache.is_updated.values())
-        and not (self.config.output_attentions or self.config.output_hidden_states)
-        and all(value in _STEP_ARGUMENTS.get(name, (None,)) for name, value in arguments.items())
         # A prompt's graph returns its last token's logits alone.
         and (T == 1 or (owner is not None and owner.reads_last_logits))
         and step.takes(self, T)
     )
+
+
+def _why_not_replayed(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> str | None:
+    """What no graph covers in the arguments of a step's forward pass, or None."""
+    mask = kwargs.get("decoder_attention_mask")
+    if mask is not None and not is_length(mask):
+        return "decoder_attention_mask is given"
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(self.config, name):
+            return f"{name} is set"
+    for name, value in kwargs.items():
+        if name not in _TENSORS and not any(value is covered for covered in _STEP_ARGUMENTS.get(name, (None,))):
+            return f"{name} is set"
+    return None
 
 
 def _prepare_cache_for_generation(
@@ -180,34 +193,57 @@ def _prepare_cache_for_generation(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    covered = (
-        model_kwargs.get("past_key_values") is None
-        and generation_config.cache_implementation in (None, "dynamic")
-        and generation_config.use_cache is not False
-        and generation_mode in _MODES
-        and not generation_config.is_assistant
-        and not (generation_config.output_attentions or self.config.output_attentions)
-        and _takes_our_cache(self)
-    )
-    if covered:
+    reason = _why_not_our_cache(self, generation_config, model_kwargs, generation_mode)
+    if reason is None:
         frames = model_kwargs["encoder_outputs"][0]
         model_kwargs["past_key_values"] = _cache_for(self, frames.shape[0], max_cache_length, frames.shape[1])
-    else:
-        _stock(self, "_prepare_cache_for_generation")(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-
-
-def _takes_our_cache(self: WhisperForConditionalGeneration) -> bool:
-    head_dim = self.config.d_model // self.config.decoder_attention_heads
-    decoder = self.model.decoder
-    return (
-        self.config._attn_implementation == NAME
-        and why_not_covered(self.dtype, head_dim, self.device) is None
-        # One cache layer a decoder layer, in order, on one device: not so where layers were taken out or spread.
-        and [layer.self_attn.layer_idx for layer in decoder.layers] == list(range(self.config.decoder_layers))
-        and all(parameter.device == self.device for parameter in decoder.parameters())
+        return
+    if generation_config.cache_implementation != "static":  # which ends in `_prepare_static_cache`
+        _report_stocks_cache(reason)
+    _stock(self, "_prepare_cache_for_generation")(
+        generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
+
+
+def _report_stocks_cache(reason: str) -> None:
+    report_once(f"generate runs over stock's cache, one kernel at a time: {reason}")
+
+
+def _why_not_our_cache(
+    self: WhisperForConditionalGeneration,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+) -> str | None:
+    """What in a call of `generate` is not covered by a cache of ours, or None."""
+    if model_kwargs.get("past_key_values") is not None:
+        return "past_key_values is given"
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        return f"cache_implementation={generation_config.cache_implementation!r}"
+    if generation_config.use_cache is False:
+        return "use_cache=False"
+    if generation_mode not in _MODES:
+        return f"{generation_mode.value}"
+    if generation_config.is_assistant:
+        return "the model is another's assistant"
+    if generation_config.output_attentions or self.config.output_attentions:
+        return "output_attentions=True"
+    return _why_not_static(self)
+
+
+def _why_not_static(self: WhisperForConditionalGeneration) -> str | None:
+    """Why the model cannot decode over a static cache of ours, or None."""
+    if STATE not in vars(self):
+        return "a method kept from before `restore`"
+    if self.config._attn_implementation != NAME:
+        return f"attention is {self.config._attn_implementation}"
+    decoder = self.model.decoder
+    # One cache layer a decoder layer, in order, on one device.
+    if [layer.self_attn.layer_idx for layer in decoder.layers] != list(range(self.config.decoder_layers)):
+        return "decoder layers were taken out or put in"
+    if any(parameter.device != self.device for parameter in decoder.parameters()):
+        return "the decoder lies on several devices"
+    return why_not_covered(self.dtype, self.config.d_model // self.config.decoder_attention_heads, self.device)
 
 
 def _cache_for(
@@ -220,6 +256,8 @@ def _cache_for(
         report_once(f"steps are launched one kernel at a time: {reason}")
     # A call inside another, or beside it in a second thread, must not write into the other's cache.
     if state.owner is not _CALL.get():
+        if reason is None:
+            report_once("steps are launched one kernel at a time: another call of the model's `generate` is running")
         return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
     state.in_use = None  # this call's last window, or its last temperature
     for size in [size for size, step in state.steps.items() if reason is not None or not step.fits(self)]:
@@ -247,7 +285,9 @@ def _prepare_static_cache(
     model_kwargs: dict[str, Any],
 ) -> Cache:
     """For `cache_implementation="static"`: our cache, which `generate` compiles over."""
-    if "offloaded" in cache_implementation or not _takes_our_cache(self):
+    reason = f"cache_implementation={cache_implementation!r}" if "offloaded" in cache_implementation else _why_not_static(self)
+    if reason is not None:
+        _report_stocks_cache(reason)
         return _stock(self, "_prepare_static_cache")(
             cache_implementation, batch_size, max_cache_len, prefill_chunk_size, model_kwargs
         )
@@ -269,9 +309,12 @@ def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs:
 
 
 def _save_pretrained(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
+    state: State | None = vars(self).get(STATE)
+    if state is None:  # kept by somebody from before `restore`
+        return _stock(self, "save_pretrained")(*args, **kwargs)
     # The name of the attention is not saved, but with `config.output_attentions` transformers saves it with eager alone.
     attn_implementation = self.config._attn_implementation
-    self.config._attn_implementation = getattr(self, STATE).attn_implementation
+    self.config._attn_implementation = state.attn_implementation
     try:
         return _stock(self, "save_pretrained")(*args, **kwargs)
     finally:
