@@ -148,7 +148,7 @@ def attention_calls(dtype: torch.dtype, D: int) -> Iterator[Call]:
     yield call("update", "odd", partial(update._launch, *tensors, position), is_odd=True)
 
 
-def linear_calls(B: int = 1) -> Iterator[Call]:
+def linear_calls(B: int) -> Iterator[Call]:
     """The embedding and linear layers of a decode step of B rows, as whisper_triton/fused.py launches them: large-v3, fp16."""
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -274,10 +274,11 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
     return built
 
 
-SEVERAL_ROWS = [*linear_calls(8)]
+SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores
 FIRST = [
     *SEVERAL_ROWS,
-    *linear_calls(),
+    *linear_calls(1),
+    *linear_calls(linear.MAX_SINGLE_ROWS),
     *encoder_calls(),
     *project_calls(DTYPES[0]),
     *select_calls(),

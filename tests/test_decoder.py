@@ -11,6 +11,7 @@ from whisper_triton.kernels._checks import MAX_QUERIES
 from whisper_triton.kernels.skinny_linear import MAX_ROWS
 
 import whisper_triton
+from whisper_triton import decoder, fused
 from whisper_triton.decoder import DecoderStep, fingerprint, why_not_captured
 from whisper_triton.fused import FusedDecoder, is_fusable
 
@@ -33,9 +34,9 @@ def prefill(model, cache, states: torch.Tensor, ids: torch.Tensor) -> None:
         model(encoder_outputs=(states,), decoder_input_ids=ids, past_key_values=cache, use_cache=True)
 
 
-@pytest.mark.parametrize(("B", "dtype"), [(1, torch.float32), (1, torch.float16), (5, torch.float16)])
-def test_the_fused_chain_gives_the_stock_decoders_logits(B, dtype, device):
-    model = tiny_whisper(device).to(dtype)
+@pytest.mark.parametrize(("B", "layers", "dtype"), [(1, 2, torch.float16), (1, 1, torch.float32), (5, 2, torch.float16)])
+def test_the_fused_chain_gives_the_stock_decoders_logits(B, layers, dtype, device):
+    model = tiny_whisper(device, decoder_layers=layers).to(dtype)
     states, ids = inputs(model, B, PROMPT + 2)
     expected = stock_logits(model, states, ids)
     exact = stock_logits(copy.deepcopy(model).double(), states.double(), ids)
@@ -43,18 +44,18 @@ def test_the_fused_chain_gives_the_stock_decoders_logits(B, dtype, device):
         assert is_fusable(model, B)
         cache = whisper_triton.build_static_cache(model, B)
         prefill(model, cache, states, ids[:, :PROMPT])
-        fused = FusedDecoder(model)
+        chain = FusedDecoder(model)
         with torch.no_grad():
-            logits = torch.cat([fused(ids[:, t : t + 1], cache) for t in range(PROMPT, ids.shape[1])], dim=1)
+            logits = torch.cat([chain(ids[:, t : t + 1], cache) for t in range(PROMPT, ids.shape[1])], dim=1)
     # Of all rows and steps together: a single row's rounding is a matter of luck.
     assert (logits - exact[:, PROMPT:]).norm() <= 2 * (expected - exact)[:, PROMPT:].norm()
     assert int(cache.get_seq_length()) == ids.shape[1]
 
 
-@pytest.mark.parametrize(("B", "T", "dtype"), [(1, 4, torch.float16), (3, 5, torch.float16), (1, 16, torch.float16)])
-def test_the_chain_takes_a_prompt_and_gives_its_last_tokens_logits(B, T, dtype, device):
+@pytest.mark.parametrize(("B", "T", "layers"), [(1, 3, 1), (3, 5, 2), (1, 16, 1)])
+def test_the_chain_takes_a_prompt_and_gives_its_last_tokens_logits(B, T, layers, device):
     """Also one that begins where another ended, and a step after them finds all their keys and values."""
-    model = tiny_whisper(device).to(dtype)
+    model = tiny_whisper(device, decoder_layers=layers).half()
     states, ids = inputs(model, B, 2 * T + 1)
     expected = stock_logits(model, states, ids)
     exact = stock_logits(copy.deepcopy(model).double(), states.double(), ids)
@@ -62,9 +63,9 @@ def test_the_chain_takes_a_prompt_and_gives_its_last_tokens_logits(B, T, dtype, 
         assert is_fusable(model, B * T)
         step = DecoderStep(model, B, FRAMES)
         step.project(states)
-        fused, start, errors = FusedDecoder(model), 0, []
+        chain, start, errors = FusedDecoder(model), 0, []
         for length in (T, T, 1):
-            logits = fused(ids[:, start : start + length], step.cache)
+            logits = chain(ids[:, start : start + length], step.cache)
             start += length
             assert logits.shape == (B, 1, expected.shape[-1])
             errors.append([(x - exact[:, start - 1]).norm() for x in (logits[:, 0], expected[:, start - 1])])
@@ -140,9 +141,9 @@ def test_the_prompts_that_a_graph_takes():
     assert DecoderStep(model, MAX_ROWS + 1, FRAMES).takes(model, 1)  # the model's own modules
 
 
-@pytest.mark.parametrize(("d_model", "heads"), [(320, 4), (384, 4), (256, 2), (128, 4)])
+@pytest.mark.parametrize(("d_model", "heads"), [(160, 2), (192, 2), (128, 1)])
 def test_every_head_dim_goes_through_the_chain(d_model, heads, device):
-    """80 and 96 are no powers of two, and of 128 a row of 384 would hold no whole number in each of its two tiles."""
+    """80 and 96 are no powers of two; 32 is the head dim of all other models here."""
     model = tiny_whisper(
         device, d_model=d_model, decoder_layers=1, decoder_attention_heads=heads, encoder_attention_heads=heads
     ).half()
@@ -158,11 +159,46 @@ def test_every_head_dim_goes_through_the_chain(d_model, heads, device):
 
 
 def test_what_the_chain_does_not_cover_is_known_beforehand():
+    assert is_fusable(tiny_whisper(dtype=torch.float16), 64)
     assert not is_fusable(tiny_whisper(dtype=torch.float16), 65)
+    assert is_fusable(tiny_whisper(), 1)
     assert not is_fusable(tiny_whisper(), 2)
     assert not is_fusable(tiny_whisper(dtype=torch.float64), 1)
     assert not is_fusable(tiny_whisper(activation_function="relu"), 1)
     assert not is_fusable(tiny_whisper(decoder_ffn_dim=448), 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shared_memory", "rows"),
+    [(torch.float16, 163 << 10, 64), (torch.bfloat16, 99 << 10, 4), (torch.float32, 227 << 10, 4)],
+)
+def test_the_rows_that_a_gpu_takes(dtype, shared_memory, rows, monkeypatch):
+    monkeypatch.setattr(fused, "_shared_memory", lambda device: shared_memory)
+    assert fused.max_rows(dtype, torch.device("cuda")) == rows
+
+
+def test_a_capture_runs_the_pass_twice_at_one_place_and_leaves_the_cache_there(monkeypatch):
+    step = DecoderStep(whisper_triton.accelerate(tiny_whisper()), 1, FRAMES)
+    layers, found = step.cache.self_attention_cache.layers, []
+    for layer in layers:
+        layer.host_length = 63  # the last slot
+
+    def run():
+        for layer in layers:
+            layer.claim(1)
+        step.cache.get_seq_length().add_(1)
+        assert not torch.is_grad_enabled()
+        return torch.tensor(float(len(layers)))
+
+    def twice(run, device):
+        found.append(device)
+        return "graph", [run(), run()][1], 0
+
+    monkeypatch.setattr(decoder, "capture", twice)
+    assert step._capture(run) == ("graph", 2.0)
+    assert found == [torch.device("cpu")]
+    assert int(step.cache.get_seq_length()) == 0
+    assert {layer.host_length for layer in layers} == {63}
 
 
 def test_a_step_is_captured_on_a_gpu_only():

@@ -33,6 +33,19 @@ def test_a_prompt_lies_at_consecutive_positions(B, T, device):
     assert torch.equal(embed_tokens(ids, tokens, positions, last).view(B, T, 80)[:, -1], torch.zeros(B, 80, device=device))
 
 
+@pytest.mark.parametrize("name", ["input_ids", "token_embedding", "position_embedding", "cache_position"])
+def test_a_tensor_on_another_device_is_refused(name, device):
+    tensors = {
+        "input_ids": torch.zeros(1, dtype=torch.int64, device=device),
+        "token_embedding": torch.zeros(9, 64, device=device),
+        "position_embedding": torch.zeros(9, 64, device=device),
+        "cache_position": torch.tensor(0, device=device),
+    }
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match="meta"):
+        embed_tokens(**tensors)
+
+
 @pytest.mark.parametrize(("token", "position"), [(99, 0), (-1, 0), (0, 20), (0, -1)])
 def test_what_is_out_of_range_reads_nothing(token, position, device):
     tokens, positions = torch.full((99, 64), torch.nan, device=device), torch.full((20, 64), torch.nan, device=device)

@@ -14,12 +14,23 @@ import torch
 from attention_cases import gpu_factor, relative_error
 from whisper_models import START_OF_PREVIOUS, TEXT, VOCABULARY, assert_generates_as_stock, assert_same, mel, tiny_whisper
 from whisper_triton.kernels._checks import MAX_QUERIES
+from whisper_triton.kernels.embed_tokens import embed_tokens_reference
+from whisper_triton.kernels.skinny_linear import skinny_linear_reference
 
 import whisper_triton
+from whisper_triton import fused
 from whisper_triton.decoder import DecoderStep
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("eager_steps")
+pytestmark = pytest.mark.usefixtures("eager_steps", "reference_kernels")
+
+
+@pytest.fixture(autouse=True)
+def _reference_chain(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """On a CPU the chain's kernels are their references too: `test_decoder.py` runs them in the interpreter."""
+    if device.type == "cpu":
+        monkeypatch.setattr(fused, "skinny_linear", skinny_linear_reference)
+        monkeypatch.setattr(fused, "embed_tokens", embed_tokens_reference)
 
 
 @pytest.fixture
@@ -62,6 +73,7 @@ def assert_scores_as_stock(model: Any, features: torch.Tensor, **kwargs: Any) ->
     stock, exact = run(model), run(copy.deepcopy(model).double())
     with whisper_triton.accelerated(model):
         assert_same(run(model), stock, exact)
+        assert model._whisper_triton.steps[features.shape[0]].selection is not None  # which our loop alone makes
 
 
 # With a processor of the test's, stock's loop calls the forward pass; without, ours calls it for the prompt alone.
