@@ -26,7 +26,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from whisper_triton.decode_loop import TokenSelection
 from whisper_triton.kernels import select_token
-from whisper_triton.token_rules import read_settings, write_rules
+from whisper_triton.token_rules import read_settings
 
 V, EOS, NO_TIMESTAMPS = 51866, 50257, 50364
 PROMPT, LENGTH, CALLS = 4, 64, 16
@@ -107,11 +107,11 @@ def bench(B: int, timestamps: bool) -> dict[str, object]:
         if not torch.equal(selection.state.next_ids[:, 0], stock(one)):
             raise SystemExit(f"wrong tokens at batch {B}, timestamps {timestamps}")
 
-    def ours(block_size: int, temperature: float = 0.0) -> float:
-        selection.begin(stock.ids, settings, None)
-        write_rules(settings._replace(temperature=temperature), None, selection.rules)
-        calls = [lambda one=one: select_token(one, selection.rules, selection.state, block_size=block_size) for one in logits]
-        return measure(calls)[0]
+    def ours(block_size: int, temperature: float = 0.0, top_k: int = 0) -> float:
+        changed = settings._replace(temperature=temperature, limits=settings.limits._replace(top_k=top_k))
+        selection.begin(stock.ids, changed, None)
+        kwargs = {"top_k": top_k > 0, "block_size": block_size}
+        return measure([lambda one=one: select_token(one, selection.rules, selection.state, **kwargs) for one in logits])[0]
 
     def stock_step() -> bool:
         stock(logits[0])
@@ -121,6 +121,7 @@ def bench(B: int, timestamps: bool) -> dict[str, object]:
     row |= {f"block_{block}_us": ours(block) for block in BLOCKS}
     row["ours_us"] = ours(1024)
     row["ours_sampling_us"] = ours(1024, temperature=0.7)
+    row["ours_top_k_us"] = ours(1024, temperature=0.7, top_k=50)
     row["stock_eager_us"] = eager_us(stock_step)
     row["stock_waits"] = waits(lambda: stock(logits[0]))
     if not row["stock_waits"]:

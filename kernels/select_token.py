@@ -12,7 +12,8 @@ gets the pad token. All that differs from call to call lies on the device (`Toke
 
 The first launch cuts text and timestamps into chunks and reduces each to (maximum, sum of exponentials, best token); the
 second, a program a row, joins them. Noise is Philox at the counter (token, length, row) under the call's seed: a row draws the
-same whatever else is in the batch. Who calls it: `whisper_triton.decode_loop`. Bytes moved: B * V logits and V flags.
+same whatever else is in the batch. `top_k` is `TopKLogitsWarper`, a variant of the two launches: see `_sampling.py`.
+Who calls it: `whisper_triton.decode_loop`. Bytes moved: B * V logits and V flags, with `top_k` 8 * B * V more in the L2.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from ._dispatch import backend, pdl_handover, pdl_options, tl, triton
+from ._sampling import GROUP, MAX_TOP_K, draw_from_top_k, gumbel, gumbel_reference, keep_top_k
 
 # Bits of a token's flags.
 SUPPRESSED, SUPPRESSED_AT_BEGIN, SUPPRESSED_UNTIL_MIN_LENGTH, ENDS = 1, 2, 4, 8
@@ -42,13 +44,15 @@ class TokenLimits(NamedTuple):
     end_of_text: int = 0  # tokens below it may not follow an opening timestamp
     prefer_timestamps: int = 0  # 1: all timestamps together are compared with the best text token
     seed: int = 0
+    top_k: int = 0  # for `select_token(..., top_k=True)`: tokens below the k-th most probable are not drawn
+    call: int = 0  # less than 2 ** 31, stands beside what `host_ends` is told
 
 
 class TokenRules(NamedTuple):
     """A call's rules on the device, read by each step."""
 
     flags: torch.Tensor  # (V,) uint8, the bits above
-    limits: torch.Tensor  # (10,) int64, a TokenLimits
+    limits: torch.Tensor  # (12,) int64, a TokenLimits
     temperature: torch.Tensor  # () fp32, 0 is greedy
 
 
@@ -61,28 +65,9 @@ class TokenState(NamedTuple):
     ends: torch.Tensor  # (B,) int64, the length at which a row ended, 0 while it goes on
     sum_logprobs: torch.Tensor  # (B,) fp32, of the tokens that the rows have chosen, at temperature 1
     next_ids: torch.Tensor  # (B, 1) int64, the tokens chosen last
-
-
-def _multiply(a: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low half of the product of two 32-bit numbers."""
-    high, low = a * (x >> 16), a * (x & 0xFFFF)
-    return (high + (low >> 16)) >> 16, ((high << 16) + low) & 0xFFFFFFFF
-
-
-def random_bits(seed: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """32 random bits for each token, length and row: Philox4x32-10 (Salmon et al., SC'11)."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(tokens, lengths, rows, torch.zeros_like(tokens))
-    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    for _ in range(10):
-        (high_0, low_0), (high_2, low_2) = _multiply(0xD2511F53, c0), _multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0
-
-
-def _exponential_reference(bits: torch.Tensor) -> torch.Tensor:
-    v = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return torch.where(v < 0.015625, v * (1 + v * (0.5 + v * (1 / 3 + v * 0.25))), -torch.log(1 - v))
+    # (B,) int64, the call in the high half and `ends` in the low one, written when a row ends and never before. It may lie in
+    # pinned memory of the host: what the host reads after an event is what was written before it, or later.
+    host_ends: torch.Tensor
 
 
 def apply_rules(
@@ -119,14 +104,17 @@ def apply_rules(
     return scores.masked_fill(prefer[:, None] & ~is_timestamp, -torch.inf)
 
 
-def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
+def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: TokenState, *, top_k: bool = False) -> None:
     """What `select_token` does, in PyTorch."""
     B, V = logits.shape
     limits = TokenLimits(*rules.limits.unbind())
     tokens, rows = torch.arange(V, device=logits.device), torch.arange(B, device=logits.device)
     scores = apply_rules(logits, rules, state.ids, state.lengths, state.last_timestamps)
-    noise = torch.log(_exponential_reference(random_bits(limits.seed, tokens, state.lengths[:, None], rows[:, None])))
-    keys = torch.where(rules.temperature > 0, scores / rules.temperature - noise, scores)
+    divided = scores / rules.temperature
+    if top_k:
+        divided = keep_top_k(divided, limits.top_k)
+    noise = gumbel_reference(limits.seed, tokens, state.lengths[:, None], rows[:, None])
+    keys = torch.where(rules.temperature > 0, divided + noise, scores)
     chosen = keys.argmax(-1)
     running = state.ends == 0
     logprob = torch.log_softmax(scores, -1).gather(1, chosen[:, None])[:, 0]
@@ -140,6 +128,8 @@ def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: Token
     state.lengths.add_(1)
     done = ((rules.flags[chosen] & ENDS) != 0) | (state.lengths >= limits.max_length)
     state.ends.copy_(torch.where(running & done, state.lengths, state.ends))
+    told = torch.where(running & done, limits.call << 32 | state.lengths, state.host_ends.to(logits.device))
+    state.host_ends.copy_(told)
     state.next_ids.copy_(chosen[:, None])
 
 
@@ -147,7 +137,7 @@ def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: Token
 def _reduce_chunks_kernel(
     logits_ptr,  # (B, V) fp16/bf16/fp32
     flags_ptr,  # (V,) uint8
-    limits_ptr,  # (10,) int64
+    limits_ptr,  # (12,) int64
     temperature_ptr,  # () fp32
     ids_ptr,  # (B, L) int64
     lengths_ptr,  # (B,) int64
@@ -155,10 +145,14 @@ def _reduce_chunks_kernel(
     ends_ptr,  # (B,) int64
     partial_ptr,  # (3, B, chunks) fp32: maximum, sum of exponentials below it, best key
     partial_tokens_ptr,  # (B, chunks) int32: the best key's token
+    values_ptr,  # (B, chunks, BLOCK_V) fp32, with TOP_K: scores by temperature
+    maxima_ptr,  # (B, chunks, BLOCK_V / GROUP) fp32, with TOP_K
     stride_ids_b,
     V,
     USE_PDL: tl.constexpr,
+    TOP_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     pdl_handover(USE_PDL)
     i_chunk, i_b = tl.program_id(0), tl.program_id(1)
@@ -202,16 +196,18 @@ def _reduce_chunks_kernel(
     m = tl.max(s, axis=0)
     p = tl.where(banned, 0.0, tl.exp(s - m))
     key = s
-    if temperature > 0:
-        zeros = offs * 0
-        bits, _, _, _ = tl.philox(tl.load(limits_ptr + 9), offs, zeros + length, zeros + i_b, zeros)
-        # An exponential variate, exact in its small values, which are those that win.
-        v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
-        small = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
-        key = s / temperature - tl.log(tl.where(v < 0.015625, small, -tl.log(1.0 - v)))
+    chunks, rows = tl.num_programs(0), tl.num_programs(1)
+    if TOP_K:
+        # Rounded as PyTorch does, and not approximately: values that are equal there are kept together.
+        x = tl.where(banned, float("-inf"), tl.div_rn(s, temperature))
+        i_partial = i_b.to(tl.int64) * chunks + i_chunk
+        tl.store(values_ptr + i_partial * BLOCK_V + tl.arange(0, BLOCK_V), x)
+        maxima = tl.max(tl.reshape(x, (BLOCK_V // GROUP, GROUP)), axis=1)
+        tl.store(maxima_ptr + i_partial * (BLOCK_V // GROUP) + tl.arange(0, BLOCK_V // GROUP), maxima)
+    elif temperature > 0:
+        key = s / temperature + gumbel(tl.load(limits_ptr + 9), offs, length, i_b)
     best, i_best = tl.max(key, axis=0, return_indices=True)
 
-    chunks, rows = tl.num_programs(0), tl.num_programs(1)
     partial_ptr += i_b * chunks + i_chunk
     tl.store(partial_ptr, m)
     tl.store(partial_ptr + rows * chunks, tl.sum(p, axis=0))
@@ -234,22 +230,30 @@ def join_chunks(mask, m_c, l_c, key_c, token_c):
 def _pick_token_kernel(
     partial_ptr,  # as above
     partial_tokens_ptr,
+    values_ptr,
+    maxima_ptr,
+    order_ptr,  # (B, chunks, BLOCK_V / GROUP) int32, with TOP_K
     logits_ptr,  # (B, V) fp16/bf16/fp32
     flags_ptr,  # (V,) uint8
-    limits_ptr,  # (10,) int64
+    limits_ptr,  # (12,) int64
     ids_ptr,  # (B, L) int64, this and all below in place
     lengths_ptr,  # (B,) int64
     last_timestamps_ptr,  # (B,) int64
     ends_ptr,  # (B,) int64
     sum_logprobs_ptr,  # (B,) fp32
     next_ids_ptr,  # (B, 1) int64
+    host_ends_ptr,  # (B,) int64
     stride_ids_b,
     L,
     V,
     chunks,
     USE_PDL: tl.constexpr,
+    TOP_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_TOP_K: tl.constexpr,
 ):
     pdl_handover(USE_PDL)
     i_b = tl.program_id(0)
@@ -266,6 +270,7 @@ def _pick_token_kernel(
     sum_logprobs = tl.load(sum_logprobs_ptr + i_b)
     max_length, pad_token = tl.load(limits_ptr), tl.load(limits_ptr + 1)
     timestamp_begin = tl.load(limits_ptr + 4)
+    call = tl.load(limits_ptr + 11)
 
     is_text = offs_c < tl.cdiv(tl.minimum(timestamp_begin.to(tl.int32), V), BLOCK_V)
     m_text, l_text, key_text, text = join_chunks(is_text, m_c, l_c, key_c, token_c)
@@ -276,11 +281,33 @@ def _pick_token_kernel(
     l += tl.where(m_time == float("-inf"), 0.0, l_time * tl.exp(m_time - m))
     log_l, log_time = tl.log(l), tl.log(l_time)
     prefer = (tl.load(limits_ptr + 8) != 0) & (m_time - m - log_l + log_time > m_text - m - log_l)
+    running = end == 0
     chosen = tl.where(prefer | (key_time > key_text), time, text)
+    if TOP_K:
+        groups = chunks * (BLOCK_V // GROUP)
+        text_end = tl.minimum(timestamp_begin.to(tl.int32), V)
+        text_groups = tl.cdiv(text_end, BLOCK_V) * (BLOCK_V // GROUP)
+        row = i_b.to(tl.int64) * groups
+        chosen = draw_from_top_k(
+            values_ptr + row * GROUP,
+            maxima_ptr + row,
+            order_ptr + row,
+            tl.where(running, groups, 0),
+            tl.where(prefer, text_groups, 0),
+            tl.load(limits_ptr + 10).to(tl.int32),
+            tl.load(limits_ptr + 9),
+            length.to(tl.int32),
+            i_b,
+            text_groups,
+            text_end,
+            BLOCK_G,
+            GROUP,
+            MAX_TOP_K,
+        )
+        tl.debug_barrier()  # before one warp writes what another is to read
     score = tl.load(logits_ptr + i_b.to(tl.int64) * V + chosen).to(tl.float32)
     logprob = score - tl.where(prefer, m_time, m) - tl.where(prefer, log_time, log_l)
 
-    running = end == 0
     token = tl.where(running, chosen.to(tl.int64), pad_token)
     is_last = (tl.load(flags_ptr + token).to(tl.int32) & 8) != 0
     tl.store(ids_ptr + i_b * stride_ids_b + length, token, mask=length < L)
@@ -288,10 +315,14 @@ def _pick_token_kernel(
     tl.store(lengths_ptr + i_b, length + 1)
     tl.store(last_timestamps_ptr + i_b, token, mask=running & (token >= timestamp_begin))
     tl.store(sum_logprobs_ptr + i_b, sum_logprobs + logprob, mask=running)
-    tl.store(ends_ptr + i_b, length + 1, mask=running & (is_last | (length + 1 >= max_length)))
+    ends_here = running & (is_last | (length + 1 >= max_length))
+    tl.store(ends_ptr + i_b, length + 1, mask=ends_here)
+    tl.store(host_ends_ptr + i_b, (call << 32) | (length + 1), mask=ends_here)
 
 
-def select_token(logits: torch.Tensor, rules: TokenRules, state: TokenState, *, block_size: int = BLOCK_V) -> None:
+def select_token(
+    logits: torch.Tensor, rules: TokenRules, state: TokenState, *, top_k: bool = False, block_size: int = BLOCK_V
+) -> None:
     """Chooses the next token of every row and writes it into `state`, in place; no value comes back to the host.
 
     A row that has ended gets the pad token; its length goes on. Past the last column of `ids` nothing is written there.
@@ -299,23 +330,32 @@ def select_token(logits: torch.Tensor, rules: TokenRules, state: TokenState, *, 
     Args:
         logits: (B, V) fp16, bf16 or fp32, contiguous; the rules' and the state's shapes and dtypes are given there. Every
             row holds at least one token, at most L, and `limits.max_length` is at most L.
-        block_size: tokens a program, a power of two.
+        top_k: draw from the `limits.top_k` most probable tokens, 1 to MAX_TOP_K, and those that equal the last of them; the
+            temperature is not 0.
+        block_size: tokens a program, a power of two, at least 32.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
     _check(logits, rules, state)
     if backend(logits.device) == "reference":
-        select_token_reference(logits, rules, state)
+        select_token_reference(logits, rules, state, top_k=top_k)
     else:
-        _launch(logits, rules, state, block_size)
+        _launch(logits, rules, state, top_k, block_size)
 
 
-def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, block_size: int) -> None:
+def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: bool, block_size: int) -> None:
     B, V = logits.shape
     chunks = triton.cdiv(V, block_size) + 1  # the last of text may be cut short, and so may the last of timestamps
+    groups = chunks * (block_size // GROUP)
     partial = torch.empty(3, B, chunks, dtype=torch.float32, device=logits.device)
     partial_tokens = torch.empty(B, chunks, dtype=torch.int32, device=logits.device)
+    values = maxima = partial  # for what is neither written nor read
+    order = partial_tokens
+    if top_k:
+        values = torch.empty(B, groups, GROUP, dtype=torch.float32, device=logits.device)
+        maxima = torch.empty(B, groups, dtype=torch.float32, device=logits.device)
+        order = torch.empty(B, groups, dtype=torch.int32, device=logits.device)
     pdl = pdl_options(logits.device)
     _reduce_chunks_kernel[(chunks, B)](
         logits_ptr=logits,
@@ -328,15 +368,22 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, block_si
         ends_ptr=state.ends,
         partial_ptr=partial,
         partial_tokens_ptr=partial_tokens,
+        values_ptr=values,
+        maxima_ptr=maxima,
         stride_ids_b=state.ids.stride(0),
         V=V,
+        TOP_K=top_k,
         BLOCK_V=block_size,
+        GROUP=GROUP,
         num_warps=4,
         **pdl,
     )
     _pick_token_kernel[(B,)](
         partial_ptr=partial,
         partial_tokens_ptr=partial_tokens,
+        values_ptr=values,
+        maxima_ptr=maxima,
+        order_ptr=order,
         logits_ptr=logits,
         flags_ptr=rules.flags,
         limits_ptr=rules.limits,
@@ -346,13 +393,19 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, block_si
         ends_ptr=state.ends,
         sum_logprobs_ptr=state.sum_logprobs,
         next_ids_ptr=state.next_ids,
+        host_ends_ptr=state.host_ends,
         stride_ids_b=state.ids.stride(0),
         L=state.ids.shape[1],
         V=V,
         chunks=chunks,
+        TOP_K=top_k,
         BLOCK_V=block_size,
         BLOCK_C=triton.next_power_of_2(chunks),
-        num_warps=1,  # a second warp might read a row's length after the first has written the next
+        BLOCK_G=triton.next_power_of_2(groups),
+        GROUP=GROUP,
+        MAX_TOP_K=MAX_TOP_K,
+        # Without a barrier a second warp might read a row's length after the first has written the next.
+        num_warps=8 if top_k else 1,
         **pdl,
     )
 
@@ -371,9 +424,11 @@ def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
         "ends": (state.ends, (B,), torch.int64),
         "sum_logprobs": (state.sum_logprobs, (B,), torch.float32),
         "next_ids": (state.next_ids, (B, 1), torch.int64),
+        "host_ends": (state.host_ends, (B,), torch.int64),
     }
     for name, (tensor, shape, dtype) in expected.items():
-        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != logits.device:
+        is_reached = tensor.device == logits.device or (name == "host_ends" and tensor.is_pinned())
+        if tensor.shape != shape or tensor.dtype != dtype or not is_reached:
             found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             raise ValueError(f"{name} must be {dtype} {shape} on {logits.device}, got {found}")
         if not tensor.is_contiguous():

@@ -207,13 +207,14 @@ def encoder_calls() -> Iterator[Call]:
 def select_calls() -> Iterator[Call]:
     """The choice of the next token over Whisper's vocabulary, and over one that fits one program."""
     for B, V, dtype in ((1, 51866, torch.float16), (8, 51865, torch.bfloat16), (3, 1000, torch.float32)):
-        integers = [torch.zeros(B, dtype=torch.int64) for _ in range(3)]
+        *integers, host_ends = [torch.zeros(B, dtype=torch.int64) for _ in range(4)]
         ids, next_ids = torch.zeros(B, 448, dtype=torch.int64), torch.zeros(B, 1, dtype=torch.int64)
         limits = torch.zeros(len(select.TokenLimits._fields), dtype=torch.int64)
         rules = select.TokenRules(torch.zeros(V, dtype=torch.uint8), limits, torch.tensor(0.0))
-        state = select.TokenState(ids, *integers, torch.zeros(B), next_ids)
-        launch = partial(select._launch, torch.empty(B, V, dtype=dtype), rules, state, select.BLOCK_V)
-        yield Call(f"select {B=} {V=}", launch)
+        state = select.TokenState(ids, *integers, torch.zeros(B), next_ids, host_ends)
+        for top_k in (False, True):
+            launch = partial(select._launch, torch.empty(B, V, dtype=dtype), rules, state, top_k, select.BLOCK_V)
+            yield Call(f"select {B=} {V=} {top_k=}", launch)
 
 
 def resources(files: dict[str, str], gpu: GPUTarget) -> dict[str, int]:

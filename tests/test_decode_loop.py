@@ -193,11 +193,11 @@ class TestStocksTokens:
         assert len(loops) == 2
 
 
-SAMPLING = {"temperature": 0.8, "top_k": 0, "max_new_tokens": 10}
+SAMPLING = {"temperature": 0.8, "max_new_tokens": 10}  # and transformers' default of top_k, 50
 
 
 class TestSampling:
-    @row("temperature without top-k, its tokens from a random stream of our own", "ours")
+    @row("temperature with top-k up to 128 (50 by default) or without, its tokens from a random stream of our own", "ours")
     def test_a_seed_gives_the_same_tokens(self, device: torch.device, loops: list[int]) -> None:
         model, results = talkative(device), []
         with accelerated(model):
@@ -206,6 +206,29 @@ class TestSampling:
                 results.append(model.generate(mel(2, device), **SAMPLING).tolist())
         assert results[0] == results[1] != results[2]
         assert len(loops) == 3
+
+    @pytest.mark.parametrize("top_k", [1, 3, 0])
+    def test_only_the_most_probable_are_drawn(self, device: torch.device, top_k: int, loops: list[int]) -> None:
+        """The scores of those that are not are stock's: -inf. Greedy calls before and after it are not changed."""
+        model, features = talkative(device), mel(2, device)
+        with accelerated(model):
+            greedy = [model.generate(features, max_new_tokens=10).tolist()]
+            output = model.generate(features, **SAMPLING, top_k=top_k, return_dict_in_generate=True, output_scores=True)
+            greedy.append(model.generate(features, max_new_tokens=10).tolist())
+        kept = torch.stack(output.scores, 1).isfinite()
+        tokens = output.sequences[:, -kept.shape[1] :]
+        assert kept.gather(2, tokens[..., None]).all()
+        assert (kept.sum(-1) == top_k).all() if top_k else (kept.sum(-1) > 50).all()
+        assert greedy[0] == greedy[1]
+        assert (tokens.tolist() == [row[-10:] for row in greedy[0]]) == (top_k == 1)
+        assert len(loops) == 3
+
+    def test_falling_back_to_temperatures(self, device: torch.device, loops: list[int]) -> None:
+        """As Whisper does it: greedy first, then drawn, in one call."""
+        model, temperatures = talkative(device), (0.0, 0.4, 0.8)
+        with accelerated(model):
+            model.generate(mel(2, device), temperature=temperatures, compression_ratio_threshold=0.1, max_new_tokens=10)
+        assert len(loops) == len(temperatures)
 
     def test_a_row_is_the_same_whatever_the_batch(self, device: torch.device) -> None:
         model, features, results = talkative(device), mel(3, device), []
@@ -232,8 +255,9 @@ class AfterTwelve(StoppingCriteria):
 
 
 NOT_COVERED = [
-    ("top-k (transformers' default is 50 at a temperature), top-p", {"temperature": 0.7}),
-    ("top-k (transformers' default is 50 at a temperature), top-p", {"temperature": 0.7, "top_k": 0, "top_p": 0.8}),
+    ("top-p, other warpers, a greater top-k", {"temperature": 0.7, "top_k": 129}),
+    ("top-p, other warpers, a greater top-k", {"temperature": 0.7, "top_p": 0.8}),
+    ("top-p, other warpers, a greater top-k", {"temperature": 0.7, "typical_p": 0.8}),
     ("beam search, an assistant", {"num_beams": 2}),
     ("attentions, hidden states", {"return_dict_in_generate": True, "output_hidden_states": True}),
     ("attentions, hidden states", {"return_dict_in_generate": True, "output_attentions": True}),

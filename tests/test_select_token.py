@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TopKLogitsWarper
+from whisper_triton.kernels._sampling import keep_top_k, random_bits
 from whisper_triton.kernels.select_token import (
     ENDS,
     NEVER,
     TokenLimits,
     TokenRules,
     TokenState,
-    random_bits,
     select_token,
     select_token_reference,
 )
@@ -42,7 +43,7 @@ def make_state(B: int, device: torch.device) -> TokenState:
 
     ids = torch.zeros(B, L, dtype=torch.int64, device=device)
     sums = torch.zeros(B, device=device)
-    return TokenState(ids, integers(PROMPT), integers(0), integers(0), sums, integers(-1)[:, None].clone())
+    return TokenState(ids, integers(PROMPT), integers(0), integers(0), sums, integers(-1)[:, None].clone(), integers(0))
 
 
 def assert_equal(ours: TokenState, reference: TokenState) -> None:
@@ -119,28 +120,29 @@ def test_random_bits_are_philox():
     assert random_bits(torch.tensor(-1), ones, ones, ones).item() != random_bits(torch.tensor(0), ones, ones, ones).item()
 
 
-def draws(select, B: int, device: torch.device, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def draws(select, B: int, device: torch.device, temperature: float, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of B rows with the same logits over 8 lengths, and how often each of the 20 is expected."""
-    rules = make_rules(20, device, temperature, timestamps=False, begin_length=NEVER, min_length=0)
+    rules = make_rules(20, device, temperature, timestamps=False, begin_length=NEVER, min_length=0, top_k=top_k)
     rules.flags.zero_()
     rules.flags[3] = 1
     row = torch.randn(20, generator=torch.Generator().manual_seed(5)).to(device) * 2
     state = make_state(B, device)
     for _ in range(8):
-        select(row.repeat(B, 1), rules, state)
-    probabilities = torch.softmax(row.index_fill(0, torch.tensor(3, device=device), -torch.inf) / temperature, 0)
+        select(row.repeat(B, 1), rules, state, top_k=top_k > 0)
+    left = row.index_fill(0, torch.tensor(3, device=device), -torch.inf)
+    probabilities = torch.softmax((TopKLogitsWarper(top_k)(None, left) if top_k else left) / temperature, 0)
     return state.ids[:, PROMPT : PROMPT + 8], probabilities.cpu().double() * 8 * B
 
 
 def chi_square(tokens: torch.Tensor, expected: torch.Tensor) -> float:
     counts = torch.bincount(tokens.flatten().cpu(), minlength=20).double()
-    assert counts[3] == 0
+    assert (counts[expected == 0] == 0).all()
     return float(((counts - expected).square() / expected)[expected > 0].sum())
 
 
-@pytest.mark.parametrize("temperature", [0.4, 1.0])
-def test_samples_are_from_the_softmax(temperature):
-    tokens, expected = draws(select_token_reference, 4000, torch.device("cpu"), temperature)
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.4, 0), (1.0, 0), (1.0, 8)])
+def test_samples_are_from_the_softmax(temperature, top_k):
+    tokens, expected = draws(select_token_reference, 4000, torch.device("cpu"), temperature, top_k)
     assert chi_square(tokens, expected) < 42.3  # the 0.1 % quantile of 18 degrees of freedom
     # Neither two lengths nor two rows share a stream: they agree as often as independent draws do.
     agreement = float((expected / expected.sum()).square().sum())
@@ -156,6 +158,39 @@ def test_a_row_draws_the_same_whatever_the_batch(device):
             select_token(logits[: len(state.ids)].contiguous(), rules, state, block_size=128)
     assert torch.equal(states[0].ids[0], states[1].ids[0])
     assert not torch.equal(states[1].ids[0], states[1].ids[1])
+
+
+def equal_values(B: int, V: int, levels: int) -> torch.Tensor:
+    """Few different values, so that the k-th greatest is met in many places, both zeros among them."""
+    logits = (torch.rand(B, V) * levels).floor() - levels // 2
+    return torch.where((logits == 0) & (torch.rand(B, V) < 0.5), -0.0, logits)
+
+
+@pytest.mark.parametrize(
+    ("V", "levels", "top_k", "timestamps"),
+    [(5000, 2, 50, False), (5000, 40, 128, False), (5000, 3000, 7, True), (5000, 1_000_000, 128, True), (90, 50, 100, True)],
+)
+def test_the_k_most_probable_and_those_that_equal_the_last_of_them(V, levels, top_k, timestamps, device):
+    """Over more groups than are looked at at once. At this temperature all that are kept are about as probable."""
+    rules = make_rules(V, device, 1000.0 * levels, timestamps, top_k=top_k, begin_length=NEVER, min_length=0)
+    ours, reference = make_state(2, device), make_state(2, device)
+    for seed in range(3 if device.type == "cpu" else 50):
+        rules.limits[9] = seed
+        logits = equal_values(2, V, levels).to(device)
+        select_token(logits, rules, ours, top_k=True)
+        select_token_reference(logits, rules, reference, top_k=True)
+        assert torch.equal(ours.next_ids, reference.next_ids)
+        assert_equal(ours, reference)
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 128, 400])
+@pytest.mark.parametrize("levels", [2, 30, 100_000])
+def test_what_is_kept_is_what_stock_keeps(top_k, levels):
+    scores = equal_values(16, 300, levels) / 0.7
+    scores[torch.rand(scores.shape) < 0.2] = -torch.inf
+    scores[0] = -torch.inf
+    assert torch.equal(keep_top_k(scores, top_k), TopKLogitsWarper(top_k)(None, scores))
+    assert torch.equal(keep_top_k(scores, torch.tensor(top_k)), TopKLogitsWarper(top_k)(None, scores))
 
 
 @pytest.mark.parametrize(
@@ -182,17 +217,17 @@ def test_bad_input_is_refused_with_a_reason(change, message, device):
 class TestOnGpu:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("B", [1, 8, 64])
-    @pytest.mark.parametrize("temperature", [0.0, 0.6])
-    def test_many_steps_of_the_real_vocabulary(self, B, dtype, temperature, device):
+    @pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (0.6, 0), (0.6, 50), (1.5, 128)])
+    def test_many_steps_of_the_real_vocabulary(self, B, dtype, temperature, top_k, device):
         V = 51866
         for seed in range(20):
             torch.manual_seed(seed)
-            rules = make_rules(V, device, temperature, timestamps=seed % 4 > 0)
+            rules = make_rules(V, device, temperature, timestamps=seed % 4 > 0, top_k=top_k)
             ours, reference = make_state(B, device), make_state(B, device)
             for _ in range(L - PROMPT + 1):
                 logits = (torch.randn(B, V, device=device) * (seed + 1)).to(dtype)
-                select_token(logits, rules, ours)
-                select_token_reference(logits, rules, reference)
+                select_token(logits, rules, ours, top_k=top_k > 0)
+                select_token_reference(logits, rules, reference, top_k=top_k > 0)
                 if temperature == 0.0:
                     assert_equal(ours, reference)
                 # Two keys of a draw may be closer than the last bit of a logarithm: go on from the same tokens.
@@ -220,7 +255,33 @@ class TestOnGpu:
                 select_token_reference(logits, rules, reference)
                 assert_equal(ours, reference)
 
-    def test_samples_are_from_the_softmax(self, device):
-        tokens, expected = draws(select_token, 4000, device, 0.7)
+    @pytest.mark.parametrize("top_k", [0, 8])
+    def test_samples_are_from_the_softmax(self, device, top_k):
+        tokens, expected = draws(select_token, 4000, device, 0.7, top_k)
         assert chi_square(tokens, expected) < 42.3
-        assert (tokens == draws(select_token_reference, 4000, device, 0.7)[0]).double().mean() > 0.999
+        assert (tokens == draws(select_token_reference, 4000, device, 0.7, top_k)[0]).double().mean() > 0.999
+
+    def test_the_host_reads_the_ends_from_its_own_memory(self, device):
+        """In a graph: rows that end at different lengths, and one that goes on until the greatest."""
+        B, V = 3, 300
+        rules = make_rules(V, device, timestamps=False, begin_length=NEVER, min_length=0, call=7)
+        rules.flags.zero_()
+        rules.flags[9] = ENDS
+        logits = torch.zeros(B, V, device=device)
+        state = make_state(B, device)._replace(host_ends=torch.zeros(B, dtype=torch.int64).pin_memory())
+        select_token(logits, rules, make_state(B, device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            select_token(logits, rules, state)
+        event, seen = torch.cuda.Event(), []
+        for i in range(L - PROMPT):
+            if i == 2:
+                logits[2, 9] = 1.0
+            graph.replay()
+            event.record()
+            event.synchronize()
+            seen.append(state.host_ends.tolist())
+        two = 7 << 32 | PROMPT + 3
+        assert seen[1:4] == [[0, 0, 0], [0, 0, two], [0, 0, two]]
+        assert seen[-1] == [7 << 32 | L, 7 << 32 | L, two]
+        assert state.ends.tolist() == [L, L, PROMPT + 3]

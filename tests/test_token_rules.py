@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
@@ -18,9 +19,11 @@ from transformers import (
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
+    TopPLogitsWarper,
     WhisperTimeStampLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+from whisper_triton.kernels._sampling import gumbel_reference
 from whisper_triton.kernels.select_token import TokenLimits, TokenState, select_token, select_token_reference
 
 from whisper_triton.token_rules import NotCovered, allocate_rules, read_settings, write_rules
@@ -91,28 +94,44 @@ def state_of(ids: torch.Tensor, prompt_length: int) -> TokenState:
         torch.zeros(B, dtype=torch.int64),
         torch.zeros(B),
         torch.zeros(B, 1, dtype=torch.int64),
+        torch.zeros(B, dtype=torch.int64),
     )
 
 
 CRITERIA = StoppingCriteriaList([MaxLengthCriteria(L), EosTokenCriteria(EOS)])
 
 
-def check(select: Callable[..., None], seed: int, B: int, device: torch.device) -> None:
-    """One choice of B rows under random rules, after random tokens, against the stock processors and their argmax."""
+def check(select: Callable[..., None], seed: int, B: int, device: torch.device, top_k: bool = False) -> None:
+    """One choice of B rows under random rules, after random tokens, against the stock processors and their argmax.
+
+    With `top_k` it is the argmax of what the stock processors have left and our noise.
+    """
     draw, rules = Draw(seed), allocate_rules(V, device)
     processors, ids, logits = draw.processors(), draw.ids(B), draw.logits(B)
-    settings = read_settings(processors, CRITERIA, GenerationConfig(do_sample=False), draw.prompt_length, V)
+    warpers = LogitsProcessorList()
+    if top_k:
+        logits = logits.where(logits.isneginf().all(-1, keepdim=True).logical_not(), 1.0)  # there must be something to draw
+        warpers += [TemperatureLogitsWarper((0.3, 0.7, 5.0)[draw.number(0, 3)]), TopKLogitsWarper(draw.number(1, V + 2))]
+    settings = read_settings(
+        LogitsProcessorList([*processors, *warpers]), CRITERIA, GenerationConfig(do_sample=top_k), draw.prompt_length, V
+    )
+    settings = settings._replace(limits=settings.limits._replace(call=9))
     write_rules(settings, torch.tensor(5, device=device), rules)
     state = TokenState(*(tensor.to(device) for tensor in state_of(ids, draw.prompt_length)))
-    select(logits.to(device), rules, state)
+    select(logits.to(device), rules, state, top_k=top_k)
     scores = processors(ids, logits.float())
-    expected = scores.argmax(-1)
+    noise = 0.0
+    if top_k:
+        lengths, rows = torch.full((B, 1), draw.length), torch.arange(B)[:, None]
+        noise = gumbel_reference(TokenLimits(*rules.limits.cpu()).seed, torch.arange(V), lengths, rows)
+    expected = (warpers(ids, scores) + noise).argmax(-1)
     state = TokenState(*(tensor.cpu() for tensor in state))
     assert torch.equal(state.next_ids[:, 0], expected), seed
     assert torch.equal(state.ids[:, draw.length], expected)
     assert torch.equal(state.ids[:, : draw.length], ids)
     assert (state.ids[:, draw.length + 1 :] == -7).all()
     assert torch.equal(state.ends, torch.where(expected == EOS, draw.length + 1, 0))
+    assert torch.equal(state.host_ends, torch.where(expected == EOS, 9 << 32 | draw.length + 1, 0))
     left = ~scores.isneginf().all(-1)  # of nothing no choice has a probability
     logprobs = torch.log_softmax(scores, -1).gather(1, expected[:, None])[:, 0]
     torch.testing.assert_close(state.sum_logprobs[left], logprobs[left])
@@ -124,10 +143,16 @@ def test_token_for_token_as_the_stock_processors(block: int) -> None:
         check(select_token_reference, seed, 8, torch.device("cpu"))
 
 
+def test_drawn_from_the_k_most_probable_that_the_stock_processors_leave() -> None:
+    for seed in range(300):
+        check(select_token_reference, seed, 8, torch.device("cpu"), top_k=True)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of -inf - -inf, in the interpreter
-def test_the_kernels_token_for_token(device: torch.device) -> None:
-    for seed in range(25 if device.type == "cpu" else 1000):
-        check(partial(select_token, block_size=32), seed, 2 if device.type == "cpu" else 8, device)
+@pytest.mark.parametrize("top_k", [False, True])
+def test_the_kernels_token_for_token(top_k: bool, device: torch.device) -> None:
+    for seed in range(20 if device.type == "cpu" else 1000):
+        check(partial(select_token, block_size=32), seed, 2 if device.type == "cpu" else 8, device, top_k)
 
 
 def test_the_cases_above_reach_every_rule() -> None:
@@ -161,6 +186,7 @@ def test_the_limits_and_flags_that_are_written() -> None:
             SuppressTokensAtBeginLogitsProcessor([1, 2], 3),
             timestamp_processor(3, 5, detect=True),
             TemperatureLogitsWarper(0.5),
+            TopKLogitsWarper(50),
         ]
     )
     criteria = StoppingCriteriaList([MaxLengthCriteria(L), EosTokenCriteria(eos)])
@@ -168,7 +194,7 @@ def test_the_limits_and_flags_that_are_written() -> None:
     write_rules(read_settings(processors, criteria, GenerationConfig(do_sample=True), 3, V), torch.tensor([6]), rules)
     limits = TokenLimits(*rules.limits.tolist())
     assert limits.seed > 0
-    assert limits._replace(seed=0) == TokenLimits(L, 6, 3, 9, TIMESTAMPS, 3, TIMESTAMPS + 5, EOS, 1, 0)
+    assert limits._replace(seed=0) == TokenLimits(L, 6, 3, 9, TIMESTAMPS, 3, TIMESTAMPS + 5, EOS, 1, 0, 50)
     assert {i: flag for i, flag in enumerate(rules.flags.tolist()) if flag} == {
         1: 1 | 2, 2: 2, EOS: 4 | 8, EOS + 1: 4 | 8, NO_TIMESTAMPS: 1
     }  # fmt: skip
@@ -185,7 +211,7 @@ def test_a_seed_gives_the_same_seed() -> None:
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         write_rules(settings, None, rules)
-        seeds.append(rules.limits[-1].item())
+        seeds.append(TokenLimits(*rules.limits.tolist()).seed)
     assert seeds[0] == seeds[1] != seeds[2]
 
 
@@ -198,7 +224,10 @@ class OfTheUser(SuppressTokensLogitsProcessor):
     [
         ([OfTheUser([1])], "OfTheUser"),
         ([NoBadWordsLogitsProcessor([[3]])], "NoBadWords"),
-        ([TopKLogitsWarper(50)], "TopK"),
+        ([TopKLogitsWarper(129)], "TopK"),
+        ([TopKLogitsWarper(50, filter_value=-9.0)], "TopK"),
+        ([TopKLogitsWarper(50), TemperatureLogitsWarper(0.5)], "after the temperature"),
+        ([TopKLogitsWarper(50), TopPLogitsWarper(0.9)], "TopP"),
         ([SuppressTokensLogitsProcessor([1]), SuppressTokensLogitsProcessor([2])], "a second time"),
         ([timestamp_processor(3, None, True), SuppressTokensLogitsProcessor([2])], "after the rules for timestamps"),
         ([TemperatureLogitsWarper(0.5), SuppressTokensLogitsProcessor([2])], "after the temperature"),
@@ -211,9 +240,10 @@ def test_what_is_not_covered_has_a_reason(processors: list, reason: str) -> None
         read_settings(LogitsProcessorList(processors), CRITERIA, GenerationConfig(do_sample=True), 3, V)
 
 
-def test_a_temperature_without_sampling_is_not_covered() -> None:
-    with pytest.raises(NotCovered, match="Temperature"):
-        read_settings(LogitsProcessorList([TemperatureLogitsWarper(0.5)]), CRITERIA, GenerationConfig(do_sample=False), 3, V)
+@pytest.mark.parametrize("warper", [TemperatureLogitsWarper(0.5), TopKLogitsWarper(5)])
+def test_a_warper_without_sampling_is_not_covered(warper: LogitsProcessor) -> None:
+    with pytest.raises(NotCovered, match=type(warper).__name__):
+        read_settings(LogitsProcessorList([warper]), CRITERIA, GenerationConfig(do_sample=False), 3, V)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateEnco
 
 from .decoder import DecoderStep
 from .kernels import select_token
+from .kernels._sampling import keep_top_k
 from .kernels.select_token import TokenState, apply_rules
 from .token_rules import NotCovered, Settings, allocate_rules, read_settings, write_rules
 
 ROWS_AT_ONCE = 64  # whose scores are computed together, after the last token
-LOOK_EVERY = 4  # replays between two looks at the rows' ends; each look is a copy of 8 bytes a row
+LOOK_EVERY = 4  # replays between two looks at the rows' ends
 logger = logging.getLogger(__name__)
 
 # What `generate` may pass to the forward passes, with the values that a replay covers. The attention mask is of the encoder's
@@ -52,13 +53,20 @@ class TokenSelection:
             ids = torch.zeros(B, max_length, dtype=torch.int64, device=device)
             sums = torch.zeros(B, dtype=torch.float32, device=device)
             next_ids = torch.zeros(B, 1, dtype=torch.int64, device=device)
-            self.state = TokenState(ids, lengths, last_timestamps, ends, sums, next_ids)
+            # The kernel writes where rows end into the host's own memory: nothing is copied.
+            host_ends = torch.zeros(B, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self.state = TokenState(ids, lengths, last_timestamps, ends, sums, next_ids, host_ends)
             self.rules = allocate_rules(vocabulary_size, device)
-            self._ends = torch.zeros(B, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._call = 0
+        self.top_k = 0  # of this call; 0: all tokens
 
     def begin(self, prompt: torch.Tensor, settings: Settings, pad_token: torch.Tensor | None) -> None:
         """Starts over with `prompt` (B, T) and a call's rules."""
+        # What a call that was interrupted still writes into the host's memory is told from this one's by its number.
+        self._call = (self._call + 1) % (1 << 31)
+        self.top_k = settings.limits.top_k
+        settings = settings._replace(limits=settings.limits._replace(call=self._call))
         write_rules(settings, pad_token, self.rules)
         self.state.ids[:, : prompt.shape[1]] = prompt
         self.state.lengths.fill_(prompt.shape[1])
@@ -67,19 +75,18 @@ class TokenSelection:
 
     def __call__(self, logits: torch.Tensor) -> None:
         """Chooses from logits (B, V)."""
-        select_token(logits, self.rules, self.state)
+        select_token(logits, self.rules, self.state, top_k=self.top_k > 0)
 
     def look(self) -> None:
-        """Begins to copy to the host where rows have ended."""
-        self._ends.copy_(self.state.ends, non_blocking=True)
+        """Marks what `ends` waits for."""
         if self._event is not None:
             self._event.record()
 
     def ends(self) -> list[int]:
-        """A row's length at its end, 0 where it went on when `look` was called last."""
+        """A row's length at its end, 0 where it went on when `look` was called last: or 0 no more, if it has ended since."""
         if self._event is not None:
             self._event.synchronize()
-        return self._ends.tolist()
+        return [end & 0xFFFFFFFF if end >> 32 == self._call else 0 for end in self.state.host_ends.tolist()]
 
     def scores(self, logits: list[torch.Tensor], prompt_length: int) -> tuple[torch.Tensor, ...]:
         """What stock's processors made of the logits (B, V) of each step, the first of which chose token `prompt_length`."""
@@ -99,6 +106,8 @@ class TokenSelection:
             ids = self.state.ids.repeat(rows.shape[0] // B, 1)
             some_scores = apply_rules(rows, self.rules, ids, lengths[some].flatten(), newest[some].flatten())
             some_scores = torch.where(self.rules.temperature > 0, some_scores / self.rules.temperature, some_scores)
+            if self.top_k:
+                some_scores = keep_top_k(some_scores, self.top_k)
             scores += some_scores.split(B)
         return tuple(scores)
 
@@ -154,6 +163,7 @@ def decode(
     selection = step.selection
     logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1].contiguous()
     detect_no_speech(logits_processor, input_ids, logits)
+    selection.top_k = settings.limits.top_k
     advance = step.advance(model, selection)
     selection.begin(input_ids, settings, generation_config._pad_token_tensor)
     selection(logits)

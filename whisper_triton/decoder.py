@@ -128,7 +128,7 @@ class DecoderStep:
         self.passes: dict[int, CapturedPass] = {}  # by T
         self._takes: dict[int, bool] = {1: True}
         self.selection: TokenSelection | None = None  # of the pass that `advance` replays
-        self._selecting: CapturedPass | None = None
+        self._selecting: dict[bool, CapturedPass] = {}  # by whether tokens are drawn from the most probable
 
     @property
     def graph(self) -> torch.cuda.CUDAGraph | None:
@@ -204,10 +204,11 @@ class DecoderStep:
             selection(logits)
             return logits
 
-        if self._selecting is None:
+        has_top_k = selection.top_k > 0
+        if has_top_k not in self._selecting:
             graph, logits = self._capture(run)
-            self._selecting = CapturedPass(graph, next_ids, logits)
-        captured = self._selecting
+            self._selecting[has_top_k] = CapturedPass(graph, next_ids, logits)
+        captured = self._selecting[has_top_k]
 
         def replay() -> torch.Tensor:
             self._claim(1)

@@ -20,11 +20,13 @@ from transformers import (
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     WhisperTimeStampLogitsProcessor,
 )
 from transformers.generation.logits_process import WhisperNoSpeechDetection
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from .kernels._sampling import MAX_TOP_K
 from .kernels.select_token import (
     ENDS,
     SUPPRESSED,
@@ -68,10 +70,11 @@ def read_settings(
     for processor in processors:
         kind = type(processor)
         # What suppresses tokens may come in any order, but only before it can the timestamps' rule weigh what is left.
-        if kind in seen or (WhisperTimeStampLogitsProcessor in seen and kind is not TemperatureLogitsWarper):
+        is_warper = kind in (TemperatureLogitsWarper, TopKLogitsWarper)
+        if kind in seen or (WhisperTimeStampLogitsProcessor in seen and not is_warper):
             raise NotCovered(f"{kind.__name__} a second time, or after the rules for timestamps")
-        if TemperatureLogitsWarper in seen:
-            raise NotCovered(f"{kind.__name__} after the temperature")
+        if TopKLogitsWarper in seen or (TemperatureLogitsWarper in seen and kind is not TopKLogitsWarper):
+            raise NotCovered(f"{kind.__name__} after the temperature or top-k")
         seen.append(kind)
         if kind is SuppressTokensLogitsProcessor:
             tokens.append((SUPPRESSED, processor.suppress_tokens))
@@ -87,6 +90,10 @@ def read_settings(
             pass  # it looks at the first scores and leaves them as they are
         elif kind is TemperatureLogitsWarper and generation_config.do_sample:
             temperature = processor.temperature
+        elif kind is TopKLogitsWarper and generation_config.do_sample:
+            if processor.top_k > MAX_TOP_K or processor.filter_value != -torch.inf:
+                raise NotCovered(f"{kind.__name__} of {processor.top_k}, to {processor.filter_value}")
+            limits["top_k"] = processor.top_k
         else:
             raise NotCovered(kind.__name__)
     for criterion in criteria:
