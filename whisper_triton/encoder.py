@@ -2,7 +2,8 @@
 
 Launched one by one, the hundreds of kernels of a large encoder would keep a GPU waiting at batch 1, so they are captured once
 and replayed. A graph belongs to one encoder and shape of features, and is kept from call to call. `ENCODER_OVERRIDES` names the
-method that `accelerate` puts on an encoder's instance; it falls back to the class's own for what no graph covers.
+method that `accelerate` puts on an encoder's instance; it falls back to the class's own for what no graph covers. Features that
+come again within a call of `generate` are not encoded again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperEncoder, WhisperEncoderLayer
 
 from .attention import NAME, STATE, TritonAttention, report_once
+from .encoded import ENCODED
 from .fused_encoder import FusedEncoder
 from .graphs import capture
 from .kernels._checks import DTYPES
@@ -145,10 +147,31 @@ def _forward(self: WhisperEncoder, *args: Any, **kwargs: Any) -> BaseModelOutput
     if torch.compiler.is_compiling():
         return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
     features = args[0] if args else kwargs.get("input_features")
-    graph = _captured(self, features) if _is_covered(self, features, args, kwargs) else None
-    if graph is None:
+    if not _is_covered(self, features, args, kwargs):
         return type(self).forward(self, *args, **kwargs)
-    return BaseModelOutput(last_hidden_state=graph(features))
+    encoded = ENCODED.get()
+    if encoded is not None:
+        states = encoded.states_of(self, features)
+        if states is not None and _is_repeatable(self):
+            return BaseModelOutput(last_hidden_state=states)
+        encoded.forget()
+    graph = _captured(self, features) if features.is_cuda else None
+    output = BaseModelOutput(last_hidden_state=graph(features)) if graph else type(self).forward(self, *args, **kwargs)
+    if encoded is not None:
+        encoded.keep(self, features, output.last_hidden_state)
+    return output
+
+
+def _is_repeatable(self: WhisperEncoder) -> bool:
+    """Whether nobody would miss a second pass over the same features: no hook inside, no dropout."""
+    modules: list[nn.Module] = [self]
+    while modules:
+        module = modules.pop()
+        hooks = () if module is self else (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if module.training or not all(map(is_recorder, hooks)):
+            return False
+        modules += module._modules.values()
+    return True
 
 
 # What the encoder is called with besides the features, with the values that a graph covers.
@@ -160,23 +183,23 @@ _ARGUMENTS = {
 
 
 def _is_covered(self: WhisperEncoder, features: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a graph covers such a call; what does not fit the encoder is left to stock's errors."""
+    """Whether such a call gives states alone, as a graph does; what does not fit the encoder is left to stock's errors."""
     config = self.config
     arguments = {name: value for name, value in kwargs.items() if name not in ("input_features", "attention_mask")}
     return (
         STATE in vars(self)  # not so if the method was kept from before `restore`
         and type(features) is torch.Tensor
-        and features.is_cuda
+        and features.dim() == 3
         and len(args) <= 2  # features and their mask, which Whisper ignores
         and all(value in _ARGUMENTS.get(name, (None,)) for name, value in arguments.items())
         and not torch.is_grad_enabled()
         and not (config.output_attentions or config.output_hidden_states)
         and ("return_dict" in arguments or getattr(config, "return_dict", True))
-        and not torch.is_autocast_enabled("cuda")
+        and not torch.is_autocast_enabled(features.device.type)
         and (features.dtype, features.device) == (self.dtype, self.device)
         and features.shape[0] > 0
         and features.shape[1:] == (self.num_mel_bins, 2 * config.max_source_positions)
-        and not torch.cuda.is_current_stream_capturing()  # somebody else's graph cannot hold ours
+        and not (features.is_cuda and torch.cuda.is_current_stream_capturing())  # somebody else's graph cannot hold ours
     )
 
 

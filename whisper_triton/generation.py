@@ -24,6 +24,7 @@ from .attention import NAME, STATE, is_length, report_once, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .decode_loop import decode
 from .decoder import DecoderStep, why_not_captured
+from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 
 MAX_BYTES = 8 << 30  # of caches kept for captured steps, the batch size in use always among them
@@ -73,13 +74,14 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
             state.owner = call
         if state.calls == 1:
             state.attn_implementation_before_calls = self.config._attn_implementation
-    outer = _CALL.set(call)
+    outer, outer_encoded = _CALL.set(call), ENCODED.set(Encoded())
     if _takes_our_loop(self, args, kwargs):
         kwargs["custom_generate"] = _decode
     try:
         return _stock(self, "generate")(*args, **kwargs)
     finally:
         _CALL.reset(outer)
+        ENCODED.reset(outer_encoded)
         with _LOCK:
             state.calls -= 1
             if state.owner is call:

@@ -1,0 +1,150 @@
+"""`generate` encodes a window once, whatever asks for it again, and never takes one window's states for another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from whisper_models import mel, tensors_of, tiny_whisper
+
+from whisper_triton import accelerated
+from whisper_triton.encoded import ENCODED, Encoded
+
+pytest_plugins = ["whisper_fixtures"]
+pytestmark = pytest.mark.usefixtures("one_thread", "reference_kernels")
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """The batch size of each pass of the encoder's layers. A hook on one of them would have every pass made."""
+    conv, sizes = model.model.encoder.conv1, []
+    forward = conv.forward
+
+    def count(features: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(features))
+        return forward(features)
+
+    conv.forward = count
+    yield sizes
+    del conv.forward
+
+
+def sequences(output: Any) -> list[list[int]]:
+    return (output if isinstance(output, torch.Tensor) else output["sequences"]).tolist()
+
+
+def generate(model: Any, features: torch.Tensor, **kwargs: Any) -> tuple[Any, list[int]]:
+    torch.manual_seed(0)
+    with counted(model) as sizes:
+        return model.generate(features, **kwargs), sizes
+
+
+EVERYTHING = {"no_speech_threshold": 0.6, "logprob_threshold": -0.01, "temperature": (0.0, 0.0), "task": "transcribe"}
+
+
+class TestOneEncodeAWindow:
+    def test_language_no_speech_and_two_temperatures(self, device: torch.device) -> None:
+        model, features = tiny_whisper(device, seed=3, is_multilingual=True), mel(3, device)
+        stock, passes = generate(model, features, max_new_tokens=12, **EVERYTHING)
+        assert len(passes) > 4
+        with accelerated(model):
+            ours, passes = generate(model, features, max_new_tokens=12, **EVERYTHING)
+        assert sequences(ours) == sequences(stock)
+        assert passes == [3]
+
+    @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+    def test_rows_of_a_batch_that_fall_back(self, device: torch.device, mode: Callable[[], Any]) -> None:
+        """Those whose tokens compress too well, one of them not, at each of three temperatures."""
+        model, features = tiny_whisper(device, seed=3), mel(5, device)
+        kwargs = {"compression_ratio_threshold": 0.88, "temperature": (0.0, 0.0, 0.0), "max_new_tokens": 40}
+        stock, passes = generate(model, features, **kwargs)
+        assert len(passes) == 3
+        assert 1 <= passes[1] < 5
+        with accelerated(model), mode():
+            ours, passes = generate(model, features, **kwargs)
+        assert sequences(ours) == sequences(stock)
+        assert passes == [5]
+
+    def test_several_sequences_of_each(self, device: torch.device) -> None:
+        model, features = tiny_whisper(device, seed=3, is_multilingual=True), mel(2, device)
+        kwargs = {"num_return_sequences": 2, "do_sample": True, "top_k": 1, "max_new_tokens": 8, "task": "transcribe"}
+        stock, passes = generate(model, features, **kwargs)
+        assert passes == [2, 4]
+        with accelerated(model):
+            ours, passes = generate(model, features, **kwargs)
+        assert sequences(ours) == sequences(stock)
+        assert passes == [2]
+
+
+class TestWindowsApart:
+    @pytest.mark.parametrize("lengths", [[250], [250, 120, 210]])
+    def test_long_audio(self, lengths: list[int], device: torch.device) -> None:
+        """Windows follow each other; rows of a batch end and drop out."""
+        model, features = tiny_whisper(device, seed=3, is_multilingual=True), mel(len(lengths), device, seconds=2.5)
+        mask = (torch.arange(250)[None] < torch.tensor(lengths)[:, None]).long().to(device)
+        kwargs = {"attention_mask": mask, "return_timestamps": True, "return_segments": True, **EVERYTHING}
+        stock, stocks_passes = generate(model, features, **kwargs)
+        with accelerated(model):
+            ours, passes = generate(model, features, **kwargs)
+        mine, theirs = tensors_of(ours), tensors_of(stock)
+        assert mine.keys() == theirs.keys()
+        assert all(mine[path].tolist() == theirs[path].tolist() for path in theirs if not theirs[path].is_floating_point())
+        windows = max(len(segments) for segments in stock["segments"])
+        assert windows > 3
+        assert len(passes) <= windows < len(stocks_passes) / 3
+        assert min(passes) <= min(stocks_passes)
+
+    def test_calls_know_nothing_of_each_other(self, device: torch.device) -> None:
+        model, features = tiny_whisper(device, seed=3), mel(2, device)
+        with accelerated(model):
+            first, passes = generate(model, features, max_new_tokens=8)
+            assert passes == [2]
+            model.model.encoder.layer_norm.weight.data *= -1
+            second, passes = generate(model, features, max_new_tokens=8)
+        assert passes == [2]
+        assert sequences(first) != sequences(second)
+        assert ENCODED.get() is None
+
+    def test_hooks_inside_see_every_pass(self, device: torch.device) -> None:
+        model, calls = tiny_whisper(device, seed=3, is_multilingual=True), []
+        model.model.encoder.layers[0].register_forward_hook(lambda *args: calls.append(1))
+        with accelerated(model):
+            model.generate(mel(1, device), task="transcribe", max_new_tokens=4)
+        assert len(calls) == 2
+
+
+class TestEncoded:
+    def encoded(self, device: torch.device) -> tuple[Encoded, torch.nn.Module, torch.Tensor, torch.Tensor]:
+        encoded, encoder = Encoded(), torch.nn.Identity()
+        features, states = mel(4, device), torch.arange(4.0, device=device)[:, None]
+        encoded.keep(encoder, features, states)
+        return encoded, encoder, features, states
+
+    @pytest.mark.parametrize("rows", [[0], [3, 1], [2, 2, 0, 1, 3], [0, 1, 2, 3]])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_rows_are_found_wherever_they_stand(self, rows: list[int], dtype: torch.dtype, device: torch.device) -> None:
+        encoded, encoder, features, states = self.encoded(device)
+        encoded.keep(encoder, features.to(dtype), states)
+        assert encoded.states_of(encoder, features.to(dtype)[rows])[:, 0].tolist() == rows
+
+    def test_another_row_is_not_found(self, device: torch.device) -> None:
+        encoded, encoder, features, states = self.encoded(device)
+        assert encoded.states_of(encoder, features) is states
+        assert encoded.states_of(encoder, features.clone()) is states
+        other = features[:2].clone()
+        other[1, 3, 5] += 1e-6
+        assert encoded.states_of(encoder, other) is None
+        same_sum = features[:2].roll(1, 2)  # the same numbers in other places
+        assert encoded.states_of(encoder, same_sum) is None
+        assert encoded.states_of(encoder, features[:2].half()) is None
+        assert encoded.states_of(encoder, features[:, :, :50]) is None
+        assert encoded.states_of(torch.nn.Identity(), features) is None
+
+    @pytest.mark.parametrize("written", [0, 1])
+    def test_what_has_been_written_since_is_not_taken(self, written: int, device: torch.device) -> None:
+        encoded, encoder, *tensors = self.encoded(device)
+        tensors[written] += 1
+        assert encoded.states_of(encoder, tensors[0]) is None
