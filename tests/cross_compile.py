@@ -279,7 +279,6 @@ SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores
 FIRST = [
     *SEVERAL_ROWS,
     *linear_calls(1),
-    *linear_calls(linear.MAX_SINGLE_ROWS),
     *encoder_calls(),
     *project_calls(DTYPES[0]),
     *select_calls(),
