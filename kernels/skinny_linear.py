@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, tl, triton
+from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, register_options, tl, triton
 
 MAX_ROWS = 64
 MAX_CHUNK = 256  # elements of K: one warp's 16-byte loads of a row
@@ -427,6 +427,7 @@ def skinny_linear(
         HEAD=1 << ((K // SPLIT_K).bit_length() - 1),
         NUM_WARPS=num_warps,
         num_warps=num_warps,
+        **register_options(x.device),
         **pdl,
     )
     if SPLIT_K > 1:

@@ -170,7 +170,7 @@ def test_what_the_chain_does_not_cover_is_known_beforehand():
 
 @pytest.mark.parametrize(
     ("dtype", "shared_memory", "rows"),
-    [(torch.float16, 163 << 10, 64), (torch.bfloat16, 99 << 10, 4), (torch.float32, 227 << 10, 4)],
+    [(torch.float16, 163 << 10, 64), (torch.bfloat16, 99 << 10, 1), (torch.float32, 227 << 10, 1)],
 )
 def test_the_rows_that_a_gpu_takes(dtype, shared_memory, rows, monkeypatch):
     monkeypatch.setattr(fused, "_shared_memory", lambda device: shared_memory)
