@@ -279,8 +279,8 @@ MEASURED_JOINED_TILES = (
 def choose_tiles(B: int, T: int, H: int, S: int, D: int, itemsize: int, joins: bool = False) -> Tiles:
     """Tiles from shapes alone (never from values: the split of the keys is part of the result's rounding).
 
-    `itemsize`: bytes an element; `joins`: the splits are joined in the same launch. A tile of wider rows than the measured ones holds fewer keys, so that it fits the same
-    registers.
+    `itemsize`: bytes an element; `joins`: the splits are joined in the same launch. A tile of wider rows than the measured ones
+    holds fewer keys, so that it fits the same registers.
     """
     BLOCK_S, programs, num_warps = next((tiles for heads, *tiles in MEASURED_TILES if heads >= B * H), MANY_HEADS)
     if joins:
