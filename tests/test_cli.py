@@ -24,7 +24,7 @@ from tqdm import tqdm
 from whisper_models import tiny_whisper
 
 import whisper_triton
-from whisper_triton import jobs, runtime
+from whisper_triton import doctor, fused, jobs, runtime
 from whisper_triton.checkpoints import DEMO_PACKAGE
 from whisper_triton.cli import DTYPES, main
 from whisper_triton.failure import Failure
@@ -314,6 +314,22 @@ def test_help_and_version(command: Callable[..., Result]) -> None:
     assert set(DTYPES) == set(runtime.DTYPES)  # which help must not import
 
 
+@pytest.mark.parametrize("arguments", [["-m", "whisper_triton"], ["SCRIPT"]], ids=["module", "script"])
+def test_unsupported_versions_are_refused_in_one_line(tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "transformers-4.57.1.dist-info").mkdir()
+    (tmp_path / "transformers-4.57.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 4.57.1\n")
+    script = tmp_path / "whisper-triton"  # as pip writes it
+    script.write_text("from whisper_triton.cli import main\nmain()\n")
+    arguments = [str(script) if argument == "SCRIPT" else argument for argument in arguments]
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, *arguments, "doctor"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert re.fullmatch(
+        r"whisper-triton: whisper-triton supports transformers \S+, but transformers 4.57.1 is installed\n", done.stderr
+    )
+
+
 def test_doctor(command: Callable[..., Result]) -> None:
     result = command("doctor")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -327,6 +343,16 @@ def test_doctor(command: Callable[..., Result]) -> None:
     if not torch.cuda.is_available():
         assert facts["GPU"].startswith("none: ")
         assert "PyTorch reference on CPU" in parts
+
+
+@pytest.mark.parametrize(
+    ("shared_memory", "sequences"), [(227 << 10, "64 sequences at a time (fp32: 4)"), (99 << 10, "4 sequences at a time")]
+)
+def test_doctor_says_how_many_sequences_the_fused_kernels_take(
+    monkeypatch: pytest.MonkeyPatch, shared_memory: int, sequences: str
+) -> None:
+    monkeypatch.setattr(fused, "_shared_memory", lambda device: shared_memory)
+    assert doctor._step(torch.device("cuda"))[1].startswith(f"up to {sequences} through fused kernels")
 
 
 def test_doctor_in_the_interpreter() -> None:

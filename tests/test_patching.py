@@ -24,8 +24,9 @@ from transformers import (
     WhisperModel,
     pipeline,
 )
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.whisper.modeling_whisper import WhisperAttention
-from whisper_models import assert_generates_as_stock, assert_same, mel, tiny_whisper
+from whisper_models import assert_generates_as_stock, assert_same, mel, tensors_of, tiny_whisper
 
 from whisper_triton import accelerate, accelerated, is_accelerated, restore
 from whisper_triton.attention import TritonAttention
@@ -355,6 +356,52 @@ class TestTokenTimestamps:
         with pytest.raises(RuntimeError, match="attention is eager"):
             model.generate(mel(1, device), return_token_timestamps=True, stopping_criteria=criteria)
         assert model.config._attn_implementation == "whisper_triton"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"use_cache": False}, "use_cache=False"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+        ({"cache_implementation": "offloaded_static", "disable_compile": True}, "cache_implementation='offloaded_static'"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions=True"),
+        ({"return_token_timestamps": True}, "output_attentions=True"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_what_takes_stocks_cache_says_so_once(
+    device: torch.device, kwargs: dict[str, Any], reason: str, fallbacks: Callable[[], list[str]]
+) -> None:
+    if "offloaded" in kwargs.get("cache_implementation", "") and device.type == "cpu":
+        pytest.skip("transformers offloads from a GPU only")
+    model, features = tiny_whisper(device, seed=3), mel(1, device)
+    stock = model.generate(features, max_new_tokens=4, **kwargs)
+    with accelerated(model):
+        for _ in range(2):
+            ours = model.generate(features, max_new_tokens=4, **kwargs)
+            for path, tensor in tensors_of(stock).items():
+                assert tensor.is_floating_point() or torch.equal(tensors_of(ours)[path], tensor), path
+    assert fallbacks().count(f"generate runs over stock's cache, one kernel at a time: {reason}") == 1
+
+
+def test_an_assistant_and_a_cache_of_the_users_say_so_too(device: torch.device, fallbacks: Callable[[], list[str]]) -> None:
+    model, features = accelerate(tiny_whisper(device, seed=3)), mel(1, device)
+    model.generate(features, max_new_tokens=2, assistant_model=accelerate(tiny_whisper(device, seed=5)))
+    model.generate(features, max_new_tokens=2, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    said = [line.rpartition(": ")[2] for line in fallbacks() if line.startswith("generate runs over stock's cache")]
+    assert said == ["assisted_generation", "the model is another's assistant", "past_key_values is given"]
+
+
+@pytest.mark.usefixtures("eager_steps")
+def test_steps_that_no_graph_covers_say_so_once(device: torch.device, fallbacks: Callable[[], list[str]]) -> None:
+    kwargs = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 4}
+    model = accelerate(tiny_whisper(device, seed=3, decoder_ffn_dim=448))  # which the chain does not take: modules are quicker
+    features = mel(1, device)
+    for _ in range(2):
+        model.generate(features, **kwargs)
+    assert fallbacks() == ["steps are launched one kernel at a time: output_hidden_states is set"]
+    model.generate(features, max_new_tokens=4)
+    assert len(fallbacks()) == 1
 
 
 @pytest.mark.parametrize(

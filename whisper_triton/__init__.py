@@ -6,9 +6,9 @@
 Importing the package also makes `attn_implementation="whisper_triton"` known to transformers.
 """
 
-from ._versions import check_versions
+from ._versions import require_versions
 
-check_versions()  # before anything that an old version would break on
+require_versions()  # before anything that an old version would break on
 
 from . import kernels  # noqa: E402
 from .attention import register as _register  # noqa: E402

@@ -5,6 +5,7 @@ Reads version numbers from the packages' metadata, so that the check imports non
 
 import sys
 from importlib import metadata
+from pathlib import Path
 
 PYTHON = ">=3.10,<3.14"
 SUPPORTED = {
@@ -27,6 +28,22 @@ def check_versions() -> None:
         except metadata.PackageNotFoundError:
             continue
         _check(package, found, versions)
+
+
+def require_versions() -> None:
+    """`check_versions`; but whoever runs the command gets one line and exit status 1, and no traceback."""
+    try:
+        check_versions()
+    except ImportError as error:
+        if not _is_command():
+            raise
+        sys.exit(f"whisper-triton: {error}")
+
+
+def _is_command() -> bool:
+    """Whether Python was started as the script `whisper-triton`, or as `python -m whisper_triton`."""
+    script = Path(sys.argv[0]).stem if getattr(sys, "argv", None) else ""
+    return script == "whisper-triton" or "-m whisper_triton" in " ".join(getattr(sys, "orig_argv", []))  # Python 3.9 has none
 
 
 def _check(package: str, found: str, versions: str) -> None:
