@@ -346,13 +346,14 @@ def test_doctor(command: Callable[..., Result]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shared_memory", "sequences"), [(227 << 10, "64 sequences at a time (fp32: 4)"), (99 << 10, "4 sequences at a time")]
+    ("shared_memory", "sequences"),
+    [(227 << 10, "up to 64 sequences at a time (fp32: 1)"), (99 << 10, "one sequence at a time")],
 )
 def test_doctor_says_how_many_sequences_the_fused_kernels_take(
     monkeypatch: pytest.MonkeyPatch, shared_memory: int, sequences: str
 ) -> None:
     monkeypatch.setattr(fused, "_shared_memory", lambda device: shared_memory)
-    assert doctor._step(torch.device("cuda"))[1].startswith(f"up to {sequences} through fused kernels")
+    assert doctor._step(torch.device("cuda"))[1].startswith(f"{sequences} through fused kernels")
 
 
 def test_doctor_in_the_interpreter() -> None:

@@ -48,7 +48,8 @@ def _step(device: torch.device) -> tuple[str, str]:
         return "module by module", "no GPU to capture a CUDA graph on"
     rows, rows_fp32 = max_rows(choose_dtype(None, device), device), max_rows(torch.float32, device)
     less = "" if rows == rows_fp32 else f" (fp32: {rows_fp32})"
-    why = f"up to {rows} sequences at a time{less} through fused kernels, more through the attention module"
+    many = "one sequence" if rows == 1 else f"up to {rows} sequences"
+    why = f"{many} at a time{less} through fused kernels, more through the attention module"
     return "replayed CUDA graph", why
 
 
