@@ -54,14 +54,14 @@ def why_not_captured(model: WhisperForConditionalGeneration) -> str | None:
             return f"{type(module).__name__} is in training mode"
         if module._forward_pre_hooks or any(not _is_recorder(hook) for hook in module._forward_hooks.values()):
             return f"{type(module).__name__} has a forward hook"
-    parameters = (*model.model.decoder.parameters(), model.proj_out.weight)
+    parameters, device = (*model.model.decoder.parameters(), model.proj_out.weight), model.device
     for parameter in parameters:
         # Quantised and sharded weights are other tensors inside, which a kernel could not read and we could not follow.
         if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
             return f"a weight of the decoder is {type(parameter.data).__name__}"
     for parameter in parameters:
-        if parameter.device != model.device:
-            return f"the decoder lies on {parameter.device} and {model.device}"
+        if parameter.device != device:
+            return f"the decoder lies on {parameter.device} and {device}"
     return None
 
 
@@ -71,8 +71,27 @@ def _is_recorder(hook: object) -> bool:
 
 
 def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
-    """Where a graph finds the decoder's weights: it must be captured again when `.to()`, `.half()` or a load moves them."""
-    return tuple((p.data_ptr(), p.dtype) for p in (*model.model.decoder.parameters(), model.proj_out.weight))
+    """What a graph depends on: another one is captured when modules, hooks, modes or the places of the weights change.
+
+    Asked once a window, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
+    """
+    found: list[object] = [model.config._attn_implementation]
+    modules: list[nn.Module] = [model.model.decoder, model.proj_out]
+    while modules:
+        module = modules.pop()
+        _add_fingerprint(module, found)
+        modules += module._modules.values()
+    _add_fingerprint(model.model, found)  # and not its encoder
+    return tuple(found)
+
+
+def _add_fingerprint(module: nn.Module, found: list[object]) -> None:
+    found += (type(module), module.training, "forward" in vars(module))
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        found += (id(hook) for hook in hooks.values() if not _is_recorder(hook))
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            found += (id(parameter), parameter.data_ptr(), parameter.dtype)
 
 
 def cross_projections(model: WhisperForConditionalGeneration, cache: StaticEncoderDecoderCache) -> CrossTable | None:
@@ -140,10 +159,6 @@ class DecoderStep:
         """Bytes of the caches."""
         parts = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
         return sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
-
-    def fits(self, model: WhisperForConditionalGeneration) -> bool:
-        """Whether the graphs still read the model's weights."""
-        return self.fingerprint == fingerprint(model)
 
     def takes(self, model: WhisperForConditionalGeneration, T: int) -> bool:
         """Whether T tokens a sequence are decoded by a graph: one always, a prompt where the fused chain covers all its rows.

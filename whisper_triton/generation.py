@@ -23,7 +23,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from .attention import NAME, STATE, is_length, report_once, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .decode_loop import decode
-from .decoder import DecoderStep, why_not_captured
+from .decoder import DecoderStep, fingerprint, why_not_captured
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 
@@ -53,10 +53,11 @@ class State:
     attn_implementation_before_calls: str | None = None
     owner: _Call | None = None  # the one of them that the steps' caches belong to
     in_use: DecoderStep | None = field(default=None, repr=False)
+    captured: tuple[object, ...] | None = field(default=None, repr=False)  # the fingerprint of what can be, as last seen
 
     def __getstate__(self) -> dict[str, Any]:
         # A captured graph belongs to the weights it was captured over: a copied model captures its own.
-        return vars(self) | {"steps": OrderedDict(), "calls": 0, "owner": None, "in_use": None}
+        return vars(self) | {"steps": OrderedDict(), "calls": 0, "owner": None, "in_use": None, "captured": None}
 
 
 def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., Any]:
@@ -239,13 +240,13 @@ def _why_not_static(self: WhisperForConditionalGeneration) -> str | None:
         return "a method kept from before `restore`"
     if self.config._attn_implementation != NAME:
         return f"attention is {self.config._attn_implementation}"
-    decoder = self.model.decoder
+    decoder, device = self.model.decoder, self.device  # which is looked for anew each time that it is asked for
     # One cache layer a decoder layer, in order, on one device.
     if [layer.self_attn.layer_idx for layer in decoder.layers] != list(range(self.config.decoder_layers)):
         return "decoder layers were taken out or put in"
-    if any(parameter.device != self.device for parameter in decoder.parameters()):
+    if any(parameter.device != device for parameter in decoder.parameters()):
         return "the decoder lies on several devices"
-    return why_not_covered(self.dtype, self.config.d_model // self.config.decoder_attention_heads, self.device)
+    return why_not_covered(self.dtype, self.config.d_model // self.config.decoder_attention_heads, device)
 
 
 def _cache_for(
@@ -253,7 +254,9 @@ def _cache_for(
 ) -> StaticEncoderDecoderCache:
     """The cache of a captured step, kept from call to call, or one for this call alone."""
     state: State = getattr(self, STATE)
-    reason = why_not_captured(self)
+    found = fingerprint(self)
+    reason = None if found == state.captured else why_not_captured(self)
+    state.captured = found if reason is None else None
     if reason is not None and self.device.type == "cuda":
         report_once(f"steps are launched one kernel at a time: {reason}")
     # A call inside another, or beside it in a second thread, must not write into the other's cache.
@@ -262,7 +265,7 @@ def _cache_for(
             report_once("steps are launched one kernel at a time: another call of the model's `generate` is running")
         return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
     state.in_use = None  # this call's last window, or its last temperature
-    for size in [size for size, step in state.steps.items() if reason is not None or not step.fits(self)]:
+    for size in [size for size, step in state.steps.items() if reason is not None or step.fingerprint != found]:
         del state.steps[size]
     if reason is not None:
         return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
