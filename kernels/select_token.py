@@ -26,7 +26,7 @@ from ._dispatch import backend, pdl_handover, pdl_options, tl, triton
 from ._sampling import GROUP, MAX_TOP_K, draw_from_top_k, gumbel, gumbel_reference, keep_top_k
 
 # Bits of a token's flags.
-SUPPRESSED, SUPPRESSED_AT_BEGIN, SUPPRESSED_UNTIL_MIN_LENGTH, ENDS = 1, 2, 4, 8
+SUPPRESSED, SUPPRESSED_AT_BEGIN, SUPPRESSED_UNTIL_MIN_LENGTH, ENDS = FLAGS = 1, 2, 4, 8
 NEVER = (1 << 31) - 1  # a length, or a token, that is never reached
 BLOCK_V = 1024
 

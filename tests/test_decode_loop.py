@@ -15,8 +15,10 @@ import torch
 from transformers import StoppingCriteria, SuppressTokensLogitsProcessor, WhisperForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, mel, tensors_of, tiny_whisper
+from whisper_triton.kernels.select_token import TokenLimits
 
 from whisper_triton import accelerated, decode_loop, decoder
+from whisper_triton.token_rules import Settings
 
 README = Path(__file__).parent.parent / "README.md"
 # Which loop decodes which calls, as README has it: every row is stated by the test that holds it.
@@ -323,6 +325,32 @@ class TestStocksLoop:
             model.generate(mel(1, device), max_new_tokens=8, min_new_tokens=8)
         assert len(calls) == 8
         assert not loops
+
+
+def test_what_an_interrupted_call_tells_late_is_not_taken(device: torch.device) -> None:
+    selection, prompt = decode_loop.TokenSelection(2, 8, 20, device), torch.zeros(2, 2, dtype=torch.int64, device=device)
+    settings = Settings((), None, TokenLimits(max_length=3, pad_token=0), 0.0)
+    for ends in ([3, 3], [0, 0]):
+        selection.begin(prompt, settings, None)
+        if any(ends):
+            selection(torch.zeros(2, 20, device=device))
+        selection.look()
+        assert selection.ends() == ends
+
+
+@pytest.mark.gpu
+def test_no_token_is_copied_to_the_host(device: torch.device) -> None:
+    """What is copied in a call is the same for a few tokens and for many."""
+
+    def copies(length: int) -> int:
+        with torch.profiler.profile() as profile:
+            model.generate(mel(2, device), max_new_tokens=length, min_new_tokens=length)
+            torch.cuda.synchronize()
+        return sum("DtoH" in event.name for event in profile.events())
+
+    with accelerated(talkative(device)) as model:
+        copies(5)
+        assert copies(10) == copies(50)
 
 
 def test_readme_says_which_loop_decodes_what() -> None:

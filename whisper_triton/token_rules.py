@@ -29,6 +29,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from .kernels._sampling import MAX_TOP_K
 from .kernels.select_token import (
     ENDS,
+    FLAGS,
     SUPPRESSED,
     SUPPRESSED_AT_BEGIN,
     SUPPRESSED_UNTIL_MIN_LENGTH,
@@ -158,19 +159,25 @@ def write_rules(settings: Settings, pad_token: torch.Tensor | None, rules: Token
         pad_token: 0-dim or (1,) on the device; None where no row can end before the others.
     """
     vocabulary_size, device = rules.flags.shape[0], rules.flags.device
-    # One more column, for ids beyond the vocabulary: stock takes no notice of them.
-    marks = torch.zeros(len(settings.tokens) + 1, vocabulary_size + 1, dtype=torch.uint8, device=device)
-    for row, (flag, ids) in zip(marks, settings.tokens, strict=False):
-        ids = ids.to(device, torch.int64).flatten()
-        row.index_fill_(0, torch.where((ids >= 0) & (ids < vocabulary_size), ids, vocabulary_size), flag)
+    # A row for each flag, with a column before and one after the vocabulary: stock takes no notice of ids beyond it.
+    marks = torch.zeros(len(FLAGS), vocabulary_size + 2, dtype=torch.uint8, device=device)
+    tokens, flags = [ids.to(device, torch.int64).flatten() for _, ids in settings.tokens], []
+    for (flag, _), ids in zip(settings.tokens, tokens, strict=True):
+        flags += [flag] * ids.numel()
     if settings.no_timestamps is not None:
-        marks[-1, settings.no_timestamps].fill_(SUPPRESSED)
-    flags = marks[0]
-    for row in marks[1:]:
-        flags = flags | row
-    rules.flags.copy_(flags[:vocabulary_size])
-    limits = torch.tensor(settings.limits, dtype=torch.int64, pin_memory=device.type == "cuda")
-    rules.limits.copy_(limits, non_blocking=True)
+        flags.append(SUPPRESSED)
+    starts = [FLAGS.index(flag) * marks.shape[1] + 1 for flag in flags]
+    # All that the host knows, in one copy.
+    parts = [[*settings.limits], starts, flags, [settings.no_timestamps or 0]]
+    host = torch.tensor([number for part in parts for number in part], dtype=torch.int64, pin_memory=device.type == "cuda")
+    limits, starts, flags, no_timestamps = host.to(device, non_blocking=True).split([len(part) for part in parts])
+    if settings.no_timestamps is not None:
+        tokens.append(no_timestamps)
+    if tokens:
+        places = torch.cat(tokens).clamp(-1, vocabulary_size) + starts
+        marks.view(-1).scatter_(0, places, flags.to(torch.uint8))
+    rules.flags.copy_(marks.sum(0, dtype=torch.uint8)[1:-1])
+    rules.limits.copy_(limits)
     if pad_token is not None:
         rules.limits[TokenLimits._fields.index("pad_token")].copy_(pad_token.view(()))
     rules.temperature.fill_(settings.temperature)
