@@ -14,7 +14,7 @@ from whisper_triton import accelerated
 from whisper_triton.encoded import ENCODED, Encoded
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("one_thread", "reference_kernels")
+pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 
 @contextmanager
