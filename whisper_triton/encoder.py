@@ -94,7 +94,7 @@ def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
         for parameter in module._parameters.values():
             if parameter is not None:
                 found += (parameter.data_ptr(), parameter.dtype)
-        modules += module._modules.values()
+        modules += [child for child in module._modules.values() if child is not None]
     return tuple(found)
 
 
@@ -170,7 +170,7 @@ def _is_repeatable(self: WhisperEncoder) -> bool:
         hooks = () if module is self else (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if module.training or not all(map(is_recorder, hooks)):
             return False
-        modules += module._modules.values()
+        modules += [child for child in module._modules.values() if child is not None]
     return True
 
 

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from .attention import NAME, STATE, is_length, report_once, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .decode_loop import decode
-from .decoder import DecoderStep, fingerprint, why_not_captured
+from .decoder import DecoderStep, fingerprint, modules_of, why_not_captured
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 
@@ -244,7 +244,8 @@ def _why_not_static(self: WhisperForConditionalGeneration) -> str | None:
     # One cache layer a decoder layer, in order, on one device.
     if [layer.self_attn.layer_idx for layer in decoder.layers] != list(range(self.config.decoder_layers)):
         return "decoder layers were taken out or put in"
-    if any(parameter.device != device for parameter in decoder.parameters()):
+    parameters = (p for module in modules_of(decoder) for p in module._parameters.values() if p is not None)
+    if any(parameter.device != device for parameter in parameters):
         return "the decoder lies on several devices"
     return why_not_covered(self.dtype, self.config.d_model // self.config.decoder_attention_heads, device)
 
