@@ -20,17 +20,17 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from .attention import NAME, STATE, is_length, report_once, why_not_covered
+from .attention import STATE, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
+from .coverage import takes_our_loop, why_not_our_cache, why_not_replayed, why_not_static
 from .decode_loop import decode
-from .decoder import DecoderStep, fingerprint, modules_of, why_not_captured
+from .decoder import DecoderStep, fingerprint, why_not_captured
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 
 MAX_BYTES = 8 << 30  # of caches kept for captured steps, the batch size in use always among them
 _LOCK = threading.Lock()
 _CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
-_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
         if state.calls == 1:
             state.attn_implementation_before_calls = self.config._attn_implementation
     outer, outer_encoded = _CALL.set(call), ENCODED.set(Encoded())
-    if _takes_our_loop(self, args, kwargs):
+    if takes_our_loop(self, args, kwargs):
         kwargs["custom_generate"] = _decode
     try:
         return _stock(self, "generate")(*args, **kwargs)
@@ -90,26 +90,6 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
             if state.calls == 0:
                 # `return_token_timestamps=True` sets eager attention and leaves it so, which would end the acceleration.
                 self.config._attn_implementation = state.attn_implementation_before_calls
-
-
-# Arguments of `generate` that bring another loop than `_sample`, or that transformers keeps from a loop of ours.
-_OTHER_LOOPS = (
-    "custom_generate", "streamer", "assistant_model", "assistant_tokenizer", "tokenizer", "stop_strings", "synced_gpus",
-    "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "constraints",
-    "force_words_ids", "num_beam_groups",
-)  # fmt: skip
-
-
-def _takes_our_loop(self: WhisperForConditionalGeneration, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `generate` may be handed `_decode`, which then looks closer, once for each window."""
-    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    return (
-        len(args) <= 5  # the sixth is `synced_gpus`
-        and not any(kwargs.get(name) for name in _OTHER_LOOPS)
-        and kwargs.get("num_beams") in (None, 1)
-        and all(c is None or c.get_generation_mode() in _MODES[:2] for c in (config, self.generation_config))
-        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    )
 
 
 def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kwargs: Any) -> Any:
@@ -137,17 +117,6 @@ def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -
     )
 
 
-# What `generate` passes to a step: the attention mask is of the frames, which Whisper ignores ...
-_TENSORS = ("decoder_input_ids", "decoder_attention_mask", "past_key_values", "encoder_outputs", "attention_mask")
-# ... and besides, with the values that a graph covers.
-_STEP_ARGUMENTS = {
-    "use_cache": (True,),
-    "return_dict": (True, None),
-    "output_attentions": (False, None),
-    "output_hidden_states": (False, None),
-}
-
-
 def _step_in_use(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> DecoderStep | None:
     """The step over whose cache `generate` makes this forward pass, or None."""
     state: State | None = vars(self).get(STATE)  # None: kept, or compiled into something, from before `restore`
@@ -162,7 +131,7 @@ def _is_replayed(self: WhisperForConditionalGeneration, step: DecoderStep, kwarg
     ids, owner = kwargs.get("decoder_input_ids"), getattr(self, STATE).owner
     if ids is None or ids.dim() != 2 or ids.shape[0] != step.encoder_states.shape[0] or ids.shape[1] < 1:
         return False
-    T, reason = ids.shape[1], _why_not_replayed(self, kwargs)
+    T, reason = ids.shape[1], why_not_replayed(self, kwargs)
     if reason is not None and T == 1:  # a prompt is in the modules' hands wherever no graph takes it
         report_once(f"steps are launched one kernel at a time: {reason}")
     return (
@@ -174,20 +143,6 @@ def _is_replayed(self: WhisperForConditionalGeneration, step: DecoderStep, kwarg
     )
 
 
-def _why_not_replayed(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> str | None:
-    """What no graph covers in the arguments of a step's forward pass, or None."""
-    mask = kwargs.get("decoder_attention_mask")
-    if mask is not None and not is_length(mask):
-        return "decoder_attention_mask is given"
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(self.config, name):
-            return f"{name} is set"
-    for name, value in kwargs.items():
-        if name not in _TENSORS and not any(value is covered for covered in _STEP_ARGUMENTS.get(name, (None,))):
-            return f"{name} is set"
-    return None
-
-
 def _prepare_cache_for_generation(
     self: WhisperForConditionalGeneration,
     generation_config: GenerationConfig,
@@ -196,12 +151,12 @@ def _prepare_cache_for_generation(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    reason = _why_not_our_cache(self, generation_config, model_kwargs, generation_mode)
+    reason = why_not_our_cache(self, generation_config, model_kwargs, generation_mode)
     if reason is None:
         frames = model_kwargs["encoder_outputs"][0]
         model_kwargs["past_key_values"] = _cache_for(self, frames.shape[0], max_cache_length, frames.shape[1])
         return
-    if generation_config.cache_implementation != "static":  # which ends in `_prepare_static_cache`
+    if reason != "cache_implementation='static'":  # which ends in `_prepare_static_cache`
         _report_stocks_cache(reason)
     _stock(self, "_prepare_cache_for_generation")(
         generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -210,44 +165,6 @@ def _prepare_cache_for_generation(
 
 def _report_stocks_cache(reason: str) -> None:
     report_once(f"generate runs over stock's cache, one kernel at a time: {reason}")
-
-
-def _why_not_our_cache(
-    self: WhisperForConditionalGeneration,
-    generation_config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-    generation_mode: GenerationMode,
-) -> str | None:
-    """What in a call of `generate` is not covered by a cache of ours, or None."""
-    if model_kwargs.get("past_key_values") is not None:
-        return "past_key_values is given"
-    if generation_config.cache_implementation not in (None, "dynamic"):
-        return f"cache_implementation={generation_config.cache_implementation!r}"
-    if generation_config.use_cache is False:
-        return "use_cache=False"
-    if generation_mode not in _MODES:
-        return f"{generation_mode.value}"
-    if generation_config.is_assistant:
-        return "the model is another's assistant"
-    if generation_config.output_attentions or self.config.output_attentions:
-        return "output_attentions=True"
-    return _why_not_static(self)
-
-
-def _why_not_static(self: WhisperForConditionalGeneration) -> str | None:
-    """Why the model cannot decode over a static cache of ours, or None."""
-    if STATE not in vars(self):
-        return "a method kept from before `restore`"
-    if self.config._attn_implementation != NAME:
-        return f"attention is {self.config._attn_implementation}"
-    decoder, device = self.model.decoder, self.device  # which is looked for anew each time that it is asked for
-    # One cache layer a decoder layer, in order, on one device.
-    if [layer.self_attn.layer_idx for layer in decoder.layers] != list(range(self.config.decoder_layers)):
-        return "decoder layers were taken out or put in"
-    parameters = (p for module in modules_of(decoder) for p in module._parameters.values() if p is not None)
-    if any(parameter.device != device for parameter in parameters):
-        return "the decoder lies on several devices"
-    return why_not_covered(self.dtype, self.config.d_model // self.config.decoder_attention_heads, device)
 
 
 def _cache_for(
@@ -291,7 +208,7 @@ def _prepare_static_cache(
     model_kwargs: dict[str, Any],
 ) -> Cache:
     """For `cache_implementation="static"`: our cache, which `generate` compiles over."""
-    reason = f"cache_implementation={cache_implementation!r}" if "offloaded" in cache_implementation else _why_not_static(self)
+    reason = f"cache_implementation={cache_implementation!r}" if "offloaded" in cache_implementation else why_not_static(self)
     if reason is not None:
         _report_stocks_cache(reason)
         return _stock(self, "_prepare_static_cache")(

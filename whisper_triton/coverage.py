@@ -1,0 +1,96 @@
+"""What of a call of `generate` our loop, our caches and the captured steps cover, and in words why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, WhisperForConditionalGeneration
+from transformers.generation import GenerationMode
+
+from .attention import NAME, STATE, is_length, why_not_covered
+from .decoder import modules_of
+
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+# Arguments of `generate` that bring another loop than `_sample`, or that transformers keeps from a loop of ours.
+_OTHER_LOOPS = (
+    "custom_generate", "streamer", "assistant_model", "assistant_tokenizer", "tokenizer", "stop_strings", "synced_gpus",
+    "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "constraints",
+    "force_words_ids", "num_beam_groups",
+)  # fmt: skip
+
+
+def takes_our_loop(model: WhisperForConditionalGeneration, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate` may be handed our loop, which then looks closer, once for each window."""
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    return (
+        len(args) <= 5  # the sixth is `synced_gpus`
+        and not any(kwargs.get(name) for name in _OTHER_LOOPS)
+        and kwargs.get("num_beams") in (None, 1)
+        and all(c is None or c.get_generation_mode() in _MODES[:2] for c in (config, model.generation_config))
+        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    )
+
+
+# What `generate` passes to a step: the attention mask is of the frames, which Whisper ignores ...
+_TENSORS = ("decoder_input_ids", "decoder_attention_mask", "past_key_values", "encoder_outputs", "attention_mask")
+# ... and besides, with the values that a graph covers.
+_STEP_ARGUMENTS = {
+    "use_cache": (True,),
+    "return_dict": (True, None),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+}
+
+
+def why_not_replayed(model: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> str | None:
+    """What no graph covers in the arguments of a step's forward pass, or None."""
+    mask = kwargs.get("decoder_attention_mask")
+    if mask is not None and not is_length(mask):
+        return "decoder_attention_mask is given"
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(model.config, name):
+            return f"{name} is set"
+    for name, value in kwargs.items():
+        if name not in _TENSORS and not any(value is covered for covered in _STEP_ARGUMENTS.get(name, (None,))):
+            return f"{name} is set"
+    return None
+
+
+def why_not_our_cache(
+    model: WhisperForConditionalGeneration,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    generation_mode: GenerationMode,
+) -> str | None:
+    """What in a call of `generate` is not covered by a cache of ours, or None."""
+    if model_kwargs.get("past_key_values") is not None:
+        return "past_key_values is given"
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        return f"cache_implementation={generation_config.cache_implementation!r}"
+    if generation_config.use_cache is False:
+        return "use_cache=False"
+    if generation_mode not in _MODES:
+        return f"{generation_mode.value}"
+    if generation_config.is_assistant:
+        return "the model is another's assistant"
+    if generation_config.output_attentions or model.config.output_attentions:
+        return "output_attentions=True"
+    return why_not_static(model)
+
+
+def why_not_static(model: WhisperForConditionalGeneration) -> str | None:
+    """Why the model cannot decode over a static cache of ours, or None."""
+    if STATE not in vars(model):
+        return "a method kept from before `restore`"
+    if model.config._attn_implementation != NAME:
+        return f"attention is {model.config._attn_implementation}"
+    decoder, device = model.model.decoder, model.device  # which is looked for anew each time that it is asked for
+    # One cache layer a decoder layer, in order, on one device.
+    if [layer.self_attn.layer_idx for layer in decoder.layers] != list(range(model.config.decoder_layers)):
+        return "decoder layers were taken out or put in"
+    parameters = (p for module in modules_of(decoder) for p in module._parameters.values() if p is not None)
+    if any(parameter.device != device for parameter in parameters):
+        return "the decoder lies on several devices"
+    return why_not_covered(model.dtype, model.config.d_model // model.config.decoder_attention_heads, device)
