@@ -70,7 +70,7 @@ WHISPER_PROMPTS = (
 OTHER_HEAD_DIMS = tuple(Shape(2, T, 2, D, 100, 70) for D in HEAD_DIMS if D != 64 for T in (1, 7))
 CALLS = WHISPER_STEPS + WHISPER_PROMPTS + OTHER_HEAD_DIMS
 # The cross cache: 1500 frames and no mask.
-CROSS_CALLS = (Shape(1, 1, 6, 64, 1500, 1500), Shape(1, 3, 2, 64, 1500, 1500))
+CROSS_CALLS = (Shape(1, 1, 3, 64, 1500, 1500), Shape(1, 3, 2, 64, 1500, 1500))
 LARGE_CALLS = (
     Shape(1, 1, 20, 64, 448, 448),
     Shape(8, 1, 20, 64, 448, 447),

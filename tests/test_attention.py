@@ -430,6 +430,12 @@ class TestTraining:
         assert torch.equal(run(accelerate(model)), stock)
 
 
+def said_of_generate(plug_in: Callable, reason: str) -> list[str]:
+    """What the log says of a `generate` that neither the attention nor, of an accelerated model, the caches cover."""
+    caches = [f"generate runs over stock's cache, one kernel at a time: {reason}"] if plug_in is accelerate else []
+    return [f"attention takes the stock path: {reason}", *caches]
+
+
 @pytest.mark.usefixtures("reference_kernels")
 class TestFallbacks:
     """Each says so once in the log, however many layers and calls it concerns."""
@@ -482,7 +488,7 @@ class TestFallbacks:
             assert ours.sequences.tolist() == stock.sequences.tolist()
             for found, wanted in zip(ours.scores, stock.scores, strict=True):
                 torch.testing.assert_close(found, wanted, rtol=0, atol=0)
-        assert fallbacks() == [f"attention takes the stock path: {dtype} with head dim {head_dim}"]
+        assert fallbacks() == said_of_generate(plug_in, f"{dtype} with head dim {head_dim}")
 
     @pytest.mark.parametrize("name", ["head_mask", "position_bias"])
     def test_a_head_mask_or_position_bias(self, device: torch.device, name: str, fallbacks: Callable) -> None:
@@ -508,7 +514,7 @@ class TestFallbacks:
                 results.append(model.generate(features, max_new_tokens=10).tolist())
         assert results[0] == results[1]
         reason = "autocast: states have another dtype than the model and its caches"
-        assert fallbacks() == [f"attention takes the stock path: {reason}"]
+        assert fallbacks() == said_of_generate(plug_in, reason)
 
     def test_one_sequence_and_the_encoders_output_of_two(self, device: torch.device) -> None:
         """Stock then lines the frames up as if they were one long recording."""
