@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ._checks import check_positions
-from ._dispatch import pdl_handover, pdl_options, tl, triton
+from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
 def embed_tokens_reference(
@@ -52,38 +52,10 @@ def _embed_tokens_kernel(
     tl.store(out_ptr + (i_b * T + i_t) * K + offs_k, x.to(out_ptr.dtype.element_ty), mask=offs_k < K)
 
 
-def embed_tokens(
+def _launch(
     input_ids: torch.Tensor, token_embedding: torch.Tensor, position_embedding: torch.Tensor, cache_position: torch.Tensor
 ) -> torch.Tensor:
-    """Embeds T tokens a sequence, at the positions from `cache_position` on.
-
-    Args:
-        input_ids: (B,) or (B, T) int64, any strides.
-        token_embedding: (V, K), position_embedding: (P, K), contiguous, of one dtype.
-        cache_position: 0-dim int64 on the same device.
-
-    Returns:
-        (B * T, K), contiguous, the embeddings' dtype; 0 for an id or a position out of range.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
-    """
     V, K = token_embedding.shape
-    if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or input_ids.numel() == 0:
-        raise ValueError(f"input_ids must be int64 (B,) or (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")
-    if position_embedding.shape[1:] != (K,) or position_embedding.dtype != token_embedding.dtype:
-        raise ValueError(
-            f"position_embedding is {position_embedding.dtype} {tuple(position_embedding.shape)}, the tokens' "
-            f"{token_embedding.dtype} {tuple(token_embedding.shape)}"
-        )
-    if not token_embedding.is_contiguous() or not position_embedding.is_contiguous():
-        raise ValueError("embeddings must be contiguous")
-    if not input_ids.device == position_embedding.device == token_embedding.device:
-        raise ValueError(
-            f"input_ids are on {input_ids.device}, position_embedding on {position_embedding.device}, token_embedding on "
-            f"{token_embedding.device}"
-        )
-    check_positions("cache_position", cache_position, 1, token_embedding.device)
     ids = input_ids if input_ids.dim() == 2 else input_ids[:, None]
     B, T = ids.shape
     out = token_embedding.new_empty(B * T, K)
@@ -104,3 +76,52 @@ def embed_tokens(
         **pdl_options(out.device),
     )
     return out
+
+
+def _fake(
+    input_ids: torch.Tensor, token_embedding: torch.Tensor, position_embedding: torch.Tensor, cache_position: torch.Tensor
+) -> torch.Tensor:
+    return token_embedding.new_empty(input_ids.numel(), token_embedding.shape[1])
+
+
+_op = register(
+    "embed_tokens(Tensor input_ids, Tensor token_embedding, Tensor position_embedding, Tensor cache_position) -> Tensor",
+    kernel=_launch,
+    reference=embed_tokens_reference,
+    fake=_fake,
+)
+
+
+def embed_tokens(
+    input_ids: torch.Tensor, token_embedding: torch.Tensor, position_embedding: torch.Tensor, cache_position: torch.Tensor
+) -> torch.Tensor:
+    """Embeds T tokens a sequence, at the positions from `cache_position` on.
+
+    Args:
+        input_ids: (B,) or (B, T) int64, any strides.
+        token_embedding: (V, K), position_embedding: (P, K), contiguous, of one dtype.
+        cache_position: 0-dim int64 on the same device.
+
+    Returns:
+        (B * T, K), contiguous, the embeddings' dtype; 0 for an id or a position out of range.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    K = token_embedding.shape[1]
+    if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or input_ids.numel() == 0:
+        raise ValueError(f"input_ids must be int64 (B,) or (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")
+    if position_embedding.shape[1:] != (K,) or position_embedding.dtype != token_embedding.dtype:
+        raise ValueError(
+            f"position_embedding is {position_embedding.dtype} {tuple(position_embedding.shape)}, the tokens' "
+            f"{token_embedding.dtype} {tuple(token_embedding.shape)}"
+        )
+    if not token_embedding.is_contiguous() or not position_embedding.is_contiguous():
+        raise ValueError("embeddings must be contiguous")
+    if not input_ids.device == position_embedding.device == token_embedding.device:
+        raise ValueError(
+            f"input_ids are on {input_ids.device}, position_embedding on {position_embedding.device}, token_embedding on "
+            f"{token_embedding.device}"
+        )
+    check_positions("cache_position", cache_position, 1, token_embedding.device)
+    return _op(input_ids, token_embedding, position_embedding, cache_position)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, register_options, tl, triton
+from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, register, register_options, tl, triton
 
 MAX_ROWS = 64
 MAX_CHUNK = 256  # elements of K: one warp's 16-byte loads of a row
@@ -329,6 +329,125 @@ def fits_tiles(width: int) -> bool:
     return width % 16 == 0 and width > 0 and tail & (tail - 1) == 0
 
 
+def _launch(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    scale: float,
+    gelu: bool,
+    residual: torch.Tensor | None,
+    tiles: list[int],
+) -> torch.Tensor:
+    B, K = x.shape
+    N = weights[0].shape[0]
+    BLOCK_N, SPLIT_K, num_warps, use_dot = tiles
+    pdl = pdl_options(x.device)
+    if norm_weight is not None and use_dot:
+        # Several rows in fp32 beside the weights do not fit a program's registers: a launch of its own is cheaper.
+        normalised = torch.empty_like(x)
+        _layer_norm_kernel[(B,)](
+            x_ptr=x,
+            weight_ptr=norm_weight,
+            bias_ptr=norm_bias,
+            out_ptr=normalised,
+            eps=eps,
+            K=K,
+            BLOCK_K=triton.next_power_of_2(K),
+            num_warps=4,
+            **pdl,
+        )
+        x, norm_weight, norm_bias = normalised, None, None
+    out = x.new_empty(B, len(weights) * N)
+    partial = out if SPLIT_K == 1 else torch.empty(SPLIT_K, B, N, dtype=torch.float32, device=x.device)
+    w, b = (weights * 3)[:3], (biases * 3)[:3]
+    has_bias = sum((bias is not None) << i for i, bias in enumerate(biases))
+    row_tiles = triton.cdiv(B, 16) if use_dot else 1
+    _skinny_linear_kernel[(triton.cdiv(N, BLOCK_N) * row_tiles, len(weights), SPLIT_K)](
+        x_ptr=x,
+        weight_0_ptr=w[0],
+        weight_1_ptr=w[1],
+        weight_2_ptr=w[2],
+        bias_0_ptr=x if b[0] is None else b[0],
+        bias_1_ptr=x if b[1] is None else b[1],
+        bias_2_ptr=x if b[2] is None else b[2],
+        norm_weight_ptr=x if norm_weight is None else norm_weight,
+        norm_bias_ptr=x if norm_bias is None else norm_bias,
+        residual_ptr=x if residual is None else residual,
+        out_ptr=partial,
+        scale=scale,
+        eps=eps,
+        B=B,
+        N=N,
+        K=K,
+        NUM_PARTS=len(weights),
+        SPLIT_K=SPLIT_K,
+        HAS_BIAS=has_bias,
+        HAS_NORM=norm_weight is not None,
+        HAS_RESIDUAL=residual is not None and SPLIT_K == 1,
+        GELU=gelu,
+        USE_DOT=bool(use_dot),
+        ROW_TILES=row_tiles,
+        BLOCK_B=16,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=min(MAX_CHUNK, (K // SPLIT_K) & -(K // SPLIT_K)),
+        HEAD=1 << ((K // SPLIT_K).bit_length() - 1),
+        NUM_WARPS=num_warps,
+        num_warps=num_warps,
+        **register_options(x.device),
+        **pdl,
+    )
+    if SPLIT_K > 1:
+        _sum_splits_kernel[(triton.cdiv(N, 256), B)](
+            partial_ptr=partial,
+            bias_ptr=x if biases[0] is None else biases[0],
+            residual_ptr=x if residual is None else residual,
+            out_ptr=out,
+            B=B,
+            N=N,
+            SPLIT_K=SPLIT_K,
+            HAS_BIAS=biases[0] is not None,
+            HAS_RESIDUAL=residual is not None,
+            BLOCK_N=256,
+            num_warps=2,
+            **pdl,
+        )
+    return out
+
+
+def _run_reference(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    scale: float,
+    gelu: bool,
+    residual: torch.Tensor | None,
+    tiles: list[int],
+) -> torch.Tensor:
+    layer_norm = None if norm_weight is None else LayerNorm(norm_weight, norm_bias, eps)
+    return skinny_linear_reference(
+        x, tuple(weights), tuple(biases), layer_norm=layer_norm, scale=scale, gelu=gelu, residual=residual
+    )
+
+
+def _fake(x: torch.Tensor, weights: list[torch.Tensor], *args: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], len(weights) * weights[0].shape[0])
+
+
+_op = register(
+    "skinny_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? norm_weight, Tensor? norm_bias, float eps,"
+    " float scale, bool gelu, Tensor? residual, int[] tiles) -> Tensor",
+    kernel=_launch,
+    reference=_run_reference,
+    fake=_fake,
+)
+
+
 def skinny_linear(
     x: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
@@ -368,81 +487,13 @@ def skinny_linear(
         raise ValueError(f"all tensors must be {x.dtype} on {x.device} like x, and begin at a multiple of 16 bytes")
     if not x.is_contiguous() or (residual is not None and (residual.shape != (B, N) or not residual.is_contiguous())):
         raise ValueError("x and residual must be contiguous, the residual (B, N)")
-    BLOCK_N, SPLIT_K, num_warps, use_dot = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None)
-    if B > 1 and (x.dtype == torch.float32 or not use_dot):
+    tiles = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None)
+    SPLIT_K = tiles.SPLIT_K
+    if B > 1 and (x.dtype == torch.float32 or not tiles.USE_DOT):
         raise ValueError(f"several rows, {B} here, take tensor cores, which would round {x.dtype} to tf32 if it is fp32")
     if K % SPLIT_K or not fits_tiles(K // SPLIT_K):
         raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two from 16 on")
     if SPLIT_K > 1 and (layer_norm is not None or gelu or scale != 1.0 or len(weights) == 3):
         raise ValueError("only a plain linear layer can have its K split")
-    pdl = pdl_options(x.device)
-    if layer_norm is not None and use_dot:
-        # Several rows in fp32 beside the weights do not fit a program's registers: a launch of its own is cheaper.
-        normalised = torch.empty_like(x)
-        _layer_norm_kernel[(B,)](
-            x_ptr=x,
-            weight_ptr=layer_norm.weight,
-            bias_ptr=layer_norm.bias,
-            out_ptr=normalised,
-            eps=layer_norm.eps,
-            K=K,
-            BLOCK_K=triton.next_power_of_2(K),
-            num_warps=4,
-            **pdl,
-        )
-        x, layer_norm = normalised, None
-    out = x.new_empty(B, len(weights) * N)
-    partial = out if SPLIT_K == 1 else torch.empty(SPLIT_K, B, N, dtype=torch.float32, device=x.device)
-    w, b = (weights * 3)[:3], (biases * 3)[:3]
-    has_bias = sum((bias is not None) << i for i, bias in enumerate(biases))
-    row_tiles = triton.cdiv(B, 16) if use_dot else 1
-    _skinny_linear_kernel[(triton.cdiv(N, BLOCK_N) * row_tiles, len(weights), SPLIT_K)](
-        x_ptr=x,
-        weight_0_ptr=w[0],
-        weight_1_ptr=w[1],
-        weight_2_ptr=w[2],
-        bias_0_ptr=x if b[0] is None else b[0],
-        bias_1_ptr=x if b[1] is None else b[1],
-        bias_2_ptr=x if b[2] is None else b[2],
-        norm_weight_ptr=x if layer_norm is None else layer_norm.weight,
-        norm_bias_ptr=x if layer_norm is None else layer_norm.bias,
-        residual_ptr=x if residual is None else residual,
-        out_ptr=partial,
-        scale=scale,
-        eps=0.0 if layer_norm is None else layer_norm.eps,
-        B=B,
-        N=N,
-        K=K,
-        NUM_PARTS=len(weights),
-        SPLIT_K=SPLIT_K,
-        HAS_BIAS=has_bias,
-        HAS_NORM=layer_norm is not None,
-        HAS_RESIDUAL=residual is not None and SPLIT_K == 1,
-        GELU=gelu,
-        USE_DOT=use_dot,
-        ROW_TILES=row_tiles,
-        BLOCK_B=16,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=min(MAX_CHUNK, (K // SPLIT_K) & -(K // SPLIT_K)),
-        HEAD=1 << ((K // SPLIT_K).bit_length() - 1),
-        NUM_WARPS=num_warps,
-        num_warps=num_warps,
-        **register_options(x.device),
-        **pdl,
-    )
-    if SPLIT_K > 1:
-        _sum_splits_kernel[(triton.cdiv(N, 256), B)](
-            partial_ptr=partial,
-            bias_ptr=x if biases[0] is None else biases[0],
-            residual_ptr=x if residual is None else residual,
-            out_ptr=out,
-            B=B,
-            N=N,
-            SPLIT_K=SPLIT_K,
-            HAS_BIAS=biases[0] is not None,
-            HAS_RESIDUAL=residual is not None,
-            BLOCK_N=256,
-            num_warps=2,
-            **pdl,
-        )
-    return out
+    norm = (None, None, 0.0) if layer_norm is None else layer_norm
+    return _op(x, list(weights), list(biases), *norm, scale, gelu, residual, [int(number) for number in tiles])

@@ -155,8 +155,11 @@ def linear_calls(B: int) -> Iterator[Call]:
         return torch.empty(*shape, dtype=torch.float16)
 
     def linear_call(link: str, x: object, N: int, K: int, parts: int = 1, bias: bool = True, **around: object) -> Call:
-        weights = tuple(tensor(N, K) for _ in range(parts))
-        launch = partial(linear.skinny_linear, x, weights, (tensor(N) if bias else None,) * parts, **around)
+        weights, biases = [tensor(N, K) for _ in range(parts)], [tensor(N) if bias else None] * parts
+        norm = around.get("layer_norm", (None, None, 0.0))
+        tiles = [int(number) for number in linear.choose_tiles(B, N, K, parts, "layer_norm" in around)]
+        others = around.get("scale", 1.0), around.get("gelu", False), around.get("residual")
+        launch = partial(linear._launch, x, weights, biases, *norm, *others, tiles)
         return Call(f"linear {link} {B=}", launch, read_ahead=True)  # of the weights, which no kernel writes
 
     norm = linear.LayerNorm(tensor(1280), tensor(1280), 1e-5)
@@ -170,7 +173,7 @@ def linear_calls(B: int) -> Iterator[Call]:
     for T in (1, 4):
         ids = torch.zeros(B, T, dtype=torch.int64)
         embeddings = tensor(51866, 1280), tensor(448, 1280)
-        yield Call(f"embed {B=} {T=}", partial(embed.embed_tokens, ids, *embeddings, torch.tensor(0)))
+        yield Call(f"embed {B=} {T=}", partial(embed._launch, ids, *embeddings, torch.tensor(0)))
 
 
 def project_calls(dtype: torch.dtype) -> Iterator[Call]:

@@ -51,3 +51,10 @@ def test_what_is_out_of_range_reads_nothing(token, position, device):
     tokens, positions = torch.full((99, 64), torch.nan, device=device), torch.full((20, 64), torch.nan, device=device)
     out = embed_tokens(torch.tensor([token], device=device), tokens, positions, torch.tensor(position, device=device))
     assert torch.equal(out, torch.zeros(1, 64, device=device))
+
+
+def test_the_op_keeps_the_rules_of_torch_library(device):
+    tokens, positions = torch.randn(99, 64, device=device), torch.randn(20, 64, device=device)
+    ids = torch.randint(0, 99, (2, 3), device=device)
+    arguments = ids, tokens, positions, torch.tensor(4, device=device)
+    torch.library.opcheck(torch.ops.whisper_triton.embed_tokens.default, arguments)

@@ -87,6 +87,14 @@ def test_a_row_is_the_same_whatever_the_other_rows_hold(device):
     assert not torch.equal(first[1], second[1])
 
 
+def test_the_op_keeps_the_rules_of_torch_library(device):
+    op = torch.ops.whisper_triton.skinny_linear.default
+    x, weights, biases, norm, residual = make(1, 64, 32, 1, torch.float16, device)
+    tiles = [4, 1, 4, 0]
+    torch.library.opcheck(op, (x, list(weights), list(biases), *norm, 1.0, True, None, tiles))
+    torch.library.opcheck(op, (x, list(weights), [None], None, None, 0.0, 1.0, False, residual, tiles))
+
+
 def test_results_are_the_same_from_run_to_run(device):
     x, weights, biases, _, residual = make(4, 2048, 64, 1, torch.float16, device)
     runs = [skinny_linear(x, weights, biases, residual=residual, tiles=LinearTiles(32, 2, 4, True)) for _ in range(3)]

@@ -29,6 +29,7 @@ from whisper_triton.kernels.add_layer_norm import add_layer_norm, add_layer_norm
 from whisper_triton.kernels.append_attention import append_attention, append_attention_reference  # noqa: E402
 from whisper_triton.kernels.bias_gelu import bias_gelu, bias_gelu_reference  # noqa: E402
 from whisper_triton.kernels.decode_attention import decode_attention, decode_attention_reference  # noqa: E402
+from whisper_triton.kernels.embed_tokens import embed_tokens, embed_tokens_reference  # noqa: E402
 from whisper_triton.kernels.project_cross_kv import (  # noqa: E402
     CrossTable,
     cross_table,
@@ -36,6 +37,7 @@ from whisper_triton.kernels.project_cross_kv import (  # noqa: E402
     project_cross_kv_reference,
 )
 from whisper_triton.kernels.select_token import select_token, select_token_reference  # noqa: E402
+from whisper_triton.kernels.skinny_linear import skinny_linear, skinny_linear_reference  # noqa: E402
 from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_cache_reference  # noqa: E402
 
 __all__ = [
@@ -50,10 +52,14 @@ __all__ = [
     "cross_table",
     "decode_attention",
     "decode_attention_reference",
+    "embed_tokens",
+    "embed_tokens_reference",
     "project_cross_kv",
     "project_cross_kv_reference",
     "select_token",
     "select_token_reference",
+    "skinny_linear",
+    "skinny_linear_reference",
     "update_kv_cache",
     "update_kv_cache_reference",
 ]
