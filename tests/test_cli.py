@@ -338,8 +338,9 @@ def test_doctor(command: Callable[..., Result]) -> None:
     assert facts["whisper-triton"] == whisper_triton.__version__
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     parts = result.stdout.split("\n\n")[1]
-    names = ["update_kv_cache", "decode_attention", "append_attention", "attention module", "decoding step"]
-    assert [line[:17].rstrip() for line in parts.splitlines()] == [*names, "encoder, prompts"]
+    names = [line[:17].rstrip() for line in parts.splitlines()]
+    assert names == [*doctor.KERNELS, "attention module", "decoding step", "prompt", "encoder", "choice of tokens"]
+    assert {"update_kv_cache", "decode_attention", "append_attention", "skinny_linear", "select_token"} <= set(names)
     if not torch.cuda.is_available():
         assert facts["GPU"].startswith("none: ")
         assert "PyTorch reference on CPU" in parts
@@ -359,7 +360,7 @@ def test_doctor_says_how_many_sequences_the_fused_kernels_take(
 def test_doctor_in_the_interpreter() -> None:
     done = run_process("doctor", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0
-    assert done.stdout.count("Triton kernels in Triton's interpreter on CPU  TRITON_INTERPRET=1 is set") == 3
+    assert done.stdout.count("Triton kernels in Triton's interpreter on CPU  TRITON_INTERPRET=1 is set") == len(doctor.KERNELS)
 
 
 def test_the_command_line_itself_is_light() -> None:

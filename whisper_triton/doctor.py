@@ -7,13 +7,14 @@ from importlib import metadata
 
 import torch
 
-from whisper_triton import __version__
+from whisper_triton import __version__, kernels
 from whisper_triton.fused import max_rows
 from whisper_triton.kernels import backend
 from whisper_triton.kernels._dispatch import HAS_TRITON
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path, no_gpu_reason
 
-KERNELS = ("update_kv_cache", "decode_attention", "append_attention")
+# All that have a reference: what else the package exports are their helpers.
+KERNELS = tuple(name for name in kernels.__all__ if f"{name}_reference" in kernels.__all__)
 
 
 def report() -> str:
@@ -34,7 +35,9 @@ def report() -> str:
         *((kernel, path, reason) for kernel in KERNELS),
         ("attention module", path, "decodes with the kernels above; what they do not cover goes the stock way, and is logged"),
         ("decoding step", *_step(device)),
-        ("encoder, prompts", "PyTorch SDPA", "many queries at a time: PyTorch's own attention serves them, on any device"),
+        ("prompt", *_prompt(device)),
+        ("encoder", *_encoder(device)),
+        ("choice of tokens", *_choice(device)),
     ]
     lines = [f"{name:<17} {value}" for name, value in facts]
     width = max(len(taken) for _, taken, _ in parts)
@@ -51,6 +54,24 @@ def _step(device: torch.device) -> tuple[str, str]:
     many = "one sequence" if rows == 1 else f"up to {rows} sequences"
     why = f"{many} at a time{less} through fused kernels, more through the attention module"
     return "replayed CUDA graph", why
+
+
+def _prompt(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "module by module", "PyTorch's SDPA serves many queries at a time"
+    return "replayed CUDA graph", "up to 16 tokens and as many rows as a step takes; longer ones module by module"
+
+
+def _encoder(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "module by module", "no GPU to capture a CUDA graph on"
+    return "replayed CUDA graph", "cuBLAS and PyTorch's SDPA, what stands between them fused"
+
+
+def _choice(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "stock's processors", "no captured step that could choose"
+    return "in the step's graph", "for the calls that README names; else stock's processors"
 
 
 def _version(package: str) -> str:
