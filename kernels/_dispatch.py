@@ -124,7 +124,11 @@ def register(schema: str, *, kernel: Callable, reference: Callable, fake: Callab
     name = schema.partition("(")[0]
 
     def run(first: torch.Tensor, *args: object) -> torch.Tensor | None:
-        return (reference if backend(first.device) == "reference" else kernel)(first, *args)
+        function = reference if backend(first.device) == "reference" else kernel
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):  # Triton launches on the current one
+                return function(first, *args)
+        return function(first, *args)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -309,7 +309,8 @@ def _pick_token_kernel(
     logprob = score - tl.where(prefer, m_time, m) - tl.where(prefer, log_time, log_l)
 
     token = tl.where(running, chosen.to(tl.int64), pad_token)
-    is_last = (tl.load(flags_ptr + token).to(tl.int32) & 8) != 0
+    # Of a row that has ended, `token` is whatever pads: it need not be in the vocabulary.
+    is_last = (tl.load(flags_ptr + token, mask=running, other=0).to(tl.int32) & 8) != 0
     tl.store(ids_ptr + i_b * stride_ids_b + length, token, mask=length < L)
     tl.store(next_ids_ptr + i_b, token)
     tl.store(lengths_ptr + i_b, length + 1)

@@ -166,6 +166,13 @@ def test_what_the_chain_does_not_cover_is_known_beforehand():
     assert not is_fusable(tiny_whisper(dtype=torch.float64), 1)
     assert not is_fusable(tiny_whisper(activation_function="relu"), 1)
     assert not is_fusable(tiny_whisper(decoder_ffn_dim=448), 1)
+    model = tiny_whisper()
+    model.proj_out = torch.nn.Linear(model.config.d_model, model.config.vocab_size)
+    assert not is_fusable(model, 1)
+    for kwargs in ({"bias": False}, {"elementwise_affine": False}):
+        model = tiny_whisper()
+        model.model.decoder.layers[1].final_layer_norm = torch.nn.LayerNorm(model.config.d_model, **kwargs)
+        assert not is_fusable(model, 1)
 
 
 @pytest.mark.parametrize(

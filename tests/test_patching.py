@@ -30,6 +30,7 @@ from whisper_models import assert_generates_as_stock, assert_same, mel, tensors_
 
 from whisper_triton import accelerate, accelerated, is_accelerated, restore
 from whisper_triton.attention import TritonAttention
+from whisper_triton.encoded import ENCODED
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")
@@ -315,6 +316,14 @@ class TestGuests:
             assert model.generate(features, max_new_tokens=5).tolist() == stock
         assert len(runs) == 5
         assert traces(model) == before
+
+
+def test_a_call_that_stock_refuses_leaves_nothing_behind(device):
+    model = accelerate(tiny_whisper(device))
+    with pytest.raises(AttributeError):
+        model.generate(mel(1, device), generation_config={"max_new_tokens": 4})
+    state = model._whisper_triton
+    assert (state.calls, state.owner, ENCODED.get()) == (0, None, None)
 
 
 class TestTokenTimestamps:

@@ -28,7 +28,11 @@ def takes_our_loop(model: WhisperForConditionalGeneration, args: tuple[Any, ...]
         len(args) <= 5  # the sixth is `synced_gpus`
         and not any(kwargs.get(name) for name in _OTHER_LOOPS)
         and kwargs.get("num_beams") in (None, 1)
-        and all(c is None or c.get_generation_mode() in _MODES[:2] for c in (config, model.generation_config))
+        # Anything but a configuration is for stock to refuse.
+        and all(
+            c is None or (isinstance(c, GenerationConfig) and c.get_generation_mode() in _MODES[:2])
+            for c in (config, model.generation_config)
+        )
         and not (torch.distributed.is_available() and torch.distributed.is_initialized())
     )
 

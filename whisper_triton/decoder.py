@@ -238,6 +238,12 @@ class DecoderStep:
 
         return replay
 
+    def reset(self) -> None:
+        """Empties the cache for a window; after a call that was interrupted nothing else may be left as it should be."""
+        self.cache.reset()
+        if self.fused is not None:
+            self.fused.counters.zero_()
+
     def rewind(self, length: int) -> None:
         """Forgets the cache's tokens from slot `length` on."""
         self.cache.get_seq_length().fill_(length)

@@ -53,12 +53,16 @@ def why_not_captured(encoder: WhisperEncoder) -> str | None:
             return f"a module of the encoder is {name}"
         if module.training:
             return f"{name} is in training mode"
+        if isinstance(module, nn.LayerNorm | nn.Conv1d) and (module.weight is None or module.bias is None):
+            return f"a {name} lacks its weight or bias"
         if module is encoder:
             continue  # its hooks are run around its forward pass, which is where the graph takes over
         if "forward" in vars(module):
             return f"{name} has a forward pass of its own"
         if module._forward_pre_hooks or any(not is_recorder(hook) for hook in module._forward_hooks.values()):
             return f"{name} has a forward hook"
+    if any(layer.fc1.bias is None for layer in encoder.layers):
+        return "fc1 lacks its bias"
     parameters = list(encoder.parameters())
     for parameter in parameters:
         # Quantised and sharded weights are other tensors inside, which a kernel could not read and we could not follow.

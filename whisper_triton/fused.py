@@ -50,7 +50,8 @@ def max_rows(dtype: torch.dtype, device: torch.device) -> int:
 
 def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
     """Whether the fused chain covers `model` at `batch_size` rows: their number, dtype, widths, activation."""
-    config = model.config
+    config, decoder = model.config, model.model.decoder
+    norms = [module for module in decoder.modules() if isinstance(module, nn.LayerNorm)]
     return (
         model.dtype in DTYPES
         and batch_size <= max_rows(model.dtype, model.device)
@@ -58,9 +59,12 @@ def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
         and config.activation_function == "gelu"
         and fits_tiles(config.d_model)
         and fits_tiles(config.decoder_ffn_dim)
+        # Without these parts a module does something else than the chain.
+        and model.proj_out.bias is None
+        and all(norm.weight is not None and norm.bias is not None for norm in norms)
         and all(
             p.is_contiguous() and p.dtype == model.dtype and p.data_ptr() % 16 == 0
-            for p in (*model.model.decoder.parameters(), model.proj_out.weight)
+            for p in (*decoder.parameters(), model.proj_out.weight)
         )
     )
 

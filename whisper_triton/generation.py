@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
@@ -69,6 +70,8 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
     if state is None:  # kept by somebody from before `restore`
         return _stock(self, "generate")(*args, **kwargs)
     call = _Call(reads_last_logits=kwargs.get("custom_generate") is None)
+    if takes_our_loop(self, args, kwargs):
+        kwargs["custom_generate"] = _decode
     with _LOCK:
         state.calls += 1
         if state.owner is None:
@@ -76,10 +79,15 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
         if state.calls == 1:
             state.attn_implementation_before_calls = self.config._attn_implementation
     outer, outer_encoded = _CALL.set(call), ENCODED.set(Encoded())
-    if takes_our_loop(self, args, kwargs):
-        kwargs["custom_generate"] = _decode
+    device = self.device
     try:
-        return _stock(self, "generate")(*args, **kwargs)
+        # Triton launches on the current device, whichever one the tensors are on.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return _stock(self, "generate")(*args, **kwargs)
+    except BaseException:
+        if device.type == "cuda":  # replays may be queued that write what the next call, on another stream, begins with
+            torch.cuda.synchronize(device)
+        raise
     finally:
         _CALL.reset(outer)
         ENCODED.reset(outer_encoded)
@@ -194,7 +202,7 @@ def _cache_for(
             state.steps.popitem(last=False)
         step = DecoderStep(self, batch_size, num_frames)
     state.steps[batch_size] = step
-    step.cache.reset()
+    step.reset()
     state.in_use = step
     return step.cache
 
