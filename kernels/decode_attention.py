@@ -7,8 +7,9 @@ for all of them. The cache is (B, H, S, D), the query (B, T, H, D) and so is the
 (B, T, H * D): no transposed copy on either side. Slots from kv_length on are never read.
 
 At batch 1 the H heads of Whisper cannot fill the chip, so each head's keys are cut into NUM_SPLITS chunks, one a program; a
-second tiny kernel merges the partial softmax states in a fixed order. The split depends on shapes alone, so results do not
-depend on the run or on the other rows of the batch. Method: flash-decoding, https://pytorch.org/blog/flash-decoding/.
+second tiny kernel merges the partial softmax states in a fixed order, or, with `counters`, the last of a head's programs
+does. The split depends on shapes alone, so results do not depend on the run or on the other rows of the batch. Method:
+flash-decoding, https://pytorch.org/blog/flash-decoding/.
 
 Bytes moved: 2 * B * H * n * D elements (each key and value once).
 """
@@ -400,6 +401,7 @@ def _fake(
     return query.new_empty(query.shape)
 
 
+# Not declared as mutated: the counters are after a call what they were before it.
 _op = register(
     "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? kv_length, float scale, bool is_causal,"
     " bool read_ahead, Tensor? counters) -> Tensor",
