@@ -227,6 +227,18 @@ class Wrapped(torch.Tensor):
     """Stands for the tensors that hold quantised or sharded weights."""
 
 
+def test_a_hook_around_every_module_is_a_reason_not_to_capture():
+    model = whisper_triton.accelerate(tiny_whisper())
+    before = fingerprint(model)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *arguments: None)
+    try:
+        assert "every module" in why_not_captured(OnGpu(model))
+        assert fingerprint(model) != before
+    finally:
+        hook.remove()
+    assert fingerprint(model) == before
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

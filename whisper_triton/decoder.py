@@ -25,7 +25,7 @@ from transformers.models.whisper.modeling_whisper import (
 from .attention import NAME, TritonAttention, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .fused import FusedDecoder, is_fusable
-from .graphs import capture
+from .graphs import capture, global_hooks
 from .kernels import CrossTable, cross_table, project_cross_kv
 from .kernels._checks import MAX_QUERIES
 
@@ -45,6 +45,8 @@ def why_not_captured(model: WhisperForConditionalGeneration) -> str | None:
         return f"the model is on {model.device}"
     if model.config._attn_implementation != NAME:
         return f"attention is {model.config._attn_implementation}"
+    if global_hooks():
+        return "there are hooks around every module"
     for module in (model.model, *model.model.decoder.modules(), model.proj_out):
         if type(module) not in _KNOWN_MODULES:
             return f"a module of the decoder is {type(module).__name__}"
@@ -75,7 +77,7 @@ def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
 
     Asked once a window, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
     """
-    found: list[object] = [model.config._attn_implementation]
+    found: list[object] = [model.config._attn_implementation, global_hooks()]
     for module in modules_of(model.model.decoder, model.proj_out):
         _add_fingerprint(module, found)
     _add_fingerprint(model.model, found)  # and not its encoder

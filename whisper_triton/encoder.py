@@ -24,7 +24,7 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .attention import NAME, STATE, TritonAttention, report_once
 from .encoded import ENCODED
 from .fused_encoder import FusedEncoder
-from .graphs import capture
+from .graphs import capture, global_hooks
 from .kernels._checks import DTYPES
 
 MAX_BYTES = 8 << 30  # of memory kept for graphs, the shape in use always among them
@@ -43,6 +43,8 @@ def why_not_captured(encoder: WhisperEncoder) -> str | None:
         return f"the encoder is on {device}"
     if encoder.config._attn_implementation != NAME:
         return f"attention is {encoder.config._attn_implementation}"
+    if global_hooks():
+        return "there are hooks around every module"
     if dtype not in DTYPES:
         return f"the encoder's dtype is {dtype}"
     if encoder.config.max_source_positions != encoder.embed_positions.num_embeddings:
@@ -88,7 +90,7 @@ def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
 
     Asked before every replay, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
     """
-    found: list[object] = []
+    found: list[object] = [global_hooks()]
     modules: list[nn.Module] = [encoder]
     while modules:
         module = modules.pop()
@@ -168,6 +170,8 @@ def _forward(self: WhisperEncoder, *args: Any, **kwargs: Any) -> BaseModelOutput
 
 def _is_repeatable(self: WhisperEncoder) -> bool:
     """Whether nobody would miss a second pass over the same features: no hook inside, no dropout."""
+    if global_hooks():
+        return False
     modules: list[nn.Module] = [self]
     while modules:
         module = modules.pop()

@@ -1,4 +1,6 @@
-"""Capturing a CUDA graph that owns all the memory it touches, whatever else in the process captures and frees graphs."""
+"""What decoder and encoder share: capturing a CUDA graph that owns all the memory it touches, whatever else in the process
+captures and frees graphs, and the hooks that no graph calls.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,14 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
+
+
+def global_hooks() -> tuple[int, ...]:
+    """The hooks that somebody has put around every module's forward pass, of which a graph calls none."""
+    hooks = torch.nn.modules.module
+    return tuple(
+        id(hook) for found in (hooks._global_forward_pre_hooks, hooks._global_forward_hooks) for hook in found.values()
+    )
 
 
 def capture(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result, int]:
