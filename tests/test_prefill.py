@@ -154,7 +154,7 @@ class TestOnGpu:
             errors.append(self.errors(model, stock, exact, mel(B, device, seed=B + length), prompt))
         ours, theirs = torch.tensor(errors).square().sum(0).sqrt()
         # Not 1.25, as at large-v3's size in benchmarks/decoder_step.py: with widths as small as these the rounding of few
-        # elements decides, and over other features the two are within a tenth of one another.
+        # elements decides. 1.39 was seen here in fp16 on a GPU, 1.05 over twelve other features in the interpreter.
         assert ours <= 2 * theirs
         assert all(projections)
         step = model._whisper_triton.steps[1]
