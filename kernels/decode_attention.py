@@ -270,7 +270,8 @@ MEASURED_TILES = (
 )
 MANY_HEADS = (128, 0, 4)
 # Where the last program of a head joins its splits, in the decoder's step; measured by benchmarks/tune_step.py on the same GPU,
-# 2026-11-24, at 20 and 160 heads (there beside slower linear layers than the present ones). Up to so many heads in the batch: keys a tile, programs a head, warps a program.
+# 2026-11-24, at 20 and 160 heads (there beside slower linear layers than the present ones). Up to so many heads in the batch:
+# keys a tile, programs a head, warps a program.
 MEASURED_JOINED_TILES = (
     (30, 256, 6, 8),
     (180, 128, 12, 4),

@@ -304,8 +304,9 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles:
     """Tiles from shapes alone, and from what surrounds the product: `parts` weights at once, a layer norm before it.
 
     K can be split where nothing but a bias and a residual surrounds the product.
-    Measured on one H100 80GB HBM3, large-v3, fp16: one row 2026-11-24, several 2026-11-22 at batch 8; by benchmarks/tune_step.py,
-    but for the projections with a residual of one row, whose tile a search over neighbouring links found.
+    Measured on one H100 80GB HBM3, large-v3, fp16: one row 2026-11-24, several 2026-11-22 at batch 8; by
+    benchmarks/tune_step.py, but for the projections with a residual of one row, whose tile a search over neighbouring links
+    found.
     """
     if B > 1:
         if N > 16384:
