@@ -81,6 +81,8 @@ def _project_cross_kv_kernel(
     x_ptrs = encoder_states_ptr + (i_b * stride_es_b + i_s * stride_es_s)[:, None] + offs_k[None, :]
     w_ptrs = weight_ptr + (tl.minimum(offs_n, N - 1).to(tl.int64) * C)[None, :] + offs_k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if dtype == tl.float32:
+        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, C, BLOCK_K):
         if C % BLOCK_K == 0:
             x = tl.load(x_ptrs)
@@ -89,12 +91,17 @@ def _project_cross_kv_kernel(
             x = tl.load(x_ptrs, mask=(k + offs_k < C)[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=(k + offs_k < C)[:, None], other=0.0)
         if dtype == tl.float32:
-            # Each tile summed by itself: one sum over all of C would round more than cuBLAS's do. "ieee": not tf32.
-            acc += tl.dot(x, w, input_precision="ieee")
+            # Four tiles summed by themselves: one sum over all of C would round more than cuBLAS's do. "ieee": not tf32.
+            part = tl.dot(x, w, part, input_precision="ieee")
+            if k // BLOCK_K % 4 == 3:
+                acc += part
+                part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         else:
             acc = tl.dot(x, w, acc)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
+    if dtype == tl.float32:
+        acc += part
 
     if HAS_BIAS:
         bias_ptr = load_address(pointers_ptr, 4, L, i_l, dtype, ALIGNED)
