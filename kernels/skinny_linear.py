@@ -11,6 +11,7 @@ A step reads every weight once, so this is a matter of having enough bytes in fl
 needs before it waits for the kernel that computes `x` (programmatic dependent launch, sm_90 and later). What counts
 after that is how soon a program is done, so K is cut into chunks that one warp holds a row of: sums over K stay
 within a warp. One row multiplies on the CUDA cores; more are padded to tensor-core tiles. Sums are in fp32, in a fixed order.
+On an H100 one row of a wide model has a kernel of its own, whose weights come piece by piece (`_paced_linear.py`).
 Who calls it: `whisper_triton.fused`. Bytes moved: N * K weights, the rest is small.
 """
 
@@ -21,6 +22,8 @@ from typing import NamedTuple
 import torch
 
 from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, register, register_options, tl, triton
+from ._paced import MIN_WIDTH, has_paced_copies
+from ._paced_linear import covers_linear, paced_linear
 
 MAX_ROWS = 64
 MAX_CHUNK = 256  # elements of K: one warp's 16-byte loads of a row
@@ -298,10 +301,13 @@ class Tiles(NamedTuple):
     SPLIT_K: int
     num_warps: int
     USE_DOT: bool = False  # tensor cores, from two rows on
+    PACE: int = 0  # chunks of K on their way at a time in `_paced_linear_kernel`; 0: all, in `_skinny_linear_kernel`
 
 
-def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles:
+def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies: bool = False) -> Tiles:
     """Tiles from shapes alone, and from what surrounds the product: `parts` weights at once, a layer norm before it.
+
+    `has_copies`: paced copies are to be had, which are for one row of a wide model: at 1024 columns they gained nothing.
 
     K can be split where nothing but a bias and a residual surrounds the product.
     Measured on one H100 80GB HBM3, large-v3, fp16: one row 2026-11-24, several 2026-11-22 at batch 8; by
@@ -316,6 +322,10 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles:
         return Tiles(64 if N > 2048 and parts == 1 else 32, 1, 8, True)
     if N > 16384:
         return Tiles(16, 1, 8)
+    if has_copies and min(N, K) >= MIN_WIDTH:  # measured 2026-11-25, large-v3, tiles and paces together
+        BLOCK_N, PACE = (4, 8) if K > 2048 else (16, 2) if parts == 3 or N > K else (8, 2)
+        if covers_linear(N, K, BLOCK_N):
+            return Tiles(BLOCK_N, 1, 4, PACE=PACE)
     if K > 2048:
         return Tiles(4, 1, 4)
     if parts == 3:
@@ -345,7 +355,10 @@ def _launch(
 ) -> torch.Tensor:
     B, K = x.shape
     N = weights[0].shape[0]
-    BLOCK_N, SPLIT_K, num_warps, use_dot = tiles
+    BLOCK_N, SPLIT_K, num_warps, use_dot, PACE = tiles
+    if PACE > 0:
+        around = (norm_weight, norm_bias, eps, scale, gelu, residual)
+        return paced_linear(x, weights, biases, *around, BLOCK_N, num_warps, PACE)
     pdl = pdl_options(x.device)
     if norm_weight is not None and use_dot:
         # Several rows in fp32 beside the weights do not fit a program's registers: a launch of its own is cheaper.
@@ -489,8 +502,11 @@ def skinny_linear(
         raise ValueError(f"all tensors must be {x.dtype} on {x.device} like x, and begin at a multiple of 16 bytes")
     if not x.is_contiguous() or (residual is not None and (residual.shape != (B, N) or not residual.is_contiguous())):
         raise ValueError("x and residual must be contiguous, the residual (B, N)")
-    tiles = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None)
+    has_copies = has_paced_copies(x.device, x.dtype)
+    tiles = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None, has_copies)
     SPLIT_K = tiles.SPLIT_K
+    if tiles.PACE > 0 and not (has_copies and B == 1 and covers_linear(N, K, tiles.BLOCK_N)):
+        raise ValueError(f"paced copies are for one row of whole tiles on an H100, got {tuple(x.shape)}, {N=} on {x.device}")
     if B > 1 and (x.dtype == torch.float32 or not tiles.USE_DOT):
         raise ValueError(f"several rows, {B} here, take tensor cores, which would round {x.dtype} to tf32 if it is fp32")
     if K % SPLIT_K or not fits_tiles(K // SPLIT_K):

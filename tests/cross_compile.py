@@ -28,7 +28,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from whisper_triton.kernels import _attend, _dispatch
+from whisper_triton.kernels import _attend, _dispatch, _paced
 
 update, decode, append, linear, embed, project, norm, gelu, select = (
     importlib.import_module(f"whisper_triton.kernels.{name}")
@@ -148,7 +148,7 @@ def attention_calls(dtype: torch.dtype, D: int) -> Iterator[Call]:
     yield call("update", "odd", partial(update._launch, *tensors, position), is_odd=True)
 
 
-def linear_calls(B: int) -> Iterator[Call]:
+def linear_calls(B: int, has_copies: bool = False) -> Iterator[Call]:
     """The embedding and linear layers of a decode step of B rows, as whisper_triton/fused.py launches them: large-v3, fp16."""
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -157,10 +157,10 @@ def linear_calls(B: int) -> Iterator[Call]:
     def linear_call(link: str, x: object, N: int, K: int, parts: int = 1, bias: bool = True, **around: object) -> Call:
         weights, biases = [tensor(N, K) for _ in range(parts)], [tensor(N) if bias else None] * parts
         norm = around.get("layer_norm", (None, None, 0.0))
-        tiles = [int(number) for number in linear.choose_tiles(B, N, K, parts, "layer_norm" in around)]
+        tiles = [int(number) for number in linear.choose_tiles(B, N, K, parts, "layer_norm" in around, has_copies)]
         others = around.get("scale", 1.0), around.get("gelu", False), around.get("residual")
         launch = partial(linear._launch, x, weights, biases, *norm, *others, tiles)
-        return Call(f"linear {link} {B=}", launch, read_ahead=True)  # of the weights, which no kernel writes
+        return Call(f"linear {link} {B=} {has_copies=}", launch, read_ahead=True)  # of the weights, which no kernel writes
 
     norm = linear.LayerNorm(tensor(1280), tensor(1280), 1e-5)
     x, residual = tensor(B, 1280), tensor(B, 1280)
@@ -251,7 +251,7 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
     gpu, call = TARGETS[target], CALLS[number]
     driver.set_active(CompileOnly(target))
     capability = divmod(gpu.arch, 10) if gpu.backend == "cuda" else (0, 0)
-    for module in (_dispatch, _attend, project):
+    for module in (_dispatch, _attend, _paced, project):
         module.capability = lambda device: capability
     built: list[dict[str, object]] = []
 
@@ -278,9 +278,20 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
     return built
 
 
+def paced_calls() -> Iterator[Call]:
+    """What a step of one row launches of `_paced.py`."""
+    yield from (call for call in linear_calls(1, has_copies=True) if call.name.startswith("linear"))
+    for D, H in ((64, 20), (128, 12)):
+        query, cache = torch.empty(1, 1, H, D, dtype=torch.float16), torch.empty(1, H, 1500, D, dtype=torch.float16)
+        launch = partial(decode._launch, query, cache, cache, None, 1.0, False, True, torch.zeros(H, dtype=torch.int32))
+        yield Call(f"decode paced {D=}", launch, read_ahead=True)
+
+
 SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores
+PACED = [*paced_calls()]
 FIRST = [
     *SEVERAL_ROWS,
+    *PACED,
     *linear_calls(1),
     *encoder_calls(),
     *project_calls(DTYPES[0]),
@@ -301,8 +312,12 @@ CALLS = [
 
 
 def can_run(number: int, target: str) -> bool:
-    """Whether the call is ever made on the target: a chain of several rows is not where shared memory is short."""
-    return number >= len(SEVERAL_ROWS) or target in ("sm_80", "sm_90", "sm_100")
+    """Whether the call is ever made on the target: a chain of several rows is not where shared memory is short, paced copies
+    are sm_90's.
+    """
+    if number < len(SEVERAL_ROWS):
+        return target in ("sm_80", "sm_90", "sm_100")
+    return number >= len(SEVERAL_ROWS) + len(PACED) or target == "sm_90"
 
 
 def selection() -> Iterator[tuple[str, int]]:

@@ -39,6 +39,7 @@ from attention_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whisper_triton.kernels._paced_attention import covers_attention
 
 from whisper_triton.kernels import _attend, decode_attention, decode_attention_reference
 
@@ -476,6 +477,23 @@ def test_a_captured_graph_follows_the_length_on_the_device(T: int, S: int, dtype
         exact = decode_attention_reference(query.double(), *(c.double() for c in caches), length, scale=SCALE)
         pytorch = sdpa(query, *caches, [n] * shape.B, scale=SCALE)
         assert_close_as_pytorch(out, exact, pytorch, factor=gpu_factor(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize(("D", "S"), [(64, 1500), (64, 513), (64, 1536), (128, 700)])
+def test_paced_copies(D: int, S: int, dtype: torch.dtype, device: torch.device) -> None:
+    shape = Shape(B=1, T=1, H=1280 // D, D=D, S=S, length=S)
+    query, *caches = (arguments(shape, dtype, device)[name] for name in ("query", "key_cache", "value_cache"))
+    if not covers_attention(query, *caches):
+        pytest.skip("not this GPU's")
+    counters = torch.zeros(20, dtype=torch.int32, device=device)
+    exact = decode_attention_reference(query.double(), *(c.double() for c in caches), scale=SCALE)
+    for _ in range(2):
+        with poisoned_allocations():
+            out = decode_attention(query, *caches, scale=SCALE, read_ahead=True, counters=counters)
+        assert_close_as_pytorch(out, exact, sdpa(query, *caches, [S], scale=SCALE), factor=gpu_factor(dtype))
+        assert not counters.any()
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels.skinny_linear import LayerNorm, fits_tiles, skinny_linear, skinny_linear_reference
 from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
 
@@ -90,7 +91,7 @@ def test_a_row_is_the_same_whatever_the_other_rows_hold(device):
 def test_the_op_keeps_the_rules_of_torch_library(device):
     op = torch.ops.whisper_triton.skinny_linear.default
     x, weights, biases, norm, residual = make(1, 64, 32, 1, torch.float16, device)
-    tiles = [4, 1, 4, 0]
+    tiles = [4, 1, 4, 0, 0]
     torch.library.opcheck(op, (x, list(weights), list(biases), *norm, 1.0, True, None, tiles))
     torch.library.opcheck(op, (x, list(weights), [None], None, None, 0.0, 1.0, False, residual, tiles))
 
@@ -125,6 +126,7 @@ def test_other_widths_are_refused(device):
         (lambda x, w, b, r: (x, (w[0].T.contiguous().T,), b, {}), "contiguous"),
         (lambda x, w, b, r: (x, w, b, {"residual": r[:, :-1]}), "residual"),
         (lambda x, w, b, r: (x, w, b, {"gelu": True, "tiles": LinearTiles(32, 2, 4)}), "split"),
+        (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(16, 1, 4, PACE=2)}), "paced"),
     ],
 )
 def test_bad_input_is_refused_with_a_reason(change, message, device):
@@ -132,6 +134,21 @@ def test_bad_input_is_refused_with_a_reason(change, message, device):
     x, weights, biases, around = change(x, weights, biases, residual)
     with pytest.raises(ValueError, match=message):
         skinny_linear(x, weights, biases, **around)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("PACE", [1, 2, 9])
+@pytest.mark.parametrize(("K", "BLOCK_N"), [(64, 4), (384, 8), (1280, 16), (5120, 4)])
+def test_paced_copies(K, BLOCK_N, PACE, dtype, device):
+    tiles = LinearTiles(BLOCK_N, 1, 4, PACE=PACE)
+    if not has_paced_copies(device, dtype):
+        pytest.skip("not this GPU's")
+    x, weights, biases, norm, residual = make(1, K, 48, 3, dtype, device)
+    check(x, weights, biases, tiles=tiles, layer_norm=norm, scale=0.125)
+    check(x, weights[:1], biases[:1], tiles=tiles, layer_norm=norm, gelu=True)
+    check(x, weights[:1], biases[:1], tiles=tiles, residual=residual)
+    check(x, weights[:1], (None,), tiles=tiles, layer_norm=norm)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,68 @@
+"""Paced asynchronous copies (Gluon): what the kernels share that use them on Hopper, and when they are used.
+
+`_paced_linear.py` and `_paced_attention.py` compute what `skinny_linear` and `decode_attention` do, whose launchers choose them
+for one row where they are faster. What differs is how weights, keys and values come. There a program asks for all of them
+at once, into registers, before it waits for the kernel before it: registers bound how many programs wait beside those that
+work, and what the working ones ask for afterwards stands in line behind megabytes that nobody needs yet. Here they go to
+shared memory, otherwise unused, and a program asks for its next piece only when an earlier one has come (`PACE` pieces on
+their way). So later kernels begin early without being in the way. benchmarks/NOTES.md has the attempts.
+
+Gluon is Triton's lower level: layouts and shared memory by name. It has no interpreter, so these run on GPUs only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._dispatch import capability, triton
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere.async_copy import (
+        async_copy_global_to_shared,
+        commit_group,
+        wait_group,
+    )
+
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # named so before Triton 3.7
+except ImportError:
+    HAS_GLUON = False
+    gl = gluon = triton  # stands in for annotations and decorators: nothing here is launched then
+    async_copy_global_to_shared = barrier = commit_group = wait_group = None
+else:
+    HAS_GLUON = True
+
+# Width of a decoder from which these kernels are faster, in its step at batch 1, measured on one H100 80GB HBM3, 2026-11-25:
+# large-v3 0.87 ms instead of 0.94, turbo 0.153 instead of 0.160; medium, of 1024 columns, 0.598 with them and without.
+MIN_WIDTH = 1280
+
+
+def has_paced_copies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether these kernels are for `device`: compute capability 9.0, where they were measured, and 2-byte elements."""
+    return HAS_GLUON and dtype.itemsize == 2 and capability(device) == (9, 0)
+
+
+@gluon.jit
+def launch_dependents():
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_previous():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+__all__ = [
+    "HAS_GLUON",
+    "MIN_WIDTH",
+    "async_copy_global_to_shared",
+    "barrier",
+    "commit_group",
+    "gl",
+    "gluon",
+    "has_paced_copies",
+    "launch_dependents",
+    "wait_for_previous",
+    "wait_group",
+]

@@ -1,0 +1,210 @@
+"""`decode_attention` of one token over a cross cache that comes by paced asynchronous copies: see `_paced.py`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ._dispatch import triton
+from ._paced import (
+    MIN_WIDTH,
+    async_copy_global_to_shared,
+    barrier,
+    commit_group,
+    gl,
+    gluon,
+    has_paced_copies,
+    launch_dependents,
+    wait_for_previous,
+    wait_group,
+)
+
+ROWS = 8  # keys of a piece for each warp
+
+
+@gluon.jit
+def _paced_attention_kernel(
+    query_ptr,  # (B, 1, H, D) fp16/bf16
+    key_cache_ptr,  # (B, H, S, D)
+    value_cache_ptr,  # (B, H, S, D)
+    partial_ptr,  # (B, H, NUM_SPLITS * NUM_WARPS, D) fp32
+    max_ptr,  # (B, H, NUM_SPLITS * NUM_WARPS) fp32
+    sum_ptr,  # (B, H, NUM_SPLITS * NUM_WARPS) fp32
+    out_ptr,  # (B, 1, H, D)
+    counter_ptr,  # (B, H) int32, 0 before and after: programs of a head that are done
+    qk_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_kc_b,
+    stride_kc_h,
+    stride_kc_s,
+    stride_vc_b,
+    stride_vc_h,
+    stride_vc_s,
+    H,
+    S,
+    NUM_SPLITS: gl.constexpr,
+    BLOCK_SPLITS: gl.constexpr,  # the power of two from NUM_SPLITS * NUM_WARPS on
+    PACE: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_S: gl.constexpr,
+    ROWS: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):
+    launch_dependents()
+    # (warp, row, D): each warp has keys of its own, and a softmax state, which is joined with the others at the very end.
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // HEAD_DIM, HEAD_DIM // 8], [NUM_WARPS, 1, 1], [2, 1, 0])
+    LAYOUT_ROWS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    LAYOUT_OUT: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
+    NUM_PIECES: gl.constexpr = BLOCK_S // (ROWS * NUM_WARPS)
+    dtype: gl.constexpr = key_cache_ptr.dtype.element_ty
+    i_split = gl.program_id(0)
+    i_h = gl.program_id(1).to(gl.int64)
+    i_b = gl.program_id(2).to(gl.int64)
+    offs_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT_ROWS))
+    offs_r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT_ROWS))
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+    offs_3d = gl.expand_dims(gl.expand_dims(offs_d, 0), 0)
+    first_s = i_split * BLOCK_S + offs_w[:, None] * ROWS + offs_r[None, :]
+    key_cache_ptr += i_b * stride_kc_b + i_h * stride_kc_h
+    value_cache_ptr += i_b * stride_vc_b + i_h * stride_vc_h
+
+    keys, values = (), ()
+    for i in gl.static_range(2 * NUM_PIECES):
+        offs_s = first_s + i % NUM_PIECES * (ROWS * NUM_WARPS)
+        mask = (offs_s < S)[:, :, None] & (offs_3d < HEAD_DIM)
+        piece = gl.allocate_shared_memory(dtype, [NUM_WARPS, ROWS, HEAD_DIM], SHARED)
+        if i < NUM_PIECES:
+            ptrs = key_cache_ptr + (offs_s.to(gl.int64) * stride_kc_s)[:, :, None] + offs_3d
+            async_copy_global_to_shared(piece, ptrs, mask=mask, eviction_policy="evict_first")
+            keys = keys + (piece,)  # noqa: RUF005
+        else:
+            ptrs = value_cache_ptr + (offs_s.to(gl.int64) * stride_vc_s)[:, :, None] + offs_3d
+            async_copy_global_to_shared(piece, ptrs, mask=mask, eviction_policy="evict_first")  # past S: zeros
+            values = values + (piece,)  # noqa: RUF005
+        commit_group()
+        wait_group(PACE - 1)
+    wait_for_previous()  # the cross cache does not change during a step; the query has just been written
+
+    q = gl.load(query_ptr + i_b * stride_q_b + i_h * stride_q_h + offs_d).to(gl.float32) * qk_scale
+    q = gl.expand_dims(gl.expand_dims(q, 0), 0)
+    wait_group(0)
+    scores = ()
+    m = gl.full([NUM_WARPS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, LAYOUT_ROWS))
+    for i in gl.static_range(NUM_PIECES):
+        score = gl.sum(q * keys[i].load(LAYOUT).to(gl.float32), axis=2)
+        score = gl.where(first_s + i * (ROWS * NUM_WARPS) < S, score, float("-inf"))
+        scores = scores + (score,)  # noqa: RUF005
+        m = gl.maximum(m, gl.max(score, axis=1))
+    safe_m = gl.where(m == float("-inf"), 0.0, m)  # a warp past the last key
+    l = gl.zeros([NUM_WARPS, ROWS], gl.float32, layout=LAYOUT_ROWS)
+    acc = gl.zeros([NUM_WARPS, ROWS, HEAD_DIM], gl.float32, layout=LAYOUT)
+    for i in gl.static_range(NUM_PIECES):
+        p = gl.exp2(scores[i] - safe_m[:, None])
+        l += p
+        acc += p[:, :, None] * values[i].load(LAYOUT).to(gl.float32)
+    first_row = ((i_b * H + i_h) * NUM_SPLITS + i_split) * NUM_WARPS
+    rows = first_row + gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT_OUT))
+    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_OUT))
+    gl.store(partial_ptr + rows[:, None] * HEAD_DIM + columns[None, :], gl.sum(acc, axis=1))
+    gl.store(max_ptr + first_row + offs_w, m)
+    gl.store(sum_ptr + first_row + offs_w, gl.sum(l, axis=1))
+
+    barrier()  # all threads' stores come before the count that tells of them
+    counter_ptr += i_b * H + i_h
+    if gl.atomic_add(counter_ptr, 1, sem="acq_rel") == NUM_SPLITS - 1:
+        gl.store(counter_ptr, 0)
+        LAYOUT_JOIN: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [NUM_WARPS, 1], [1, 0])
+        offs_i = gl.arange(0, BLOCK_SPLITS, layout=gl.SliceLayout(1, LAYOUT_JOIN))
+        offs_o = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_JOIN))
+        mask_i = offs_i < NUM_SPLITS * NUM_WARPS
+        rows_i = (i_b * H + i_h) * (NUM_SPLITS * NUM_WARPS) + offs_i
+        # From the L2: other programs have just written them.
+        m_i = gl.load(max_ptr + rows_i, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
+        l_i = gl.load(sum_ptr + rows_i, mask=mask_i, other=0.0, cache_modifier=".cg")
+        mask_io = mask_i[:, None] & (offs_o < HEAD_DIM)[None, :]
+        o_i = gl.load(partial_ptr + rows_i[:, None] * HEAD_DIM + offs_o[None, :], mask=mask_io, other=0.0, cache_modifier=".cg")
+        weight = gl.exp2(m_i - gl.max(m_i, axis=0))
+        out = gl.sum(o_i * weight[:, None], axis=0) / gl.sum(l_i * weight, axis=0)
+        gl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_o, out.to(dtype))
+
+
+class AttentionTiles(NamedTuple):
+    """Keys a program, warps a program, pieces of `ROWS` keys a warp on their way."""
+
+    BLOCK_S: int
+    num_warps: int
+    PACE: int
+
+
+MAX_HEADS = 30  # in the batch, B * H: more of them have not been measured
+ATTENTION_TILES = AttentionTiles(128, 4, 4)
+
+
+def covers_attention(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
+    """Whether `_paced_attention_kernel` takes these and is the faster one; from shapes, strides and the device alone."""
+    B, T, H, D = query.shape
+    starts = [key_cache.data_ptr(), value_cache.data_ptr()]
+    starts += [2 * stride for cache in (key_cache, value_cache) for stride in cache.stride()[:3]]
+    return (
+        T == 1
+        and B * H <= MAX_HEADS
+        and H * D >= MIN_WIDTH
+        and D in (32, 64, 128)
+        and key_cache.shape[2] > 512  # a self cache is shorter, and its kernel another
+        and has_paced_copies(query.device, query.dtype)
+        and all(start % 16 == 0 for start in starts)
+    )
+
+
+def paced_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    qk_scale: float,
+    counters: torch.Tensor,
+    tiles: AttentionTiles = ATTENTION_TILES,
+) -> torch.Tensor:
+    """Launches `_paced_attention_kernel` where it `covers_attention`, over all slots; returns (B, 1, H, D).
+
+    `qk_scale` is for a softmax in base 2; `counters` as in `decode_attention`.
+    """
+    B, _, H, D = query.shape
+    S = key_cache.shape[2]
+    splits = triton.cdiv(S, tiles.BLOCK_S)
+    out = query.new_empty(B, 1, H, D)
+    partial = torch.empty(B, H, splits * tiles.num_warps, D, dtype=torch.float32, device=query.device)
+    maxima, sums = torch.empty(2, B, H, splits * tiles.num_warps, dtype=torch.float32, device=query.device).unbind()
+    _paced_attention_kernel[(splits, H, B)](
+        query_ptr=query,
+        key_cache_ptr=key_cache,
+        value_cache_ptr=value_cache,
+        partial_ptr=partial,
+        max_ptr=maxima,
+        sum_ptr=sums,
+        out_ptr=out,
+        counter_ptr=counters,
+        qk_scale=qk_scale,
+        stride_q_b=query.stride(0),
+        stride_q_h=query.stride(2),
+        stride_kc_b=key_cache.stride(0),
+        stride_kc_h=key_cache.stride(1),
+        stride_kc_s=key_cache.stride(2),
+        stride_vc_b=value_cache.stride(0),
+        stride_vc_h=value_cache.stride(1),
+        stride_vc_s=value_cache.stride(2),
+        H=H,
+        S=S,
+        NUM_SPLITS=splits,
+        BLOCK_SPLITS=triton.next_power_of_2(splits * tiles.num_warps),
+        PACE=tiles.PACE,
+        HEAD_DIM=D,
+        BLOCK_S=tiles.BLOCK_S,
+        ROWS=ROWS,
+        NUM_WARPS=tiles.num_warps,
+        num_warps=tiles.num_warps,
+        launch_pdl=True,
+    )
+    return out
