@@ -1,0 +1,154 @@
+"""Compares two row files: what became faster or slower by more than its spread.
+
+    python benchmarks/compare.py before.jsonl after.jsonl
+
+Rows are matched by what identifies them: all columns that both files have and that hold neither a measurement nor where it was
+made. Of each pair the main time and the tokens per second are set against each other, b / a. A time is `faster` or `slower`
+where the ranges of the two, spread or least to greatest, do not touch; the rest may be noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+VERSIONS = ("gpu", "driver", "torch", "triton", "transformers", "python")
+ENVIRONMENT = (*VERSIONS, "revision", "date", "command", "source")
+MAIN_TIMES = ("ms", "us", "ours_ms", "ours_us", "step_ms")
+# A column is a measurement by its last word, as a rate or a ratio ("GB/s", "stock/ours"), or because it holds fractions.
+MEASURED = re.compile(r"(^|_)(us|ms|s|MB|GB|bytes|%|RTFx|rtfx|errors?|launches|waits|equal)$|/|^equal_|^spread")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSON lines file; ValueError, with the place, for what is none, and for an empty one."""
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: not a row but {line:.40}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return rows
+
+
+def identifying(rows: Sequence[Row]) -> list[str]:
+    """The columns, in order of appearance, that tell rows from each other whatever was measured."""
+    columns = dict.fromkeys(
+        column for row in rows for column in row if column not in ENVIRONMENT and not MEASURED.search(column)
+    )
+    return [column for column in columns if not any(isinstance(row.get(column), float) for row in rows)]
+
+
+def by_identity(rows: Sequence[Row], columns: Sequence[str], path: Path) -> dict[str, Row]:
+    """Rows by what identifies them, as text; ValueError where two are the same."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        said = " ".join(f"{column}={row[column]}" for column in columns if row.get(column) is not None)
+        if said in found:
+            raise ValueError(f"{path}: two rows with {said or 'nothing to identify them'}, and both files tell no more of them")
+        found[said] = row
+    return found
+
+
+def main_time(a: Row, b: Row) -> str | None:
+    """The time that a benchmark is about: one of MAIN_TIMES, or else the first column of times that both rows have."""
+    others = [column for column in a if re.search("_(ms|us)$", column) and not re.search("spread|floor|min|max|first", column)]
+    return next((c for c in (*MAIN_TIMES, *others) if a.get(c) is not None and b.get(c) is not None), None)
+
+
+def time_range(row: Row, column: str) -> tuple[float, float] | None:
+    """Between what a time lay: least and greatest where the row has them, else the time and its spread about it."""
+    unit = column[-2:]
+    least, greatest, spread = (row.get(f"{name}_{unit}") for name in ("min", "max", "spread"))
+    if least is not None and greatest is not None:
+        return least, greatest
+    return None if spread is None else (row[column] - spread, row[column] + spread)
+
+
+def verdict(a: tuple[float, float] | None, b: tuple[float, float] | None) -> str:
+    if a is None or b is None:
+        return "no spread"
+    return "faster" if b[1] < a[0] else "slower" if b[0] > a[1] else ""
+
+
+def time_text(row: Row, column: str) -> str:
+    limits = time_range(row, column)
+    return f"{row[column]:.4g} {column[-2:]}" + (f" ({limits[0]:.4g}-{limits[1]:.4g})" if limits else "")
+
+
+def compare_rows(name: str, a: Row, b: Row) -> list[str]:
+    """A line of the table, the verdict last."""
+    column = main_time(a, b)
+    rates = f"{b['tok/s'] / a['tok/s']:.3f}" if a.get("tok/s") and b.get("tok/s") else "-"
+    if column is None:
+        return [name, "-", "-", "-", rates, "no spread" if rates != "-" else "no time"]
+    times = [time_text(row, column) for row in (a, b)]
+    return [name, *times, f"{b[column] / a[column]:.3f}", rates, verdict(time_range(a, column), time_range(b, column))]
+
+
+def environment(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, list[str]]:
+    return {column: sorted({str(row[column]) for row in rows if row.get(column) is not None}) for column in columns}
+
+
+def compare(a: Path, b: Path) -> str:
+    """A table of the pairs of rows, what stands in one file only, and a warning where GPU or versions differ.
+
+    Raises ValueError for a file that is none of rows, and where rows of one cannot be told from each other.
+    """
+    rows = read_rows(a), read_rows(b)
+    shared = [column for column in identifying(rows[0]) if column in identifying(rows[1])]
+    before, after = (by_identity(own, shared, path) for own, path in zip(rows, (a, b), strict=True))
+    lines = []
+    for letter, path, own in zip("ab", (a, b), rows, strict=True):
+        known = environment(own, ENVIRONMENT)
+        said = "; ".join(f"{column} {', '.join(known[column])}" for column in ("gpu", "revision", "date") if known[column])
+        lines.append(f"{letter}: {path}" + (f" ({said})" if said else ""))
+    where = [environment(own, VERSIONS) for own in rows]
+    for column in VERSIONS:
+        if where[0][column] != where[1][column]:
+            texts = (", ".join(side[column]) or "unknown" for side in where)
+            lines.append(f"warning: {column} differs: {' in a, '.join(texts)} in b")
+
+    pairs = [compare_rows(name, before[name], after[name]) for name in before if name in after]
+    if pairs:
+        table = [["row", "a", "b", "b / a", "tok/s b / a", ""], *pairs]
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines.append("")
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+        counts = {word: sum(line[-1] == word for line in pairs) for word in ("faster", "slower", "", "no spread", "no time")}
+        said = [f"{count} {word or 'within the spread'}" for word, count in counts.items() if count]
+        lines += ["", f"{len(pairs)} row{'s' * (len(pairs) != 1)} of both: {', '.join(said)}"]
+    else:
+        lines += ["", "no row of a is in b"]
+    lines += [f"only in a: {name}" for name in before if name not in after]
+    lines += [f"only in b: {name}" for name in after if name not in before]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("a", type=Path, help="row file to compare with")
+    parser.add_argument("b", type=Path, help="row file that is judged")
+    args = parser.parse_args()
+    try:
+        print(compare(args.a, args.b))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
