@@ -19,7 +19,7 @@ from typing import Any
 Row = dict[str, Any]
 
 VERSIONS = ("gpu", "driver", "torch", "triton", "transformers", "python")
-ENVIRONMENT = (*VERSIONS, "revision", "date", "command", "source")
+ENVIRONMENT = (*VERSIONS, "revision", "date", "command", "source", "path")  # path: which code ran, which is no option
 MAIN_TIMES = ("ms", "us", "ours_ms", "ours_us", "step_ms")
 # A column is a measurement by its last word, as a rate or a ratio ("GB/s", "stock/ours"), or because it holds fractions.
 MEASURED = re.compile(r"(^|_)(us|ms|s|MB|GB|bytes|%|RTFx|rtfx|errors?|launches|waits|equal)$|/|^equal_|^spread")

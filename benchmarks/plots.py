@@ -37,6 +37,13 @@ MARKERS, DASHES = "os^DvPX", ("-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)))
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "++")
 OURS = ("ours", "accelerate")
 PANELS = ("benchmark", "op", "gpu", "dtype", "model", "B", "T", "timestamps", "mode")
+LABELS = {  # of columns of times whose names alone say too little
+    "not ahead": "ours, not reading ahead",
+    "joined": "ours, joined in the launch",
+    "cudnn": "SDPA cuDNN",
+    "flash": "SDPA flash",
+    "efficient": "SDPA efficient",
+}
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 STYLE = {
     "svg.hashsalt": "whisper-triton",
@@ -101,8 +108,8 @@ def times(row: Row) -> dict[str, float]:
     for column, value in row.items():
         match = re.fullmatch(r"(?:(.+)_)?(us|ms)", column)
         if match and value is not None and not re.search("spread|min|max|first", column):
-            label = match[1].replace("_", " ") if match[1] else str(row.get("variant") or row.get("model") or "time")
-            found[label] = value
+            name = match[1] and match[1].replace("_", " ")
+            found[LABELS.get(name, name) or str(row.get("variant") or row.get("model") or "time")] = value
     return found
 
 
@@ -217,7 +224,8 @@ def draw_links(ax: Axes, rows: Sequence[Row], kind: Kind, places: dict[str, int]
         ax.annotate(text, (end, y), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
     ax.set_yticks(range(len(rows)), [str(row["link"]) for row in rows])
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.45 * max(max(row["us"], row["floor_us"]) for row in rows))
+    # A link's time may be a difference, and noise make that negative.
+    ax.set_xlim(min(0, *(row["us"] for row in rows)), 1.45 * max(max(row["us"], row["floor_us"]) for row in rows))
     ax.set_xlabel("time of a link, us: bar; its floor: line")
 
 
@@ -275,7 +283,7 @@ def plot(rows: Sequence[Row], path: Path, title: str | None = None) -> None:
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4 if across == 2 else 6.4, 2.8 * down + 0.9), layout="constrained")
+        figure = Figure(figsize=(8.4, 2.8 * down + 0.9), layout="constrained")
         axes = list(figure.subplots(down, across, squeeze=False).flat)
         for ax, (name, kind, part, places) in zip(axes, panels, strict=False):
             ax.set_title(name)
@@ -286,7 +294,8 @@ def plot(rows: Sequence[Row], path: Path, title: str | None = None) -> None:
         for ax in axes:
             legend |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         if legend:
-            figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(4, len(legend)), frameon=False)
+            columns = 4 if sum(map(len, legend)) < 80 else 2
+            figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, frameon=False)
         figure.suptitle(f"{title}\n{', '.join(shared)}", fontsize=10.5)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix != ".svg":

@@ -1,0 +1,113 @@
+"""Rewrites README's tables and figures from benchmarks/rows/, and draws the figures into benchmarks/plots/.
+
+    python benchmarks/readme.py
+    python benchmarks/readme.py --check    # changes nothing; says what differs and exits with 1
+
+README marks a table, and a figure, by the name of their row file; what stands between the comments is written here:
+
+    <!-- rows: decoder_step -->
+    <!-- end -->
+    <!-- plot: decoder_step -->
+    <!-- end -->
+
+A table needs its row file. A figure of a file that has no table stays empty until the file is there. By which command, where
+and when rows were measured is said from the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from compare import read_rows
+from plots import digest, plot, read_digest
+from readme_tables import TABLES, render_table
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- (rows|plot): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+
+FIGURES = {
+    "generate": "Whole calls of generate: tokens per second by batch",
+    "decoder_step": "One decoding step: share of the memory's bandwidth by batch",
+    "step_links": "Links of a decoding step: what each costs, and its floor",
+    "step_position": "One decoding step by position",
+    "decode_attention": "Cross-attention of a step, one layer: share of the memory's bandwidth by batch",
+    "append_attention": "Self-attention of a step, one layer: time by the length of the cache",
+}
+
+
+def load(root: Path, name: str) -> list[Row]:
+    """The rows of benchmarks/rows/NAME.jsonl; ValueError if there are none."""
+    rows = read_rows(root / "benchmarks" / "rows" / f"{name}.jsonl")
+    only = TABLES[name].benchmark if name in TABLES else None
+    # Before rows said their dtype, every benchmark ran in fp16.
+    return [{"dtype": "fp16", **row} for row in rows if only is None or row.get("benchmark", only) == only]
+
+
+def render(root: Path) -> tuple[str, dict[str, list[Row]]]:
+    """README as it must be, and the rows of each figure that it shows; ValueError for a mark that nothing stands for."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    figures: dict[str, list[Row]] = {}
+
+    def block(match: re.Match[str]) -> str:
+        start, kind, name, old, end = match.groups()
+        if name not in (TABLES if kind == "rows" else FIGURES):
+            raise ValueError(f"README.md: nothing is known of <!-- {kind}: {name} -->")
+        if "<!-- " in old:
+            raise ValueError(f"README.md: <!-- {kind}: {name} --> has no end of its own")
+        is_missing = not (root / "benchmarks" / "rows" / f"{name}.jsonl").exists()
+        if kind == "plot" and is_missing and name not in TABLES:
+            return start + end
+        rows = load(root, name)
+        if kind == "rows":
+            return f"{start}{render_table(name, rows)}{end}"
+        figures[name] = rows
+        return f"{start}![{FIGURES[name]}](benchmarks/plots/{name}.svg)\n{end}"
+
+    new = BLOCK.sub(block, text)
+    if len(re.findall("<!-- (?:rows|plot):", text)) != len(BLOCK.findall(text)):
+        raise ValueError("README.md: a mark has no <!-- end -->")
+    return new, figures
+
+
+def differences(root: Path) -> list[str]:
+    """What of README and its figures is not as the rows have it, a line each."""
+    new, figures = render(root)
+    old = (root / "README.md").read_text(encoding="utf-8")
+    blocks = zip(BLOCK.finditer(old), BLOCK.finditer(new), strict=True)
+    found = [f"README.md: {a[1].strip()} differs" for a, b in blocks if a[0] != b[0]]
+    for name, rows in figures.items():
+        if read_digest(root / "benchmarks" / "plots" / f"{name}.svg") != digest(rows, FIGURES[name]):
+            found.append(f"benchmarks/plots/{name}.svg shows other rows or none")
+    return found
+
+
+def rewrite(root: Path) -> None:
+    """Writes README and draws its figures."""
+    new, figures = render(root)
+    (root / "README.md").write_text(new, encoding="utf-8")
+    for name, rows in figures.items():
+        plot(rows, root / "benchmarks" / "plots" / f"{name}.svg", FIGURES[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if anything differs from the rows")
+    args = parser.parse_args()
+    try:
+        if not args.check:
+            rewrite(ROOT)
+        elif found := differences(ROOT):
+            print("\n".join([*found, "run: python benchmarks/readme.py"]))
+            sys.exit(1)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""benchmarks/compare.py: rows are matched by what identifies them, and judged by their spread."""
+
+import json
+from pathlib import Path
+
+import compare
+import pytest
+
+WHERE = {"gpu": "GPU X", "torch": "2.11", "revision": "abc", "date": "2026-01-01"}
+
+
+def write(path: Path, *rows: dict, **where: str) -> Path:
+    path.write_text("".join(json.dumps({**row, **WHERE, **where}) + "\n" for row in rows))
+    return path
+
+
+def step(B: int, ms: float, spread: float = 0.01, **more: object) -> dict:
+    return {"model": "turbo", "B": B, "ms": ms, "spread_ms": spread, "share_%": 60.0, "error": "1e-3", **more}
+
+
+def lines(tmp_path: Path, a: list[dict], b: list[dict]) -> dict[str, str]:
+    """The lines of a comparison by what they begin with, up to two spaces."""
+    text = compare.compare(write(tmp_path / "a.jsonl", *a), write(tmp_path / "b.jsonl", *b))
+    return {line.split("  ")[0]: line for line in text.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("after", "ratio", "word"),
+    [
+        (step(1, 0.9), "0.900", "faster"),
+        (step(1, 1.1), "1.100", "slower"),
+        (step(1, 1.019), "1.019", "-"),  # the ranges touch: 1.01 and 1.009
+        (step(1, 0.9, spread=0.2), "0.900", "-"),
+        ({"model": "turbo", "B": 1, "ms": 0.9, "share_%": 60.0}, "0.900", "no spread"),
+    ],
+)
+def test_verdict(tmp_path: Path, after: dict, ratio: str, word: str) -> None:
+    line = lines(tmp_path, [step(1, 1.0)], [after])["model=turbo B=1"]
+    assert line.endswith(word)  # within the spread the last word is the missing ratio of tok/s
+    assert ratio in line
+
+
+def test_least_and_greatest_are_a_range_and_tokens_are_compared(tmp_path: Path) -> None:
+    def call(ms: float, least: float, greatest: float, **more: object) -> dict:
+        return {"variant": "ours", "B": 2, "tok/s": 128e3 / ms, "ms": ms, "min_ms": least, "max_ms": greatest, **more}
+
+    near = lines(tmp_path, [call(100.0, 90.0, 110.0)], [call(80.0, 79.0, 90.0)])["variant=ours B=2"]
+    far = lines(tmp_path, [call(100.0, 90.0, 110.0)], [call(80.0, 79.0, 89.9)])["variant=ours B=2"]
+    assert near.endswith("0.800  1.250")
+    assert far.endswith("0.800  1.250        faster")
+
+
+def test_only_what_identifies_a_row_matters(tmp_path: Path) -> None:
+    # A column of one file, a measurement in whole numbers, an odd type, a version: none keeps rows from matching.
+    after = step(1, 1.0, benchmark="step", launches=3, stock_waits=True, tiles=[1, 2], RTFx=3.0, path="chain")
+    before = step(1, 1.0, launches=90, stock_waits=False, first_s=2, path="modules")
+    text = "\n".join(lines(tmp_path, [before, step(2, 1.0)], [after, step(4, 1.0)]).values())
+    assert "1 row of both: 1 within the spread" in text
+    assert "only in a: model=turbo B=2" in text
+    assert "only in b: model=turbo B=4" in text
+
+
+def test_all_that_both_files_tell_identifies(tmp_path: Path) -> None:
+    found = lines(tmp_path, [step(1, 1.0, link=["fc1", 2]), step(1, 2.0, link=["fc2", 2])], [step(1, 1.0, link=["fc2", 2])])
+    assert "0.500" in found["model=turbo B=1 link=['fc2', 2]"]
+    assert "only in a: model=turbo B=1 link=['fc1', 2]" in found
+
+
+def test_rows_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", step(1, 1.0, dtype="fp16"), step(1, 1.0, dtype="bf16"))
+    b = write(tmp_path / "b.jsonl", step(1, 1.0))
+    with pytest.raises(ValueError, match=r"a\.jsonl: two rows with model=turbo B=1,"):
+        compare.compare(a, b)
+
+
+def test_warns_of_another_gpu_and_versions(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", step(1, 1.0))
+    b = write(tmp_path / "b.jsonl", step(1, 1.0), gpu="GPU Y", torch="2.12", revision="def", date="2026-02-02")
+    warnings = [line for line in compare.compare(a, b).splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: gpu differs: GPU X in a, GPU Y in b", "warning: torch differs: 2.11 in a, 2.12 in b"]
+    assert "warning" not in compare.compare(a, a)
+
+
+@pytest.mark.parametrize("row", [{"B": 1, "ours_us": 2.0, "stock_us": 9.0}, {"B": 1, "floor_us": 9.0, "flash_us": 2.0}])
+def test_main_time_of_a_kernel(tmp_path: Path, row: dict) -> None:
+    assert "2 us" in lines(tmp_path, [row], [row])["B=1"]
+
+
+def test_a_time_that_is_missing(tmp_path: Path) -> None:
+    assert lines(tmp_path, [step(1, 1.0)], [step(1, None)])["model=turbo B=1"].endswith("no time")
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write(tmp_path / "a.jsonl", step(1, 1.0))
+    bad = tmp_path / "bad.jsonl"
+    monkeypatch.setattr("sys.argv", ["compare.py", str(good), str(good)])
+    compare.main()
+    assert "1 within the spread" in capsys.readouterr().out
+    for text, reason in (("{", "line 1"), ("", "no rows"), ("[1]", "line 1: not a row"), (None, "No such file")):
+        bad.unlink(missing_ok=True)
+        if text is not None:
+            bad.write_text(text)
+        monkeypatch.setattr("sys.argv", ["compare.py", str(good), str(bad)])
+        with pytest.raises(SystemExit, match="2"):
+            compare.main()
+        error = capsys.readouterr().err
+        assert "bad.jsonl" in error
+        assert reason in error
