@@ -23,9 +23,10 @@ PIP = $(VENV)/bin/python $(PIP_INSTALL)
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
-# The kernels know nothing of transformers, nor do audio and output; the command has it through modules tested here.
+# The kernels know nothing of transformers, nor do audio, output and what reads row files; the command has it through modules
+# tested here.
 SAME_WITH_ANY_TRANSFORMERS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) \
-  $(patsubst %,tests/test_%.py,cross_compile dispatch audio output cli)
+  $(patsubst %,tests/test_%.py,cross_compile dispatch audio output cli compare plots readme_tables)
 
 .PHONY: help demo test test-oldest lint wheel clean
 

