@@ -1,0 +1,218 @@
+"""README's tables and figures are what benchmarks/rows/ gives, and benchmarks/readme.py says where they are not."""
+
+import json
+from pathlib import Path
+
+import plots
+import pytest
+import readme
+import readme_tables
+
+MOST_BYTES = 60_000  # of a figure
+WHERE = {
+    "gpu": "GPU X",
+    "driver": "1.2",
+    "torch": "2.11",
+    "triton": "3.6",
+    "transformers": "5.17",
+    "revision": "abc",
+    "date": "2026-01-01",
+}
+CAPTION = "on GPU X, fp16, driver 1.2, torch 2.11, triton 3.6, transformers 5.17; 2026-01-01 at revision abc:"
+PAGE = """# Name
+
+Prose | that stays.
+
+<!-- rows: decoder_step -->
+whatever stood here
+<!-- end -->
+
+More.
+
+<!-- plot: decoder_step -->
+<!-- end -->
+<!-- plot: step_links -->
+old
+<!-- end -->
+"""
+STEP = {
+    "model": "turbo",
+    "B": 1,
+    "ms": 0.15832,
+    "spread_ms": 0.0013,
+    "floor_ms": 0.1101,
+    "share_%": 69.6,
+    "error": "1e-3",
+    **WHERE,
+}
+
+
+def write(root: Path, name: str, *rows: dict) -> None:
+    folder = root / "benchmarks" / "rows"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write(tmp_path, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.27, "odd": [1], "benchmark": "step"})
+    (tmp_path / "README.md").write_text(PAGE)
+    return tmp_path
+
+
+def test_readme_is_what_the_rows_give() -> None:
+    assert readme.differences(readme.ROOT) == [], "run: python benchmarks/readme.py"
+
+
+def test_figures_are_small() -> None:
+    figures = list((readme.ROOT / "benchmarks" / "plots").glob("*.svg"))
+    assert figures
+    assert {path.name: path.stat().st_size for path in figures if path.stat().st_size > MOST_BYTES} == {}
+
+
+def test_rewrite(root: Path) -> None:
+    readme.rewrite(root)
+    assert (
+        (root / "README.md").read_text()
+        == f"""# Name
+
+Prose | that stays.
+
+<!-- rows: decoder_step -->
+`python benchmarks/decoder_step.py` {CAPTION}
+
+| model | batch | ms | floor, ms | share of the bandwidth |
+| --- | --- | --- | --- | --- |
+| turbo | 1 | 0.1583 ± 0.0013 | 0.110 | 70 % |
+| turbo | 8 | 0.2700 ± 0.0013 | 0.110 | 70 % |
+<!-- end -->
+
+More.
+
+<!-- plot: decoder_step -->
+![One decoding step: share of the memory's bandwidth by batch](benchmarks/plots/decoder_step.svg)
+<!-- end -->
+<!-- plot: step_links -->
+<!-- end -->
+"""
+    )
+    assert readme.differences(root) == []
+
+
+def test_differences(root: Path) -> None:
+    every = [
+        "README.md: <!-- rows: decoder_step --> differs",
+        "README.md: <!-- plot: decoder_step --> differs",
+        "README.md: <!-- plot: step_links --> differs",
+        "benchmarks/plots/decoder_step.svg shows other rows or none",
+    ]
+    assert readme.differences(root) == every
+    readme.rewrite(root)
+    write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.28})
+    assert readme.differences(root) == [every[0], every[3]]
+    # A figure of a file that has no table is wanted once the file is there.
+    write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.27, "odd": [1], "benchmark": "step"})
+    write(root, "step_links", {"model": "turbo", "B": 1, "link": "fc1", "us": 3.0, "floor_us": 2.0, **WHERE})
+    assert readme.differences(root) == [every[2], "benchmarks/plots/step_links.svg shows other rows or none"]
+    readme.rewrite(root)
+    assert readme.differences(root) == []
+    assert plots.read_digest(root / "benchmarks" / "plots" / "step_links.svg")
+
+
+def test_what_rows_say_of_themselves(root: Path) -> None:
+    told = {
+        **STEP,
+        "command": "whisper-triton bench step",
+        "dtype": "torch.bfloat16",
+        "compiled_ms": 0.4,
+        "compiled_spread_ms": 0.02,
+    }
+    other = {**STEP, "gpu": "GPU Y", "date": "2026-01-02", "source": "a note"}
+    links = {**STEP, "benchmark": "step_links"}
+    write(root, "decoder_step", told, other, links)
+    text = readme_tables.render_table("decoder_step", readme.load(root, "decoder_step")).splitlines()
+    assert text[0].startswith("`whisper-triton bench step` on GPU X, GPU Y, bf16, fp16, driver 1.2")
+    assert text[0].endswith("; 2026-01-01, 2026-01-02 at revision abc (a note):")
+    assert text[2] == "| gpu | dtype | model | batch | ms | floor, ms | share of the bandwidth | stock compiled, ms |"
+    assert text[4:] == [
+        "| GPU X | bf16 | turbo | 1 | 0.1583 ± 0.0013 | 0.110 | 70 % | 0.40 ± 0.02 |",
+        "| GPU Y | fp16 | turbo | 1 | 0.1583 ± 0.0013 | 0.110 | 70 % | - |",
+    ]
+
+
+def test_generate_has_a_line_a_batch() -> None:
+    def call(variant: str, B: int, ms: float, **more: object) -> dict:
+        calls = {"tok/s": 64e3 * B / ms, "ms": ms, "min_ms": 0.8 * ms, "max_ms": 2 * ms, "first_s": ms / 10}
+        return {"model": "turbo", "B": B, "variant": variant, **calls, "dtype": "fp16", **WHERE, **more}
+
+    rows = [call("accelerate", 1, 64.0), call("stock static+compile", 1, 128.0), call("accelerate", 8, 512.0)]
+    lines = readme_tables.render_table("generate", rows).splitlines()[2:]
+    assert lines[0] == (
+        "| model | batch | stock static+compile, tok/s | accelerate, tok/s "
+        "| accelerate / stock static+compile | first call, s: stock static+compile, accelerate |"
+    )
+    assert lines[2:] == [
+        "| turbo | 1 | 500 (250-625) | 1000 (500-1250) | 2.00 | 12.8, 6.40 |",
+        "| turbo | 8 | - | 1000 (500-1250) | - | - |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        ("<!-- rows: unheard_of -->\n<!-- end -->\n", "nothing is known of <!-- rows: unheard_of -->"),
+        ("<!-- rows: encoder -->\n<!-- end -->\n", r"encoder\.jsonl: No such file"),
+        ("<!-- plot: generate -->\n<!-- end -->\n", r"generate\.jsonl: No such file"),
+        ("<!-- rows: decoder_step -->\n<!-- plot: decoder_step -->\n<!-- end -->\n", "has no end of its own"),
+        ("<!-- rows: decoder_step -->\n", "a mark has no <!-- end -->"),
+        ("<!-- rows: decoder_step --> \n<!-- end -->\n", "a mark has no <!-- end -->"),
+    ],
+)
+def test_marks_that_are_wrong(root: Path, page: str, reason: str) -> None:
+    (root / "README.md").write_text(page)
+    for call in (readme.rewrite, readme.differences):
+        with pytest.raises(ValueError, match=reason):
+            call(root)
+    assert (root / "README.md").read_text() == page
+
+
+def test_a_column_that_is_missing(root: Path) -> None:
+    write(root, "decoder_step", {column: value for column, value in STEP.items() if column != "floor_ms"})
+    with pytest.raises(ValueError, match=r"rows/decoder_step\.jsonl: no row has the column floor_ms"):
+        readme.rewrite(root)
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "text"),
+    [
+        (0.93799, 0.0044, "0.938 ± 0.005"),
+        (1.30925, 0.00897, "1.309 ± 0.009"),
+        (5.5278, 0.147, "5.53 ± 0.15"),
+        (38.7012, 0.9468, "38.7 ± 1.0"),
+        (298.18, 41.5, "298 ± 42"),
+        (0.5, 0.00001, "0.5000 ± 0.0001"),
+        (0.93799, None, "0.938"),
+        (16013.47, None, "16013"),
+        (0.0760, None, "0.0760"),
+        (0.0, 0.0, "0"),
+    ],
+)
+def test_number(value: float, spread: float | None, text: str) -> None:
+    assert readme_tables.number(value, spread) == text
+
+
+def test_command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(readme, "ROOT", root)
+    monkeypatch.setattr("sys.argv", ["readme.py", "--check"])
+    with pytest.raises(SystemExit, match="1"):
+        readme.main()
+    assert "<!-- rows: decoder_step --> differs" in capsys.readouterr().out
+    assert (root / "README.md").read_text() == PAGE
+    monkeypatch.setattr("sys.argv", ["readme.py"])
+    readme.main()
+    monkeypatch.setattr("sys.argv", ["readme.py", "--check"])
+    readme.main()
+    (root / "benchmarks" / "rows" / "decoder_step.jsonl").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        readme.main()
+    assert "decoder_step.jsonl: No such file" in capsys.readouterr().err
