@@ -43,6 +43,8 @@ LABELS = {  # of columns of times whose names alone say too little
     "cudnn": "SDPA cuDNN",
     "flash": "SDPA flash",
     "efficient": "SDPA efficient",
+    "math": "SDPA math",
+    "flex": "FlexAttention",
 }
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 STYLE = {

@@ -36,19 +36,29 @@ class Column(NamedTuple):
     of: tuple[str, ...]
     text: Callable[..., str] = str
     optional: bool = False  # left out where no row has a value
+    spread: str | None = None  # a column that `text` takes last, None where a row lacks it
 
     def cell(self, row: Row) -> str:
         found = [row.get(column) for column in self.of]
-        return "-" if any(value is None for value in found) else self.text(*found)
+        if any(value is None for value in found):
+            return "-"
+        return self.text(*found) if self.spread is None else self.text(*found, row.get(self.spread))
 
 
-def measured(header: str, *of: str, optional: bool = False) -> Column:
-    """A number, and its spread where `of` names a second column."""
-    return Column(header, of, number, optional)
+def measured(header: str, column: str, spread: str | None = None, optional: bool = False) -> Column:
+    """A number, with its spread where a row has one."""
+    return Column(header, (column,), number, optional, spread)
 
 
 MODEL, BATCH = Column("model", ("model",)), Column("batch", ("B",))
 STOCK_OVER_OURS = measured("stock / ours", "stock/ours")
+ALTERNATIVES = [
+    measured("SDPA cuDNN", "cudnn_us", optional=True),
+    measured("SDPA flash", "flash_us", optional=True),
+    measured("SDPA efficient", "efficient_us", optional=True),
+    measured("SDPA math", "math_us", optional=True),
+    measured("FlexAttention", "flex_us", optional=True),
+]
 
 
 class Table(NamedTuple):
@@ -127,7 +137,7 @@ TABLES = {
         [
             BATCH,
             Column("timestamps", ("timestamps",), lambda value: "with" if value else "without"),
-            measured("ours, us", "ours_us"),
+            measured("ours, us", "ours_us", "spread_us"),
             measured("ours sampling, us", "ours_sampling_us"),
             measured("ours top-k, us", "ours_top_k_us", optional=True),
             measured("stock eager, us", "stock_eager_us"),
@@ -142,9 +152,8 @@ TABLES = {
             measured("floor", "floor_us"),
             measured("ours", "ours_us", "spread_us"),
             measured("ours, joined in the launch", "joined_us", "joined_spread_us", optional=True),
-            measured("SDPA cuDNN", "cudnn_us"),
-            measured("SDPA flash", "flash_us"),
-            measured("SDPA efficient", "efficient_us"),
+            *ALTERNATIVES,
+            measured("compiled reference", "compiled_us", optional=True),
             measured("best SDPA / ours", "best_sdpa/ours"),
         ],
     ),
@@ -155,6 +164,8 @@ TABLES = {
             Column("length", ("length",)),
             measured("ours", "ours_us", "spread_us"),
             measured("stock", "stock_us"),
+            measured("stock compiled", "compiled_us", optional=True),
+            *ALTERNATIVES,
             STOCK_OVER_OURS,
         ],
     ),
@@ -166,6 +177,7 @@ TABLES = {
             measured("floor", "floor_us"),
             measured("ours", "ours_us", "spread_us"),
             measured("stock", "stock_us"),
+            measured("stock compiled", "compiled_us", optional=True),
             STOCK_OVER_OURS,
         ],
     ),
