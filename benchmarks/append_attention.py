@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 
 import torch
-from harness import check, clones, measure, parse_args, print_table, write_rows
 from torch.nn.functional import scaled_dot_product_attention
+from whisper_triton.benchmarks.harness import check, clones, measure, parse_args, print_table, write_rows
 
 from whisper_triton.kernels import append_attention, append_attention_reference
 

@@ -14,9 +14,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from harness import check, clones, measure, print_table, read_bandwidth, write_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from whisper_triton.benchmarks.harness import check, clones, measure, print_table, read_bandwidth, write_rows
 
 from whisper_triton.kernels import decode_attention, decode_attention_reference
 

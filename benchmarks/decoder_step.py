@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from generate import SHAPES, build_model, check
-from harness import parse, print_table, read_bandwidth, time_graph, write_rows
 from transformers import WhisperForConditionalGeneration
+from whisper_triton.benchmarks.generate import SHAPES, build_model, check
+from whisper_triton.benchmarks.harness import parse, print_table, read_bandwidth, time_graph, write_rows
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep

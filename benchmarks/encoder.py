@@ -22,11 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from generate import SHAPES, build_model, relative_error
-from harness import measure, print_table, time_graph, write_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from whisper_triton.benchmarks.generate import SHAPES, build_model, relative_error
+from whisper_triton.benchmarks.harness import measure, print_table, time_graph, write_rows
 
 import whisper_triton
 from whisper_triton import fused_encoder

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import check, clones, measure, parse_args, print_table, read_bandwidth, write_rows
 from torch.nn.functional import gelu, layer_norm
+from whisper_triton.benchmarks.harness import check, clones, measure, parse_args, print_table, read_bandwidth, write_rows
 
 from whisper_triton.kernels import add_layer_norm, add_layer_norm_reference, bias_gelu, bias_gelu_reference
 

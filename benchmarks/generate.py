@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from harness import parse, print_table, write_rows
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+from whisper_triton.benchmarks.harness import parse, print_table, write_rows
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from generate import SHAPES, build_model, relative_error
-from harness import capture, print_table, time_graph, write_rows
 from transformers import WhisperForConditionalGeneration
+from whisper_triton.benchmarks.generate import SHAPES, build_model, relative_error
+from whisper_triton.benchmarks.harness import capture, print_table, time_graph, write_rows
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import check, measure, print_table, write_rows
+from whisper_triton.benchmarks.harness import check, measure, print_table, write_rows
 
 from whisper_triton.kernels import CrossTable, cross_table, project_cross_kv, update_kv_cache
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from harness import measure, parse_args, print_table, write_rows
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -23,6 +22,7 @@ from transformers import (
     WhisperTimeStampLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from whisper_triton.benchmarks.harness import measure, parse_args, print_table, write_rows
 
 from whisper_triton.decode_loop import TokenSelection
 from whisper_triton.kernels import select_token

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from harness import clones, measure, parse_args, print_table, read_bandwidth, write_rows
+from whisper_triton.benchmarks.harness import clones, measure, parse_args, print_table, read_bandwidth, write_rows
 
 from whisper_triton.kernels import update_kv_cache
 
