@@ -6,12 +6,12 @@
 Random weights in the published shapes or a real checkpoint, position 64. Milliseconds of a graph replay; the floor is the bytes
 a step must read (decoder weights, LM head, cross and self caches) over the bandwidth measured in the same run. `compiled` is
 stock with its static cache, the step under `torch.compile(fullgraph=True)`, which replays a graph too: its calls follow
-one another, so that what the host needs beside the GPU does not count unless it needs longer. Logits are checked first against a
-float64 run of the stock modules: at most 1.25 times as far from it as the stock step in the same dtype.
+one another, so that what the host needs beside the GPU does not count unless it needs longer. Logits are checked first against
+a float64 run of the stock modules: at most 1.25 times as far from it as the stock step in the same dtype (fp32: 4).
 
 The rows `step_links` say what the chain gains, a layer, when the launches of one link are left out of the captured step (the
-links behind it then read whatever lies in memory), beside the floor of its bytes. Links overlap, which is what dependent launch is
-for, so the gains need not add up to the step: that is what a link costs where it stands, not what it takes alone.
+links behind it then read whatever lies in memory), beside the floor of its bytes. Links overlap, which is what dependent
+launch is for, so the gains need not add up to the step: each is what a link costs where it stands, not what it takes alone.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ import torch
 from torch import nn
 from transformers import StaticCache, WhisperForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
-from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, parse, run, time_device, time_graph
+from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, parse, time_device, time_graph
 from whisper_triton.benchmarks.models import SHAPES, StepInput, check, check_logits, get_model, step_input
+from whisper_triton.benchmarks.tasks import run
 
 import whisper_triton
 from whisper_triton import fused
 from whisper_triton.decoder import DecoderStep
 
 POSITION = 64
+LINKS = ("q/k/v", "self-attention", "self out", "cross query", "cross-attention", "cross out", "fc1", "fc2")  # of a layer
 MODES = ("reduce-overhead", "max-autotune", "none")
 
 
@@ -149,7 +151,7 @@ def time_compiled(model: WhisperForConditionalGeneration, B: int, place: Place, 
     given = step_input(model, B)
     torch.compiler.reset()
     step = stock_step(model, given, lambda function: place.compile(function, mode=mode))
-    check_logits("stock's compiled step", step()[:, -1].clone(), given, bound=2)
+    check_logits("stock's compiled step", step()[:, -1].clone(), given, bound=4 if place.dtype == torch.float32 else 2)
     calls = POSITION - 16 - 5
     for _ in range(calls if place.is_gpu else 0):
         step()

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 from transformers import LogitsProcessor, WhisperForConditionalGeneration
-from whisper_triton.benchmarks.harness import Place, Row, median_and_spread, parse, run
+from whisper_triton.benchmarks.harness import Place, Row, median_and_spread, parse
 from whisper_triton.benchmarks.models import SHAPES, check, get_model
+from whisper_triton.benchmarks.tasks import run
 
 import whisper_triton
 

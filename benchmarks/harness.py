@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 from whisper_triton.kernels._dispatch import HAS_TRITON
 
 Row = dict[str, object]
@@ -230,23 +229,3 @@ def write_rows(path: Path, rows: Sequence[Row], command: str | None = None, devi
     where = environment(device) | {"command": command or command_line()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row | where) + "\n" for row in rows))
-
-
-def run(
-    tasks: Sequence[tuple[str, Callable[[], list[Row]]]], output: Path | None, command: str | None = None, device: str = "cuda"
-) -> list[Row]:
-    """Runs (label, task) one after the other, shows on stderr how far it is, and prints a table a benchmark.
-
-    The row file is written after each task: what was measured is kept if a later one fails.
-    """
-    rows: list[Row] = []
-    with tqdm(tasks, file=sys.stderr) as bar:
-        for label, task in bar:
-            bar.set_description(label)
-            rows += task()
-            if output is not None:
-                write_rows(output, rows, command, device)
-    for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
-        print(f"\n{benchmark}")
-        print_table([{k: v for k, v in row.items() if k != "benchmark"} for row in rows if row["benchmark"] == benchmark])
-    return rows

@@ -1,0 +1,50 @@
+"""Benchmarks as tasks: one after the other, with progress on stderr, rows kept as they come, and tables at the end."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from whisper_triton.benchmarks.harness import Place, Row, print_table, write_rows
+from whisper_triton.benchmarks.models import Shape
+
+Bench = Callable[[Place, Shape, int], list[Row]]  # of a batch size
+Task = tuple[str, Callable[[], list[Row]]]
+
+
+def sweep(benches: Sequence[Bench], place: Place, shapes: dict[str, Shape], batches: Iterable[int]) -> list[Task]:
+    """The tasks of `run` that call each bench for each shape and batch; their rows say which, and the dtype."""
+
+    def task(bench: Bench, name: str, B: int) -> list[Row]:
+        torch.compiler.reset()  # else the next shape is compiled for any, and after a few none is
+        return [
+            {"model": name, "dtype": str(place.dtype).removeprefix("torch.")} | row for row in bench(place, shapes[name], B)
+        ]
+
+    return [
+        (f"{bench.__module__.rpartition('.')[2]}, {name}, batch {B}", functools.partial(task, bench, name, B))
+        for name, B, bench in itertools.product(shapes, batches, benches)
+    ]
+
+
+def run(tasks: Sequence[Task], output: Path | None, command: str | None = None, device: str = "cuda") -> list[Row]:
+    """Runs (label, task) one after the other, shows on stderr how far it is, and prints a table a benchmark.
+
+    The row file is written after each task: what was measured is kept if a later one fails.
+    """
+    rows: list[Row] = []
+    with tqdm(tasks, file=sys.stderr) as bar:
+        for label, task in bar:
+            bar.set_description(label)
+            rows += task()
+            if output is not None:
+                write_rows(output, rows, command, device)
+    for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
+        print(f"\n{benchmark}")
+        print_table([{k: v for k, v in row.items() if k != "benchmark"} for row in rows if row["benchmark"] == benchmark])
+    return rows
