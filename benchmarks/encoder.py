@@ -25,8 +25,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from whisper_triton.benchmarks.generate import SHAPES, build_model, relative_error
-from whisper_triton.benchmarks.harness import measure, print_table, time_graph, write_rows
+from whisper_triton.benchmarks.harness import measure, print_table, relative_error, time_graph, write_rows
+from whisper_triton.benchmarks.models import SHAPES, build_model
 
 import whisper_triton
 from whisper_triton import fused_encoder

@@ -4,7 +4,7 @@
 
 By default the shapes of large-v3, fp16: `add_layer_norm` on (B 1500, 1280), twice a layer, `bias_gelu` on (B 1500, 5120), once.
 Microseconds in a CUDA graph: cold, with buffers rotated past the L2, and hot, over and over on the same, as between two
-products at batch 1, where the L2 holds all. The floor is that of the cold one: bytes over the bandwidth of reading a large tensor.
+products at batch 1, where the L2 holds all. The floor is that of the cold one: bytes over the bandwidth of reading a tensor.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def measure(calls: Sequence[Callable[[], object]], replays: int = 30) -> tuple[f
     return time_graph(capture(calls), len(calls), replays)
 
 
-def measure_on_cpu(calls: Sequence[Callable[[], object]], repeats: int = 5) -> tuple[float, float]:
+def measure_on_cpu(calls: Sequence[Callable[[], object]], repeats: int = 3) -> tuple[float, float]:
     """(median, spread) in microseconds of one of `calls` by the clock."""
     for call in calls[:2]:
         call()

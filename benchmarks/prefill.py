@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 from transformers import WhisperForConditionalGeneration
-from whisper_triton.benchmarks.generate import SHAPES, build_model, relative_error
-from whisper_triton.benchmarks.harness import capture, print_table, time_graph, write_rows
+from whisper_triton.benchmarks.harness import capture, print_table, relative_error, time_graph, write_rows
+from whisper_triton.benchmarks.models import SHAPES, build_model
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep

@@ -3,9 +3,9 @@
     python benchmarks/project_cross_kv.py
     python benchmarks/project_cross_kv.py --tune
 
-By default the shapes of large-v3: 32 layers, 20 heads of 64, 1500 frames. Milliseconds a window in a CUDA graph; a window touches more than
-the L2 holds. `layers_ms` is F.linear twice and `update_kv_cache` a layer, `cublas_ms` the F.linear alone, whose results are
-not where attention reads them. `--tune` times tiles instead, for `choose_tiles` in kernels/project_cross_kv.py.
+By default the shapes of large-v3: 32 layers, 20 heads of 64, 1500 frames. Milliseconds a window in a CUDA graph; a window
+touches more than the L2 holds. `layers_ms` is F.linear twice and `update_kv_cache` a layer, `cublas_ms` the F.linear alone,
+whose results are not where attention reads them. `--tune` times tiles instead, for `choose_tiles` in kernels/project_cross_kv.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from whisper_triton.benchmarks.harness import Place, Row, check, measure, parse, print_table
-from whisper_triton.benchmarks.models import SHAPES, Shape
+from whisper_triton.benchmarks.models import Shape
 from whisper_triton.benchmarks.tasks import run, sweep
 
 from whisper_triton.kernels import CrossTable, cross_table, project_cross_kv, update_kv_cache
 
 project = sys.modules["whisper_triton.kernels.project_cross_kv"]
-
-LARGE = SHAPES["large-v3"]
 
 
 def inputs(place: Place, shape: Shape, B: int) -> tuple[torch.Tensor, CrossTable]:
@@ -125,7 +123,7 @@ def main() -> None:
     name = "tune_project_cross_kv.jsonl" if args.tune else "project_cross_kv.jsonl"
     place, batches = Place.on(dtype=getattr(torch, args.dtype)), map(int, args.batch.split(","))
     run(
-        sweep([tune if args.tune else bench], place, {"large-v3": LARGE}, batches),
+        sweep([tune if args.tune else bench], place, {"large-v3": SHAPES["large-v3"]}, batches),
         args.output or Path(__file__).parent / "rows" / name,
     )
 

@@ -3,9 +3,9 @@
     python benchmarks/skinny_linear.py
 
 By default the shapes of large-v3, fp16. Microseconds a link in a CUDA graph, weights rotated past the L2; `eager` is layer
-norm, `F.linear` a weight, GELU and residual as PyTorch has them, `compiled` the same under torch.compile. The floor is the bytes
-of the weights over the bandwidth measured in the same run. Every call of ours loads its weights before it waits for the one
-before, as in the chain, and calls of one kind follow one another here: `benchmarks/decoder_step.py` says what each costs in the
+norm, `F.linear` a weight, GELU and residual as PyTorch has them, `compiled` the same under torch.compile. The floor is the
+bytes of the weights over the bandwidth measured in the same run. Every call of ours loads its weights before it waits for the
+one before, as in the chain, and calls of one kind follow one another here: `benchmarks/decoder_step.py` says what each costs in the
 chain. In fp32 the kernel takes one row.
 """
 
