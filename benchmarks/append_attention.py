@@ -80,7 +80,7 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 def main() -> None:
     args = parse_args(__doc__, "append_attention.jsonl")
-    run(sweep([bench], Place.on(), {"large-v3": SHAPES["large-v3"]}, (1, 8, 32)), args.output)
+    run(sweep({"append_attention": bench}, Place.on(), SHAPES.get, ["large-v3"], (1, 8, 32)), args.output)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def main() -> None:
     parser.add_argument("--batch", default=BATCHES, help="batch sizes, separated by commas")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "decode_attention.jsonl")
     args = parse(parser)
-    run(sweep([bench], Place.on(), {"large-v3": SHAPES["large-v3"]}, map(int, args.batch.split(","))), args.output)
+    batches = [int(B) for B in args.batch.split(",")]
+    run(sweep({"decode_attention": bench}, Place.on(), SHAPES.get, ["large-v3"], batches), args.output)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ from transformers import StaticCache, WhisperForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
 from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, parse, time_device, time_graph
 from whisper_triton.benchmarks.models import SHAPES, StepInput, check, check_logits, get_model, step_input
-from whisper_triton.benchmarks.tasks import run
+from whisper_triton.benchmarks.tasks import run, sweep
 
 import whisper_triton
 from whisper_triton import fused
@@ -159,7 +158,7 @@ def time_compiled(model: WhisperForConditionalGeneration, B: int, place: Place, 
     return median / 1000, spread / 1000
 
 
-def bench(place: Place, model: WhisperForConditionalGeneration, B: int, mode: str = "none") -> list[Row]:
+def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, mode: str = "none") -> list[Row]:
     """The row of the step, then one a link where the chain of fused kernels covers the model."""
     ours, stock = check(model, B)
     compiled = None if mode == "none" else time_compiled(model, B, place, mode)
@@ -213,13 +212,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "decoder_step.jsonl")
     args = parse(parser)
     place = Place.on()
-    model_of = functools.lru_cache(maxsize=1)(get_model)
-
-    def measured(name: str, B: int) -> list[Row]:
-        return [{"model": name} | row for row in bench(place, model_of(name, place.dtype, place.device), B, args.compile)]
-
-    pairs = itertools.product(args.model.split(","), map(int, args.batch.split(",")))
-    run([(f"{name}, batch {B}", functools.partial(measured, name, B)) for name, B in pairs], args.output)
+    load = functools.partial(get_model, dtype=place.dtype, device=place.device)
+    benches = {"step": functools.partial(bench, mode=args.compile)}
+    run(sweep(benches, place, load, args.model.split(","), [int(B) for B in args.batch.split(",")]), args.output)
 
 
 if __name__ == "__main__":

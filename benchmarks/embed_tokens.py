@@ -35,7 +35,7 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 def main() -> None:
     args = parse_args(__doc__, "embed_tokens.jsonl")
-    run(sweep([bench], Place.on(), {"large-v3": SHAPES["large-v3"]}, (1, 8)), args.output)
+    run(sweep({"embed_tokens": bench}, Place.on(), SHAPES.get, ["large-v3"], (1, 8)), args.output)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def bench_bias_gelu(place: Place, shape: Shape, B: int) -> list[Row]:
 
 def main() -> None:
     args = parse_args(__doc__, "encoder_kernels.jsonl")
-    run(sweep([bench_add_layer_norm, bench_bias_gelu], Place.on(), {"large-v3": SHAPES["large-v3"]}, (1, 8)), args.output)
+    benches = {"add_layer_norm": bench_add_layer_norm, "bias_gelu": bench_bias_gelu}
+    run(sweep(benches, Place.on(), SHAPES.get, ["large-v3"], (1, 8)), args.output)
 
 
 if __name__ == "__main__":

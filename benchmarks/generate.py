@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from transformers import LogitsProcessor, WhisperForConditionalGeneration
 from whisper_triton.benchmarks.harness import Place, Row, median_and_spread, parse
 from whisper_triton.benchmarks.models import SHAPES, check, get_model
-from whisper_triton.benchmarks.tasks import run
+from whisper_triton.benchmarks.tasks import run, sweep
 
 import whisper_triton
 
@@ -182,13 +183,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "generate.jsonl")
     args = parse(parser)
     place = Place.on()
-    models = Models(args.model, place)
-    kwargs = {"variants": tuple(args.variants.split(";")), "calls": args.calls}
-    tasks = [
-        (f"{args.model}, batch {B}", lambda B=B: [{"model": args.model} | row for row in bench(place, models, B, **kwargs)])
-        for B in map(int, args.batch.split(","))
-    ]
-    run(tasks, args.output)
+    benches = {"generate": functools.partial(bench, variants=tuple(args.variants.split(";")), calls=args.calls)}
+    load = functools.partial(Models, place=place)
+    run(sweep(benches, place, load, [args.model], [int(B) for B in args.batch.split(",")]), args.output)
 
 
 if __name__ == "__main__":

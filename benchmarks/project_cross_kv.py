@@ -5,7 +5,7 @@
 
 By default the shapes of large-v3: 32 layers, 20 heads of 64, 1500 frames. Milliseconds a window in a CUDA graph; a window
 touches more than the L2 holds. `layers_ms` is F.linear twice and `update_kv_cache` a layer, `cublas_ms` the F.linear alone,
-whose results are not where attention reads them. `--tune` times tiles instead, for `choose_tiles` in kernels/project_cross_kv.py.
+whose results are not where attention reads them. `--tune` times tiles instead, for `choose_tiles` of the kernel's file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from whisper_triton.benchmarks.harness import Place, Row, check, measure, parse, print_table
-from whisper_triton.benchmarks.models import Shape
+from whisper_triton.benchmarks.models import SHAPES, Shape
 from whisper_triton.benchmarks.tasks import run, sweep
 
 from whisper_triton.kernels import CrossTable, cross_table, project_cross_kv, update_kv_cache
@@ -121,9 +121,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="row file to write")
     args = parse(parser)
     name = "tune_project_cross_kv.jsonl" if args.tune else "project_cross_kv.jsonl"
-    place, batches = Place.on(dtype=getattr(torch, args.dtype)), map(int, args.batch.split(","))
+    place, batches = Place.on(dtype=getattr(torch, args.dtype)), [int(B) for B in args.batch.split(",")]
     run(
-        sweep([tune if args.tune else bench], place, {"large-v3": SHAPES["large-v3"]}, batches),
+        sweep({"project_cross_kv": tune if args.tune else bench}, place, SHAPES.get, ["large-v3"], batches),
         args.output or Path(__file__).parent / "rows" / name,
     )
 

@@ -5,8 +5,8 @@
 By default the shapes of large-v3, fp16. Microseconds a link in a CUDA graph, weights rotated past the L2; `eager` is layer
 norm, `F.linear` a weight, GELU and residual as PyTorch has them, `compiled` the same under torch.compile. The floor is the
 bytes of the weights over the bandwidth measured in the same run. Every call of ours loads its weights before it waits for the
-one before, as in the chain, and calls of one kind follow one another here: `benchmarks/decoder_step.py` says what each costs in the
-chain. In fp32 the kernel takes one row.
+one before, as in the chain, and calls of one kind follow one another here: `benchmarks/decoder_step.py` says what each costs
+in the chain. In fp32 the kernel takes one row.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 def main() -> None:
     args = parse_args(__doc__, "skinny_linear.jsonl")
-    run(sweep([bench], Place.on(), {"large-v3": SHAPES["large-v3"]}, (1, 8)), args.output)
+    run(sweep({"skinny_linear": bench}, Place.on(), SHAPES.get, ["large-v3"], (1, 8)), args.output)
 
 
 if __name__ == "__main__":

@@ -5,30 +5,35 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from whisper_triton.benchmarks.harness import Place, Row, print_table, write_rows
-from whisper_triton.benchmarks.models import Shape
 
-Bench = Callable[[Place, Shape, int], list[Row]]  # of a batch size
+Bench = Callable[[Place, Any, int], list[Row]]  # of a shape or a model, and a batch size
 Task = tuple[str, Callable[[], list[Row]]]
 
 
-def sweep(benches: Sequence[Bench], place: Place, shapes: dict[str, Shape], batches: Iterable[int]) -> list[Task]:
-    """The tasks of `run` that call each bench for each shape and batch; their rows say which, and the dtype."""
+def sweep(
+    benches: dict[str, Bench], place: Place, load: Callable[[str], Any], names: Sequence[str], batches: Sequence[int]
+) -> list[Task]:
+    """The tasks of `run` that call each bench for what `load` makes of each name, and each batch size.
+
+    One of those is held at a time. The rows say the name and the dtype too.
+    """
+    load = functools.lru_cache(maxsize=1)(load)
 
     def task(bench: Bench, name: str, B: int) -> list[Row]:
         torch.compiler.reset()  # else the next shape is compiled for any, and after a few none is
-        return [
-            {"model": name, "dtype": str(place.dtype).removeprefix("torch.")} | row for row in bench(place, shapes[name], B)
-        ]
+        facts = {"model": name, "dtype": str(place.dtype).removeprefix("torch.")}
+        return [facts | row for row in bench(place, load(name), B)]
 
     return [
-        (f"{bench.__module__.rpartition('.')[2]}, {name}, batch {B}", functools.partial(task, bench, name, B))
-        for name, B, bench in itertools.product(shapes, batches, benches)
+        (f"{label}, {name}, batch {B}", functools.partial(task, benches[label], name, B))
+        for name, B, label in itertools.product(names, batches, benches)
     ]
 
 
