@@ -32,9 +32,7 @@ KERNELS = {  # where each is measured: file and function
     "bias_gelu": ("encoder_kernels", "bench_bias_gelu"),
 }
 TOY = "toy"
-CPU_NOTE = (
-    "On a CPU these are timings of PyTorch references: they prove that the benchmarks run, and tell nothing about kernels."
-)
+CPU_NOTE = "On a CPU these are timings of PyTorch references: they prove that the benchmarks run, and say nothing of kernels."
 WHERE_TO = ("output", "plot")  # not part of the command that a row names: they change nothing of what is measured
 
 
@@ -188,7 +186,7 @@ def measure(
     output: Path | None,
     plot: Path | None,
 ) -> None:
-    """Runs what `prepare` returns, benches and what loads their subjects by name, for each name and batch; the rest are options.
+    """Runs the benches that `prepare` returns, with what loads their subjects by name; the rest are options.
 
     Raises:
         Failure: a result was wrong, a model cannot be had, or there is not enough memory.
@@ -210,6 +208,7 @@ def measure(
         raise Failure(str(error), exit_code=2) from error
     if where.type == "cpu":
         click.echo(CPU_NOTE)
+        torch.set_num_threads(1)  # the tensors are small, and where the cores are busy more threads wait for each other
     torch.manual_seed(0)
     try:
         place = Place.on(where, choose_dtype(dtype, where))

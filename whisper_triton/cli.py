@@ -1,4 +1,5 @@
-"""The command `whisper-triton`: `transcribe` prints the words of audio files, `doctor` says what they would run on, `bench` measures.
+"""The command `whisper-triton`: `transcribe` prints the words of audio files, `doctor` says what they would
+run on, `bench` measures.
 
 Text goes to stdout and everything else to stderr. Exit status: 0 if all went well, 1 if a file, the model or the machine
 failed, 2 for a wrong command line, 130 if interrupted. Whatever takes long to import is imported when it is needed.
