@@ -81,7 +81,7 @@ def prepare(model: WhisperForConditionalGeneration, B: int) -> DecoderStep:
 @torch.no_grad()
 def time_step(model: WhisperForConditionalGeneration, step: DecoderStep, replays: int = 30) -> tuple[float, float]:
     """(median, spread) in ms of a step as it is captured now; on a CPU of the chain through its references."""
-    ids = torch.full((step.encoder_states.shape[0], 1), 1000, device=model.device)
+    ids = torch.full((step.encoder_states.shape[0], 1), min(1000, model.config.vocab_size - 1), device=model.device)
     position = step.cache.get_seq_length()
     # Replays advance the position: start so that the timed ones lie around POSITION.
     position.fill_(POSITION - 16)

@@ -122,6 +122,7 @@ def bench(name: str, B: int, rate: float, mode: str, has_profile: bool, at_once:
         ms, spread = (us / 1000 for us in time_graph(captured.graph, 1))
         floor = 1000 * tera_operations(encoder, B) / rate
         row: dict[str, object] = {
+            "benchmark": "encoder",
             "model": name,
             "B": B,
             "at_once": min(B, fused_encoder.sequences_at_once(encoder)),

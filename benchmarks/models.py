@@ -139,7 +139,7 @@ class StepInput(NamedTuple):
 @torch.no_grad()
 def step_input(model: WhisperForConditionalGeneration, B: int) -> StepInput:
     """What a step of `model`, which must not be accelerated, is checked on."""
-    ids = torch.randint(0, 50000, (B, 5), device=model.device)
+    ids = torch.randint(0, min(50000, model.config.vocab_size), (B, 5), device=model.device)
     shape = (B, model.config.max_source_positions, model.config.d_model)
     states = torch.randn(*shape, device=model.device, dtype=model.dtype)
     stock = model(encoder_outputs=(states,), decoder_input_ids=ids, use_cache=False).logits[:, -1]

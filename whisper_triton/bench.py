@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,10 +232,10 @@ def measure(
 
 def command_of(ctx: click.Context) -> str:
     """What a user types to measure the same again."""
-    words = [ctx.command_path]
+    words = ["whisper-triton", "bench", ctx.info_name]
     for parameter in ctx.command.params:
         given = ctx.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE
         if given and parameter.name not in WHERE_TO:
             value = ctx.params[parameter.name]
             words += [parameter.opts[0], ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    return " ".join(words)
+    return shlex.join(words)
