@@ -4,10 +4,11 @@
     whisper-triton bench generate --model medium,large-v3 --batch 1,2,4,8
 
 Random weights in the published shapes (no download) or a real checkpoint, greedy, 64 new tokens from one 30 s window of
-noise, encoder included. RTFx is seconds of audio a second. First-call time holds what compiling costs. What is timed is
-checked first: a step's logits against a float64 run, and each variant's tokens by the float64 logits along their own path, in
-which each must be the greatest but for what stock's rounding in this dtype can turn. With random weights rounding turns near
-ties, after which tokens differ for good, stock's own too, so the share that equals the first variant's is only reported.
+noise, encoder included. RTFx is seconds of audio a second, `extra_GB` the most memory that two calls took beyond the models,
+`first_s` the first call, which holds what compiling costs. What is timed is checked first: a step's logits against a float64
+run, and each variant's tokens by the float64 logits along their own path, in which each must be the greatest but for what
+stock's rounding in this dtype can turn. With random weights rounding turns near ties, after which tokens differ for good,
+stock's own too, so the share that equals the first variant's is only reported.
 """
 
 from __future__ import annotations

@@ -172,6 +172,17 @@ def test_a_wrong_kernel_is_not_timed(
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+def test_a_wrong_alternative_is_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.Place, "compile", lambda self, function, **kwargs: function)
+    monkeypatch.setattr(decode_attention, "flex", lambda *args: lambda q, k, v, scale: torch.zeros_like(q))
+    result = command("kernels", "--only", "decode_attention", "--batch", 1)
+    assert result.exit_code == 0, result.output
+    assert "flex is wrong and not timed: relative error 1.00e+00" in result.stderr
+    names, values = (line.split() for line in result.stdout.splitlines()[-2:])
+    row = dict(zip(names, values, strict=True))
+    assert (row["flex_us"], row["math_us"] != "None") == ("None", True)
+
+
 @pytest.mark.usefixtures("nothing_is_timed")
 def test_a_wrong_step_is_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "skinny_linear", wrong(fused.skinny_linear))
