@@ -1,4 +1,4 @@
-"""Packaging of whisper-triton. Read `whisper_triton/kernels.py` for why `kernels/` is mapped by hand."""
+"""Packaging of whisper-triton. Anchors, `whisper_triton/kernels.py` and `benchmarks.py`, say why folders are mapped by hand."""
 
 import runpy
 from pathlib import Path
@@ -25,8 +25,12 @@ setup(
     license_files=["LICENSE"],
     python_requires=VERSIONS["PYTHON"],
     # Never find_packages(): it would ship a top-level `kernels` that overwrites the PyPI package of that name.
-    packages=["whisper_triton", "whisper_triton.kernels"],
-    package_dir={"whisper_triton": "whisper_triton", "whisper_triton.kernels": "kernels"},
+    packages=["whisper_triton", "whisper_triton.kernels", "whisper_triton.benchmarks"],
+    package_dir={
+        "whisper_triton": "whisper_triton",
+        "whisper_triton.kernels": "kernels",
+        "whisper_triton.benchmarks": "benchmarks",
+    },
     install_requires=[
         f"torch{SUPPORTED['torch']}",
         f"triton{SUPPORTED['triton']}; platform_system == 'Linux'",

@@ -1,83 +1,220 @@
-"""One decoding step: our captured chain of fused kernels against its floor, by model and batch.
+"""One decoding step: our captured chain of fused kernels against its floor and stock's compiled step, by model and batch.
 
     python benchmarks/decoder_step.py --model large-v3 --batch 1,2,4,8,16
+    whisper-triton bench step --model large-v3,turbo --batch 1,8
 
-Random weights in the published shapes, fp16, position 64. Milliseconds of a graph replay; the floor is the bytes a step must
-read (decoder weights, LM head, cross and self caches) over the bandwidth measured in the same run. Logits are checked first
-against a float64 run of the stock modules: at most 1.25 times as far from it as the stock fp16 step.
+Random weights in the published shapes or a real checkpoint, position 64. Milliseconds of a graph replay; the floor is the bytes
+a step must read (decoder weights, LM head, cross and self caches) over the bandwidth measured in the same run. `compiled` is
+stock with its static cache, the step under `torch.compile(fullgraph=True)`, which replays a graph too: its calls follow
+one another, so that what the host needs beside the GPU does not count unless it needs longer. Logits are checked first against
+a float64 run of the stock modules: at most 1.25 times as far from it as the stock step in the same dtype (fp32: 4).
+
+The rows `step_links` say what the chain gains, a layer, when the launches of one link are left out of the captured step (the
+links behind it then read whatever lies in memory), beside the floor of its bytes. Links overlap, which is what dependent
+launch is for, so the gains need not add up to the step: each is what a link costs where it stands, not what it takes alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
-from generate import SHAPES, build_model, check
-from harness import parse, print_table, read_bandwidth, time_graph, write_rows
-from transformers import WhisperForConditionalGeneration
+from torch import nn
+from transformers import StaticCache, WhisperForConditionalGeneration
+from transformers.cache_utils import EncoderDecoderCache
+from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, parse, time_device, time_graph
+from whisper_triton.benchmarks.models import SHAPES, StepInput, check, check_logits, get_model, step_input
+from whisper_triton.benchmarks.tasks import run, sweep
 
 import whisper_triton
+from whisper_triton import fused
 from whisper_triton.decoder import DecoderStep
 
 POSITION = 64
+LINKS = ("q/k/v", "self-attention", "self out", "cross query", "cross-attention", "cross out", "fc1", "fc2")  # of a layer
+MODES = ("reduce-overhead", "max-autotune", "none")
 
 
-def step_bytes(model: WhisperForConditionalGeneration, step: DecoderStep) -> int:
-    """What a step must read once: the weights that it uses, the cross cache, the slots in use of the self cache."""
-    layers = model.model.decoder.layers
-    once_a_window = [
-        p for layer in layers for m in (layer.encoder_attn.k_proj, layer.encoder_attn.v_proj) for p in m.parameters()
-    ]
-    weights = sum(p.nbytes for p in layers.parameters()) - sum(p.nbytes for p in once_a_window) + model.proj_out.weight.nbytes
-    own = step.cache.self_attention_cache.layers
-    used = sum(2 * layer.keys[:, :, : POSITION + 1].numel() * layer.keys.element_size() for layer in own)
-    cross = sum(layer.keys.nbytes + layer.values.nbytes for layer in step.cache.cross_attention_cache.layers)
-    return weights + used + cross
+def step_bytes(model: WhisperForConditionalGeneration, step: DecoderStep) -> dict[str, int]:
+    """What a step must read once, by link and in all layers: weights, the cross cache, the slots in use of the self cache.
+
+    The input's embeddings are left out: a step reads a row of each.
+    """
+    own, cross = (part.layers for part in (step.cache.self_attention_cache, step.cache.cross_attention_cache))
+    found = dict.fromkeys(
+        ("q/k/v", "self-attention", "self out", "cross query", "cross-attention", "cross out", "fc1", "fc2"), 0
+    )
+    for layer, of_self, of_cross in zip(model.model.decoder.layers, own, cross, strict=False):
+        mine, other = layer.self_attn, layer.encoder_attn
+        for link, modules in {
+            "q/k/v": (layer.self_attn_layer_norm, mine.q_proj, mine.k_proj, mine.v_proj),
+            "self out": (mine.out_proj,),
+            "cross query": (layer.encoder_attn_layer_norm, other.q_proj),
+            "cross out": (other.out_proj,),
+            "fc1": (layer.final_layer_norm, layer.fc1),
+            "fc2": (layer.fc2,),
+        }.items():
+            found[link] += nbytes(*modules)
+        found["self-attention"] += 2 * of_self.keys[:, :, : POSITION + 1].numel() * of_self.keys.element_size()
+        found["cross-attention"] += of_cross.keys.nbytes + of_cross.values.nbytes
+    return found | {"LM head": nbytes(model.proj_out)}
 
 
-def bench(model: WhisperForConditionalGeneration, name: str, B: int, bandwidth: float) -> dict[str, object]:
-    ours, stock = check(model, B)
-    with whisper_triton.accelerated(model):
-        step = DecoderStep(model, B, model.config.max_source_positions)
-        for layer in step.cache.cross_attention_cache.layers:
-            layer.keys.normal_(), layer.values.normal_()
-            step.cache.is_updated.update(dict.fromkeys(step.cache.is_updated, True))
-        position = step.cache.get_seq_length()
-        step(model, torch.full((B, 1), 1000, device="cuda"))
-        # Replays advance the position: start so that the timed ones lie around POSITION.
+def nbytes(*modules: nn.Module) -> int:
+    return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def prepare(model: WhisperForConditionalGeneration, B: int) -> DecoderStep:
+    """A step of an accelerated model over a full cross cache."""
+    step = DecoderStep(model, B, model.config.max_source_positions)
+    for layer in step.cache.cross_attention_cache.layers:
+        layer.keys.normal_(), layer.values.normal_()
+    step.cache.is_updated.update(dict.fromkeys(step.cache.is_updated, True))
+    return step
+
+
+@torch.no_grad()
+def time_step(model: WhisperForConditionalGeneration, step: DecoderStep, replays: int = 30) -> tuple[float, float]:
+    """(median, spread) in ms of a step as it is captured now; on a CPU of the chain through its references."""
+    ids = torch.full((step.encoder_states.shape[0], 1), min(1000, model.config.vocab_size - 1), device=model.device)
+    position = step.cache.get_seq_length()
+    # Replays advance the position: start so that the timed ones lie around POSITION.
+    position.fill_(POSITION - 16)
+    if model.device.type != "cuda":
+        median, spread = measure_on_cpu([lambda: step._run(model, ids)])
+    else:
+        step.passes.clear()
+        step(model, ids)
         position.fill_(POSITION - 16)
-        ms, spread = (us / 1000 for us in time_graph(step.graph, 1, replays=30))
-    size = step_bytes(model, step)
-    floor = size / bandwidth / 1e6
-    return {
-        "model": name,
+        median, spread = time_graph(step.graph, 1, replays)
+    return median / 1000, spread / 1000
+
+
+@contextmanager
+def without(model: WhisperForConditionalGeneration, link: str) -> Iterator[None]:
+    """Leaves out the launches of a link of the chain: a buffer that nobody has written takes the place of its result."""
+    decoder = model.model.decoder
+    weights = {model.proj_out.weight: "LM head"}
+    for layer in decoder.layers:
+        weights |= {
+            layer.self_attn.q_proj.weight: "q/k/v",
+            layer.self_attn.out_proj.weight: "self out",
+            layer.encoder_attn.q_proj.weight: "cross query",
+            layer.encoder_attn.out_proj.weight: "cross out",
+            layer.fc1.weight: "fc1",
+            layer.fc2.weight: "fc2",
+        }
+    linear = fused.skinny_linear
+
+    def maybe_linear(x: torch.Tensor, parts: tuple[torch.Tensor, ...], *args: object, **kwargs: object) -> torch.Tensor:
+        if weights[parts[0]] != link:
+            return linear(x, parts, *args, **kwargs)
+        return x.new_empty(x.shape[0], sum(len(part) for part in parts))
+
+    def no_attention(query: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return query.new_empty(query.shape)
+
+    names = {"self-attention": "append_attention", "cross-attention": "decode_attention"}
+    replacement = (names[link], no_attention) if link in names else ("skinny_linear", maybe_linear)
+    with mock.patch.object(fused, *replacement):
+        yield
+
+
+def stock_step(model: WhisperForConditionalGeneration, given: StepInput, compiler: Callable) -> Callable[[], torch.Tensor]:
+    """Stock's step after the prompt of `given`, compiled; each call decodes the prompt's last token at the next position."""
+    config = model.config.get_text_config(decoder=True)
+    cache = EncoderDecoderCache(
+        StaticCache(config=config, max_cache_len=model.config.max_target_positions),
+        StaticCache(config=config, max_cache_len=model.config.max_source_positions),
+    )
+    kwargs = {"encoder_outputs": (given.states,), "past_key_values": cache, "use_cache": True}
+    model(decoder_input_ids=given.ids[:, :4], **kwargs)  # eagerly, as stock does: it allocates the cache
+    last = given.ids[:, 4:].clone()
+    compiled = compiler(lambda ids: model(decoder_input_ids=ids, **kwargs).logits)
+
+    def step() -> torch.Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
+        return compiled(last)
+
+    return step
+
+
+@torch.no_grad()
+def time_compiled(model: WhisperForConditionalGeneration, B: int, place: Place, mode: str) -> tuple[float, float]:
+    """(median, spread) in ms of stock's compiled step around POSITION; exits if it is wrong."""
+    given = step_input(model, B)
+    torch.compiler.reset()
+    step = stock_step(model, given, lambda function: place.compile(function, mode=mode))
+    check_logits("stock's compiled step", step()[:, -1].clone(), given, bound=4 if place.dtype == torch.float32 else 2)
+    calls = POSITION - 16 - 5
+    for _ in range(calls if place.is_gpu else 0):
+        step()
+    median, spread = time_device(step) if place.is_gpu else measure_on_cpu([step])
+    return median / 1000, spread / 1000
+
+
+def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, mode: str = "none") -> list[Row]:
+    """The row of the step, then one a link where the chain of fused kernels covers the model."""
+    ours, stock = check(model, B)
+    compiled = None if mode == "none" else time_compiled(model, B, place, mode)
+    with whisper_triton.accelerated(model):
+        step = prepare(model, B)
+        ms, spread = time_step(model, step)
+        parts = step_bytes(model, step)
+        links = {}
+        for link in parts if step.fused is not None else ():
+            with without(model, link):
+                links[link] = time_step(model, step)
+    size = sum(parts.values())
+    floor = place.floor_us(size) / 1000
+    row: Row = {
+        "benchmark": "step",
         "B": B,
         "ms": ms,
         "spread_ms": spread,
         "floor_ms": floor,
+        "MB": size / 1e6,
         "GB/s": size / ms / 1e6,
         "share_%": 100 * floor / ms,
-        "error": f"{ours:.1e}",
-        "stock_error": f"{stock:.1e}",
+        "bandwidth_GB/s": place.bandwidth,
+        "path": "modules" if step.fused is None else "chain",
     }
+    if compiled is not None:
+        row |= {"compiled_ms": compiled[0], "compiled_spread_ms": compiled[1], "compiled/ours": compiled[0] / ms, "mode": mode}
+    row |= {"error": f"{ours:.1e}", "stock_error": f"{stock:.1e}"}
+    rows = [row]
+    for link, (without_ms, without_spread) in links.items():
+        times = 1 if link == "LM head" else len(model.model.decoder.layers)
+        rows.append(
+            {
+                "benchmark": "step_links",
+                "B": B,
+                "link": link,
+                "us": 1000 * (ms - without_ms) / times,
+                "spread_us": 1000 * (spread + without_spread) / times,
+                "floor_us": place.floor_us(parts[link]) / times,
+                "MB": parts[link] / times / 1e6,
+            }
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
     parser.add_argument("--batch", default="1,2,4,8,16", help="batch sizes, separated by commas")
+    parser.add_argument("--compile", default="none", choices=MODES, help="mode of stock's torch.compile")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "decoder_step.jsonl")
     args = parse(parser)
-    bandwidth = read_bandwidth()
-    rows = []
-    for name in args.model.split(","):
-        model = build_model(name)
-        rows += [bench(model, name, B, bandwidth) for B in map(int, args.batch.split(","))]
-        del model
-    print(f"read bandwidth {bandwidth:.0f} GB/s")
-    print_table(rows)
-    write_rows(args.output, rows)
+    place = Place.on()
+    load = functools.partial(get_model, dtype=place.dtype, device=place.device)
+    benches = {"step": functools.partial(bench, mode=args.compile)}
+    run(sweep(benches, place, load, args.model.split(","), [int(B) for B in args.batch.split(",")]), args.output)
 
 
 if __name__ == "__main__":

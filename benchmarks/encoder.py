@@ -22,11 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from generate import SHAPES, build_model, relative_error
-from harness import measure, print_table, time_graph, write_rows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from whisper_triton.benchmarks.harness import measure, print_table, relative_error, time_graph, write_rows
+from whisper_triton.benchmarks.models import SHAPES, build_model
 
 import whisper_triton
 from whisper_triton import fused_encoder
@@ -122,6 +122,7 @@ def bench(name: str, B: int, rate: float, mode: str, has_profile: bool, at_once:
         ms, spread = (us / 1000 for us in time_graph(captured.graph, 1))
         floor = 1000 * tera_operations(encoder, B) / rate
         row: dict[str, object] = {
+            "benchmark": "encoder",
             "model": name,
             "B": B,
             "at_once": min(B, fused_encoder.sequences_at_once(encoder)),

@@ -1,142 +1,176 @@
-"""Whole `generate` calls: stock static cache with torch.compile, the same with our attention by name, and `accelerate`.
+"""Whole `generate` calls: stock dynamic, stock static with torch.compile, that with our attention by name, and `accelerate`.
 
     python benchmarks/generate.py --model large-v3 --batch 1,8
+    whisper-triton bench generate --model medium,large-v3 --batch 1,2,4,8
 
-Random weights in the published shapes (no download), fp16, greedy, 64 new tokens from one 30 s window, encoder included.
-First-call time holds what compiling costs. What is timed is checked first by its logits, against a float64 run (`check`): with
-random weights rounding turns near ties, after which tokens differ for good, stock's own variants' too, so the share of tokens
-that equal stock static+compile's is only reported.
+Random weights in the published shapes (no download) or a real checkpoint, greedy, 64 new tokens from one 30 s window of
+noise, encoder included. RTFx is seconds of audio a second, `extra_GB` the most memory that two calls took beyond the models,
+`first_s` the first call, which holds what compiling costs. What is timed is checked first: a step's logits against a float64
+run, and each variant's tokens by the float64 logits along their own path, in which each must be the greatest but for what
+stock's rounding in this dtype can turn. With random weights rounding turns near ties, after which tokens differ for good,
+stock's own too, so the share that equals the first variant's is only reported.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import copy
+import functools
 import time
 from pathlib import Path
 
 import torch
-from harness import parse, print_table, write_rows
-from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+from transformers import LogitsProcessor, WhisperForConditionalGeneration
+from whisper_triton.benchmarks.harness import Place, Row, median_and_spread, parse
+from whisper_triton.benchmarks.models import SHAPES, check, get_model
+from whisper_triton.benchmarks.tasks import run, sweep
 
 import whisper_triton
-from whisper_triton.decoder import DecoderStep
 
-# d_model, encoder layers, decoder layers, heads, mel bins, vocabulary
-SHAPES = {
-    "tiny": (384, 4, 4, 6, 80, 51865),
-    "base": (512, 6, 6, 8, 80, 51865),
-    "small": (768, 12, 12, 12, 80, 51865),
-    "medium": (1024, 24, 24, 16, 80, 51865),
-    "large-v3": (1280, 32, 32, 20, 128, 51866),
-    "turbo": (1280, 32, 4, 20, 128, 51866),
-    "distil-large-v3": (1280, 32, 2, 20, 128, 51866),
-}
 NEW_TOKENS = 64
 BY_NAME = "attention by name, static+compile"
 VARIANTS = ("stock static+compile", BY_NAME, "stock dynamic", "accelerate")
+CHECKED = 2  # sequences: a float64 run of more takes its time
+SECONDS_A_FRAME = 0.02
 
 
-def build_model(name: str, dtype: torch.dtype = torch.float16) -> WhisperForConditionalGeneration:
-    """A model of the published shape `name` with random weights, on the GPU."""
-    d_model, encoder_layers, decoder_layers, heads, mel_bins, vocabulary = SHAPES[name]
-    config = WhisperConfig(
-        d_model=d_model,
-        encoder_layers=encoder_layers,
-        decoder_layers=decoder_layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=4 * d_model,
-        decoder_ffn_dim=4 * d_model,
-        num_mel_bins=mel_bins,
-        vocab_size=vocabulary,
-        bos_token_id=50257,
-        eos_token_id=50257,
-        pad_token_id=50257,
-        decoder_start_token_id=50258,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    with torch.device("cuda"):
-        model = WhisperForConditionalGeneration(config).eval()
-    torch.set_default_dtype(torch.float32)
-    for parameter in model.model.decoder.parameters():  # the default initialisation repeats one token
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.06)
-    model.generation_config = GenerationConfig(
-        decoder_start_token_id=50258,
-        eos_token_id=50257,
-        pad_token_id=50257,
-        no_timestamps_token_id=50363,
-        is_multilingual=False,
-        max_length=448,
-    )
-    return model
+def synchronize(place: Place) -> None:
+    if place.is_gpu:
+        torch.cuda.synchronize()
 
 
-def relative_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((logits.double() - exact).norm() / exact.norm()).item()
-
-
-def check(model: WhisperForConditionalGeneration, B: int) -> tuple[float, float]:
-    """(our, stock's) relative error of a step's logits after a prompt; exits if ours exceeds 1.25 times stock's."""
-    ids = torch.randint(0, 50000, (B, 5), device="cuda")
-    states = torch.randn(B, model.config.max_source_positions, model.config.d_model, device="cuda", dtype=model.dtype)
-    with torch.no_grad():
-        stock = model(encoder_outputs=(states,), decoder_input_ids=ids, use_cache=False).logits[:, -1]
-        model.double()
-        exact = model(encoder_outputs=(states.double(),), decoder_input_ids=ids, use_cache=False).logits[:, -1]
-        model.to(states.dtype)
-        with whisper_triton.accelerated(model):
-            step = DecoderStep(model, B, states.shape[1])
-            model(encoder_outputs=(states,), decoder_input_ids=ids[:, :4], past_key_values=step.cache, use_cache=True)
-            ours = step(model, ids[:, 4:])[:, -1]
-    errors = relative_error(ours, exact), relative_error(stock, exact)
-    if not errors[0] <= 1.25 * errors[1]:
-        raise SystemExit(f"the step is wrong at batch {B}: relative error {errors[0]:.2e}, stock's {errors[1]:.2e}")
-    return errors
+def settings(model: WhisperForConditionalGeneration, new_tokens: int) -> dict[str, object]:
+    """The arguments of every `generate` here: a multilingual model is told the language, which would cost an encoder's run."""
+    told = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
+    return {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, **told}
 
 
 class Variant:
     """One way to generate: a model of its own, so that what it has compiled stays while others are timed."""
 
-    def __init__(self, name: str, model: WhisperForConditionalGeneration, features: torch.Tensor, **kwargs: object) -> None:
-        self.name, self.model, self.features, self.kwargs = name, model, features, kwargs
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()  # the models', and what other variants keep
+    def __init__(
+        self, name: str, model: WhisperForConditionalGeneration, features: torch.Tensor, new_tokens: int, place: Place
+    ) -> None:
+        self.name, self.model, self.features, self.new_tokens, self.place = name, model, features, new_tokens, place
+        self.kwargs = settings(model, new_tokens) | ({"cache_implementation": "static"} if "static" in name else {})
+        self.extra_GB = None
+        if place.is_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()  # the models', and what other variants keep
         start = time.perf_counter()
         self.tokens = self.generate()
-        torch.cuda.synchronize()
+        synchronize(place)
         self.first_s = time.perf_counter() - start
         self.generate()
-        self.extra_GB = (torch.cuda.max_memory_allocated() - before) / 1e9
+        if place.is_gpu:
+            self.extra_GB = (torch.cuda.max_memory_allocated() - before) / 1e9
         self.times: list[float] = []
 
     def generate(self) -> torch.Tensor:
-        return self.model.generate(
-            self.features, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False, **self.kwargs
-        )
+        return self.model.generate(self.features, **self.kwargs)
 
     def time_once(self) -> None:
         start = time.perf_counter()
         self.generate()
-        torch.cuda.synchronize()
+        synchronize(self.place)
         self.times.append(time.perf_counter() - start)
 
-    def row(self, expected: torch.Tensor) -> dict[str, object]:
-        equal = (self.tokens == expected).float().mean().item()
-        median = statistics.median(self.times)
+    def row(self, expected: torch.Tensor) -> Row:
+        B = self.features.shape[0]
+        median, spread = median_and_spread(self.times)
+        audio = B * SECONDS_A_FRAME * self.features.shape[-1] / 2  # an encoder's frame is two of the features'
         return {
-            "B": self.features.shape[0],
+            "B": B,
             "variant": self.name,
-            "tok/s": self.features.shape[0] * NEW_TOKENS / median,
+            "tok/s": B * self.new_tokens / median,
+            "ms/token": 1000 * median / self.new_tokens,
+            "RTFx": audio / median,
             "ms": 1000 * median,
+            "spread_ms": 1000 * spread,
             "min_ms": 1000 * min(self.times),
             "max_ms": 1000 * max(self.times),
             "first_s": self.first_s,
             "extra_GB": self.extra_GB,
-            "equal_tokens": equal,
+            "equal_tokens": (self.tokens == expected).float().mean().item(),
+            "new_tokens": self.new_tokens,
         }
+
+
+class Recorder(LogitsProcessor):
+    """Keeps the prompt that `generate` begins with, and which tokens its rules leave at each step."""
+
+    def __init__(self) -> None:
+        self.prompt: torch.Tensor | None = None  # (B, P)
+        self.allowed: list[torch.Tensor] = []  # (vocabulary,) each
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.prompt = input_ids.clone() if self.prompt is None else self.prompt
+        self.allowed.append(scores[0] > float("-inf"))
+        return scores
+
+
+class TokenCheck:
+    """Whether tokens are what greedy search chooses after each other, by float64 logits."""
+
+    def __init__(
+        self, stock: WhisperForConditionalGeneration, exact: WhisperForConditionalGeneration, features: torch.Tensor, new: int
+    ) -> None:
+        self.stock, self.exact, self.features = stock, exact, features[:CHECKED]
+        recorder = Recorder()
+        stock.generate(self.features, logits_processor=[recorder], **settings(stock, new))
+        self.prompt, self.allowed = recorder.prompt, torch.stack(recorder.allowed)
+
+    @torch.no_grad()
+    def logits(self, model: WhisperForConditionalGeneration, ids: torch.Tensor) -> torch.Tensor:
+        features = self.features.to(model.dtype)
+        return model(features, decoder_input_ids=ids, use_cache=False).logits[:, self.prompt.shape[1] - 1 :].double()
+
+    def __call__(self, variant: Variant) -> None:
+        """Exits if a token of `variant` is further below the greatest than twice the error of stock's logits in its dtype."""
+        tokens = variant.tokens[:CHECKED]
+        if tokens.shape[1] != len(self.allowed):
+            raise SystemExit(f"{variant.name} is wrong: {tokens.shape[1]} tokens for {len(self.allowed)}")
+        ids = torch.cat([self.prompt, tokens[:, :-1]], dim=1)
+        exact, stock = self.logits(self.exact, ids), self.logits(self.stock, ids)
+        best = exact.masked_fill(~self.allowed, float("-inf")).amax(-1)
+        below = (best - exact.gather(-1, tokens[..., None])[..., 0]).max().item()
+        error = (stock - exact).abs().max().item()
+        if not below <= 2 * error:
+            raise SystemExit(
+                f"{variant.name} is wrong: a token's logit is {below:.2e} below the best, stock's error {error:.2e}"
+            )
+
+
+class Models:
+    """The models of one name, one for each way to run it, and one in float64."""
+
+    def __init__(self, name: str, place: Place) -> None:
+        self.stock = get_model(name, place.dtype, place.device)
+        by_name, ours, self.exact = (copy.deepcopy(self.stock) for _ in range(3))
+        self.exact.double()
+        by_name.set_attn_implementation("whisper_triton")
+        self.ours = whisper_triton.accelerate(ours)
+        self.runners = dict(zip(VARIANTS, (self.stock, by_name, self.stock, self.ours), strict=True))
+
+
+def bench(
+    place: Place, models: Models, B: int, *, variants: tuple[str, ...] = VARIANTS, calls: int = 10, new_tokens: int = NEW_TOKENS
+) -> list[Row]:
+    """A row a variant, whose calls are timed in turns; their tokens are compared to the first's."""
+    whisper_triton.restore(models.ours)
+    check(models.ours, B)
+    whisper_triton.accelerate(models.ours)
+    config = models.stock.config
+    features = place.randn(B, config.num_mel_bins, 2 * config.max_source_positions)
+    check_tokens = TokenCheck(models.stock, models.exact, features, new_tokens)
+    torch.compiler.reset()
+    running = [Variant(name, models.runners[name], features, new_tokens, place) for name in variants]
+    for variant in running:
+        check_tokens(variant)
+    for _ in range(calls):
+        for variant in running:
+            variant.time_once()
+    return [{"benchmark": "generate", **variant.row(running[0].tokens)} for variant in running]
 
 
 def main() -> None:
@@ -149,26 +183,10 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=10, help="timed calls a variant, taken in turns")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "generate.jsonl")
     args = parse(parser)
-    stock, by_name, ours = (build_model(args.model) for _ in range(3))
-    for B in map(int, args.batch.split(",")):
-        check(ours, B)
-    by_name.set_attn_implementation("whisper_triton")
-    whisper_triton.accelerate(ours)
-    rows = []
-    for B in map(int, args.batch.split(",")):
-        features = torch.randn(B, stock.config.num_mel_bins, 3000, device="cuda", dtype=stock.dtype)
-        torch._dynamo.reset()
-        runners = {"stock static+compile": stock, BY_NAME: by_name, "stock dynamic": stock, "accelerate": ours}
-        variants = [
-            Variant(name, runners[name], features, **({"cache_implementation": "static"} if "static" in name else {}))
-            for name in args.variants.split(";")
-        ]
-        for _ in range(args.calls):
-            for variant in variants:
-                variant.time_once()
-        rows += [{"model": args.model, **variant.row(variants[0].tokens)} for variant in variants]
-        print_table(rows)
-    write_rows(args.output, rows)
+    place = Place.on()
+    benches = {"generate": functools.partial(bench, variants=tuple(args.variants.split(";")), calls=args.calls)}
+    load = functools.partial(Models, place=place)
+    run(sweep(benches, place, load, [args.model], [int(B) for B in args.batch.split(",")]), args.output)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from generate import SHAPES, build_model, relative_error
-from harness import capture, print_table, time_graph, write_rows
 from transformers import WhisperForConditionalGeneration
+from whisper_triton.benchmarks.harness import capture, print_table, relative_error, time_graph, write_rows
+from whisper_triton.benchmarks.models import SHAPES, build_model
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep
@@ -75,7 +75,7 @@ def bench(model: WhisperForConditionalGeneration, name: str, B: int, T: int, cal
     for _ in range(calls):
         times["layer by layer"].append(wall_ms(layer_by_layer))
         times["now"].append(wall_ms(now))
-    row: dict[str, object] = {"model": name, "B": B, "T": T, "captured": step.takes(model, T)}
+    row: dict[str, object] = {"benchmark": "prefill", "model": name, "B": B, "T": T, "captured": step.takes(model, T)}
     for variant, measured in (("stock", stock_ms), *times.items()):
         row |= {f"{variant}_ms": statistics.median(measured), f"{variant}_spread_ms": (max(measured) - min(measured)) / 2}
     row["project_ms"] = time_graph(capture([lambda: project_cross_kv(states, step.projections)]), 1)[0] / 1000

@@ -3,9 +3,9 @@
     python benchmarks/project_cross_kv.py
     python benchmarks/project_cross_kv.py --tune
 
-Shapes of large-v3: 32 layers, 20 heads of 64, 1500 frames. Milliseconds a window in a CUDA graph; a window touches more than
-the L2 holds. `layers_ms` is F.linear twice and `update_kv_cache` a layer, `cublas_ms` the F.linear alone, whose results are
-not where attention reads them. `--tune` times tiles instead, for `choose_tiles` in kernels/project_cross_kv.py.
+By default the shapes of large-v3: 32 layers, 20 heads of 64, 1500 frames. Milliseconds a window in a CUDA graph; a window
+touches more than the L2 holds. `layers_ms` is F.linear twice and `update_kv_cache` a layer, `cublas_ms` the F.linear alone,
+whose results are not where attention reads them. `--tune` times tiles instead, for `choose_tiles` of the kernel's file.
 """
 
 from __future__ import annotations
@@ -17,29 +17,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import check, measure, print_table, write_rows
+from whisper_triton.benchmarks.harness import Place, Row, check, measure, parse, print_table
+from whisper_triton.benchmarks.models import SHAPES, Shape
+from whisper_triton.benchmarks.tasks import run, sweep
 
 from whisper_triton.kernels import CrossTable, cross_table, project_cross_kv, update_kv_cache
 
 project = sys.modules["whisper_triton.kernels.project_cross_kv"]
 
-L, H, D, S = 32, 20, 64, 1500
-C = H * D
 
-
-def inputs(B: int, dtype: torch.dtype) -> tuple[torch.Tensor, CrossTable]:
-    def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
-
-    weights = [[randn(C, C, scale=C**-0.5) for _ in range(L)] for _ in range(2)]
-    biases = [randn(C) for _ in range(L)]
-    caches = [[torch.full((B, H, S, D), torch.nan, device="cuda", dtype=dtype) for _ in range(L)] for _ in range(2)]
-    return randn(B, S, C), cross_table(*weights, biases, *caches)
+def inputs(place: Place, shape: Shape, B: int) -> tuple[torch.Tensor, CrossTable]:
+    C, L, size = shape.d_model, shape.decoder_layers, (B, shape.heads, shape.frames, shape.head_dim)
+    weights = [[place.randn(C, C, scale=C**-0.5) for _ in range(L)] for _ in range(2)]
+    biases = [place.randn(C) for _ in range(L)]
+    caches = [[torch.full(size, torch.nan, device=place.device, dtype=place.dtype) for _ in range(L)] for _ in range(2)]
+    return place.randn(B, shape.frames, C), cross_table(*weights, biases, *caches)
 
 
 def check_layers(states: torch.Tensor, table: CrossTable) -> None:
     """Refuses a result that is further from float64 than twice what PyTorch's is, in the first and in the last layer."""
-    for i in (0, L - 1):
+    for i in (0, len(table.key_weights) - 1):
         for name, weight, bias, cache in (
             ("keys", table.key_weights[i], None, table.key_caches[i]),
             ("values", table.value_weights[i], table.value_biases[i], table.value_caches[i]),
@@ -54,41 +51,45 @@ def linear(states: torch.Tensor, table: CrossTable, i: int) -> tuple[torch.Tenso
 
 
 def layer_by_layer(states: torch.Tensor, table: CrossTable, position: torch.Tensor) -> None:
-    for i in range(L):
+    _, H, _, D = table.key_caches[0].shape
+    for i in range(len(table.key_weights)):
         key, value = (x.view(*states.shape[:2], H, D) for x in linear(states, table, i))
         update_kv_cache(key, value, table.key_caches[i], table.value_caches[i], position)
 
 
 def cublas(states: torch.Tensor, table: CrossTable) -> None:
-    for i in range(L):
+    for i in range(len(table.key_weights)):
         linear(states, table, i)
 
 
-def bench(B: int, dtype: torch.dtype) -> dict[str, object]:
-    states, table = inputs(B, dtype)
+def bench(place: Place, shape: Shape, B: int) -> list[Row]:
+    states, table = inputs(place, shape, B)
     project_cross_kv(states, table)
     check_layers(states, table)
-    position = torch.tensor(0, device="cuda")
-    ours, spread = (us / 1000 for us in measure([lambda: project_cross_kv(states, table)]))
-    layers = measure([lambda: layer_by_layer(states, table, position)])[0] / 1000
-    bare = measure([lambda: cublas(states, table)])[0] / 1000
-    tera = 4 * L * B * S * C * C / 1e12
-    return {
-        "B": B,
-        "dtype": str(dtype).removeprefix("torch."),
-        "ours_ms": ours,
-        "spread_ms": spread,
-        "layers_ms": layers,
-        "cublas_ms": bare,
-        "ours_TFLOP/s": 1000 * tera / ours,
-        "cublas_TFLOP/s": 1000 * tera / bare,
-        "layers/ours": layers / ours,
-    }
+    position = torch.tensor(0, device=place.device)
+    ours, spread = (us / 1000 for us in place.measure([lambda: project_cross_kv(states, table)]))
+    layers = place.measure([lambda: layer_by_layer(states, table, position)])[0] / 1000
+    bare = place.measure([lambda: cublas(states, table)])[0] / 1000
+    tera = 4 * shape.decoder_layers * B * shape.frames * shape.d_model**2 / 1e12
+    return [
+        {
+            "benchmark": "project_cross_kv",
+            "B": B,
+            "ours_ms": ours,
+            "spread_ms": spread,
+            "layers_ms": layers,
+            "cublas_ms": bare,
+            "ours_TFLOP/s": 1000 * tera / ours,
+            "cublas_TFLOP/s": 1000 * tera / bare,
+            "layers/ours": layers / ours,
+        }
+    ]
 
 
-def tune(B: int, dtype: torch.dtype) -> list[dict[str, object]]:
-    """The time of every tile that fits, the fastest first."""
-    states, table = inputs(B, dtype)
+def tune(place: Place, shape: Shape, B: int) -> list[Row]:
+    """The time of every tile that fits, the fastest first; prints the first few."""
+    states, table = inputs(place, shape, B)
+    dtype = place.dtype
     if dtype == torch.float32:
         shapes = itertools.product((64, 128), (64, 128), (16, 32), (8,), (4, 8), (3,))
     else:
@@ -106,8 +107,10 @@ def tune(B: int, dtype: torch.dtype) -> list[dict[str, object]]:
         except Exception as error:  # a tile that does not fit is not a candidate
             print(f"  {tuple(tiles)}: {type(error).__name__}", flush=True)
             continue
-        rows.append({"B": B, "dtype": str(dtype).removeprefix("torch."), "tiles": str(tuple(tiles)), "ms": ms})
-    return sorted(rows, key=lambda row: row["ms"])
+        rows.append({"benchmark": "tune_project_cross_kv", "B": B, "tiles": str(tuple(tiles)), "ms": ms})
+    rows.sort(key=lambda row: row["ms"])
+    print_table(rows[:12])
+    return rows
 
 
 def main() -> None:
@@ -116,18 +119,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--tune", action="store_true", help="time tiles instead")
     parser.add_argument("--output", type=Path, help="row file to write")
-    args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    rows = []
-    for B in map(int, args.batch.split(",")):
-        found = tune(B, dtype) if args.tune else [bench(B, dtype)]
-        if args.tune:
-            print_table(found[:12])
-        rows += found
-    if not args.tune:
-        print_table(rows)
-    default = Path(__file__).parent / "rows" / ("tune_project_cross_kv.jsonl" if args.tune else "project_cross_kv.jsonl")
-    write_rows(args.output or default, rows)
+    args = parse(parser)
+    name = "tune_project_cross_kv.jsonl" if args.tune else "project_cross_kv.jsonl"
+    place, batches = Place.on(dtype=getattr(torch, args.dtype)), [int(B) for B in args.batch.split(",")]
+    run(
+        sweep({"project_cross_kv": tune if args.tune else bench}, place, SHAPES.get, ["large-v3"], batches),
+        args.output or Path(__file__).parent / "rows" / name,
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/select_token.py
 
-large-v3's vocabulary, fp16 logits, Whisper's rules with and without timestamps. Microseconds a token: ours in a CUDA graph,
-logits as they come from the LM head, that is in the L2; stock's processors, argmax and stopping criteria eagerly, host
+By default large-v3's vocabulary, fp16 logits, Whisper's rules with and without timestamps. Microseconds a token: ours in a CUDA
+graph, logits as they come from the LM head, that is in the L2; stock's processors, argmax and stopping criteria eagerly, host
 included, and in a graph where they can be captured, which nothing can that waits for the device (`stock_waits`).
 """
 
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from harness import measure, parse_args, print_table, write_rows
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -23,23 +22,27 @@ from transformers import (
     WhisperTimeStampLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, parse_args
+from whisper_triton.benchmarks.models import SHAPES, Shape
+from whisper_triton.benchmarks.tasks import run, sweep
 
 from whisper_triton.decode_loop import TokenSelection
 from whisper_triton.kernels import select_token
 from whisper_triton.token_rules import read_settings
 
-V, EOS, NO_TIMESTAMPS = 51866, 50257, 50364
+EOS, TIMESTAMPS = 50257, 1501  # a timestamp every 0.02 s: the last tokens of every Whisper's vocabulary
 PROMPT, LENGTH, CALLS = 4, 64, 16
 BLOCKS = (512, 1024, 2048, 4096)
 
 
-def processors_for(timestamps: bool) -> LogitsProcessorList:
+def processors_for(shape: Shape, timestamps: bool, device: torch.device) -> LogitsProcessorList:
     processors = [
-        SuppressTokensAtBeginLogitsProcessor([220, EOS], PROMPT, device="cuda"),
-        SuppressTokensLogitsProcessor(list(range(1, 89)), device="cuda"),
+        SuppressTokensAtBeginLogitsProcessor([220, EOS], PROMPT, device=device),
+        SuppressTokensLogitsProcessor(list(range(1, 89)), device=device),
     ]
     if timestamps:
-        config = GenerationConfig(eos_token_id=EOS, no_timestamps_token_id=NO_TIMESTAMPS, max_initial_timestamp_index=50)
+        no_timestamps = shape.vocabulary - TIMESTAMPS - 1
+        config = GenerationConfig(eos_token_id=EOS, no_timestamps_token_id=no_timestamps, max_initial_timestamp_index=50)
         processors.append(WhisperTimeStampLogitsProcessor(config, PROMPT))
     return LogitsProcessorList(processors)
 
@@ -47,11 +50,11 @@ def processors_for(timestamps: bool) -> LogitsProcessorList:
 class Stock:
     """What `_sample` does with a step's logits, up to the flag that the host then waits for."""
 
-    def __init__(self, B: int, processors: LogitsProcessorList) -> None:
+    def __init__(self, B: int, processors: LogitsProcessorList, device: torch.device) -> None:
         self.processors = processors
-        self.criteria = StoppingCriteriaList([MaxLengthCriteria(448), EosTokenCriteria(torch.tensor([EOS], device="cuda"))])
-        self.ids = torch.randint(100, 50000, (B, LENGTH), device="cuda")
-        self.unfinished, self.pad = torch.ones(B, dtype=torch.int64, device="cuda"), torch.tensor(EOS, device="cuda")
+        self.criteria = StoppingCriteriaList([MaxLengthCriteria(448), EosTokenCriteria(torch.tensor([EOS], device=device))])
+        self.ids = torch.randint(100, 50000, (B, LENGTH), device=device)
+        self.unfinished, self.pad = torch.ones(B, dtype=torch.int64, device=device), torch.tensor(EOS, device=device)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         scores = self.processors(self.ids, logits.to(copy=True, dtype=torch.float32))
@@ -92,49 +95,54 @@ def waits(call: Callable[[], object]) -> bool:
     return False
 
 
-def bench(B: int, timestamps: bool) -> dict[str, object]:
-    processors = processors_for(timestamps)
-    stock = Stock(B, processors)
+def bench_rules(place: Place, shape: Shape, B: int, timestamps: bool) -> Row:
+    V, device = shape.vocabulary, place.device
+    processors = processors_for(shape, timestamps, device)
+    stock = Stock(B, processors, device)
     # Rows that go on for as many calls as are made here, so that each reads its logits.
     most = LENGTH + 1000 * CALLS
-    selection = TokenSelection(B, most, V, torch.device("cuda"))
+    selection = TokenSelection(B, most, V, device)
     criteria = StoppingCriteriaList([MaxLengthCriteria(most)])
     settings = read_settings(processors, criteria, GenerationConfig(do_sample=False), PROMPT, V)
-    logits = [torch.randn(B, V, device="cuda").mul_(3).half() for _ in range(CALLS)]
+    logits = [place.randn(B, V, scale=3) for _ in range(CALLS if place.is_gpu else 1)]
     for one in logits:
         selection.begin(stock.ids, settings, None)
         selection(one)
         if not torch.equal(selection.state.next_ids[:, 0], stock(one)):
-            raise SystemExit(f"wrong tokens at batch {B}, timestamps {timestamps}")
+            raise SystemExit(f"select_token is wrong at batch {B}, timestamps {timestamps}")
 
-    def ours(block_size: int, temperature: float = 0.0, top_k: int = 0) -> float:
+    def ours(block_size: int, temperature: float = 0.0, top_k: int = 0) -> tuple[float, float]:
         changed = settings._replace(temperature=temperature, limits=settings.limits._replace(top_k=top_k))
         selection.begin(stock.ids, changed, None)
         kwargs = {"top_k": top_k > 0, "block_size": block_size}
-        return measure([lambda one=one: select_token(one, selection.rules, selection.state, **kwargs) for one in logits])[0]
+        return place.measure([lambda one=one: select_token(one, selection.rules, selection.state, **kwargs) for one in logits])
 
     def stock_step() -> bool:
         stock(logits[0])
         return bool(stock.finished)
 
-    row: dict[str, object] = {"B": B, "timestamps": timestamps}
-    row |= {f"block_{block}_us": ours(block) for block in BLOCKS}
-    row["ours_us"] = ours(1024)
-    row["ours_sampling_us"] = ours(1024, temperature=0.7)
-    row["ours_top_k_us"] = ours(1024, temperature=0.7, top_k=50)
+    row: Row = {"benchmark": "select_token", "B": B, "timestamps": timestamps}
+    row |= {f"block_{block}_us": ours(block)[0] for block in BLOCKS if place.is_gpu}
+    row["ours_us"], row["spread_us"] = ours(1024)
+    row["ours_sampling_us"] = ours(1024, temperature=0.7)[0]
+    row["ours_top_k_us"] = ours(1024, temperature=0.7, top_k=50)[0]
+    if not place.is_gpu:
+        return row | {"stock_eager_us": measure_on_cpu([stock_step])[0]}
     row["stock_eager_us"] = eager_us(stock_step)
     row["stock_waits"] = waits(lambda: stock(logits[0]))
     if not row["stock_waits"]:
-        row["stock_graph_us"] = measure([lambda one=one: stock(one) for one in logits])[0]
+        row["stock_graph_us"] = place.measure([lambda one=one: stock(one) for one in logits])[0]
     row["stock_launches"] = count_launches(stock_step)
     return row
 
 
+def bench(place: Place, shape: Shape, B: int) -> list[Row]:
+    return [bench_rules(place, shape, B, timestamps) for timestamps in (False, True)]
+
+
 def main() -> None:
     args = parse_args(__doc__, "select_token.jsonl")
-    rows = [bench(B, timestamps) for timestamps in (False, True) for B in (1, 8, 32)]
-    print_table(rows)
-    write_rows(args.output, rows)
+    run(sweep({"select_token": bench}, Place.on(), SHAPES.get, ["large-v3"], (1, 8, 32)), args.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
-from harness import clones, measure, parse_args, write_rows
+from whisper_triton.benchmarks.harness import clones, measure, parse_args, write_rows
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.append_attention import _launch as launch_append
 from whisper_triton.kernels.decode_attention import Tiles as DecodeTiles

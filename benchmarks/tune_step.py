@@ -19,10 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from decoder_step import POSITION
-from generate import SHAPES, build_model
-from harness import parse, time_graph, write_rows
 from transformers import WhisperForConditionalGeneration
+from whisper_triton.benchmarks.decoder_step import POSITION
+from whisper_triton.benchmarks.harness import parse, time_graph, write_rows
+from whisper_triton.benchmarks.models import SHAPES, build_model
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.decode_attention import Tiles as AttentionTiles
 from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear

@@ -85,6 +85,24 @@ for attend in (kernels.decode_attention, kernels.decode_attention_reference):
 """
 
 
+CHECK_BENCHMARKS = """
+import os, sys
+
+import whisper_triton
+from whisper_triton import cli
+
+assert not any(name.startswith("whisper_triton.benchmarks") for name in sys.modules)  # only what the command does loads them
+from whisper_triton import benchmarks
+from whisper_triton.benchmarks import generate, harness
+
+assert benchmarks.__path__ == [os.environ["EXPECT_BENCHMARKS"]], benchmarks.__path__
+folder = benchmarks.__path__[0] + os.sep
+names = {name for name, module in sys.modules.items() if (getattr(module, "__file__", None) or "").startswith(folder)}
+assert {generate.__name__, harness.__name__} <= names
+assert all(name.startswith("whisper_triton.benchmarks.") for name in names), names
+"""
+
+
 def run_python(code: str, cwd: Path, *paths: Path, **variables: str) -> None:
     """Run `code` in a fresh interpreter in `cwd` with `paths` searched first."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **variables}
@@ -98,7 +116,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("whisper_triton", "kernels"):
+    for name in ("whisper_triton", "kernels", "benchmarks"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*pip, "--target", target, source], capture_output=True, text=True)
@@ -145,6 +163,15 @@ def test_kernels_are_ours_and_transformers_keeps_its_own(
     )
 
 
+@pytest.mark.parametrize("kind", ["checkout", "installed"])
+def test_benchmarks_are_ours_and_loaded_by_the_command_alone(kind: str, installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()  # another project's
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    benchmarks = ROOT / "benchmarks" if kind == "checkout" else installed / "whisper_triton" / "benchmarks"
+    root = ROOT if kind == "checkout" else installed
+    run_python(CHECK_BENCHMARKS, tmp_path, tmp_path, root, EXPECT_BENCHMARKS=str(benchmarks))
+
+
 def test_installed_files(installed: Path) -> None:
     def files(folder: Path) -> set[str]:
         return {str(path.relative_to(folder)) for path in folder.rglob("*.py")}
@@ -153,15 +180,16 @@ def test_installed_files(installed: Path) -> None:
         "whisper_triton",
         next(installed.glob("*.dist-info")).name,
     }
-    assert files(installed / "whisper_triton" / "kernels") == files(ROOT / "kernels")
-    assert files(installed / "whisper_triton") - {f"kernels/{name}" for name in files(ROOT / "kernels")} == files(
-        ROOT / "whisper_triton"
-    )
+    folders = ("kernels", "benchmarks")
+    mapped = {f"{folder}/{name}" for folder in folders for name in files(ROOT / folder)}
+    assert files(installed / "whisper_triton") == files(ROOT / "whisper_triton") | mapped
+    assert not (installed / "whisper_triton" / "benchmarks" / "rows").exists()  # measurements are no code
 
 
-def test_kernels_folder_is_no_package() -> None:
-    # With an __init__.py, transformers would import our folder as that package from the root of a checkout.
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+@pytest.mark.parametrize("folder", ["kernels", "benchmarks"])
+def test_mapped_folders_are_no_packages(folder: str) -> None:
+    # With an __init__.py, transformers would import our kernels as that package from the root of a checkout.
+    assert not (ROOT / folder / "__init__.py").exists()
 
 
 def test_metadata_names_the_version(distribution: Message) -> None:

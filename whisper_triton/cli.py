@@ -1,4 +1,5 @@
-"""The command `whisper-triton`: `transcribe` prints the words of audio files, `doctor` says what they would run on.
+"""The command `whisper-triton`: `transcribe` prints the words of audio files, `doctor` says what they would
+run on, `bench` measures.
 
 Text goes to stdout and everything else to stderr. Exit status: 0 if all went well, 1 if a file, the model or the machine
 failed, 2 for a wrong command line, 130 if interrupted. Whatever takes long to import is imported when it is needed.
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 from whisper_triton import __version__
+from whisper_triton.bench import bench
 from whisper_triton.failure import Failure
 from whisper_triton.output import FORMATS
 
@@ -23,6 +25,9 @@ DTYPES = ("float16", "float32", "bfloat16", "fp16", "fp32", "bf16")
 @click.version_option(__version__, prog_name="whisper-triton")
 def main() -> None:
     """Whisper in transformers, its decoder on Triton kernels where there is a GPU."""
+
+
+main.add_command(bench)
 
 
 @main.command()

@@ -7,38 +7,26 @@ So it holds no `__init__.py`, and this module becomes its package by setting `__
 The public functions are re-exported, each one in place of the submodule of the same name.
 """
 
-from pathlib import Path
+from whisper_triton._anchor import find_folder
 
-_HERE = Path(__file__).parent
-
-
-def _find_files() -> str:
-    # Beside an installed package `../kernels` is the other project's: only a folder with one of our files is ours.
-    folders = (_HERE / "kernels", _HERE.parent / "kernels")
-    for folder in folders:
-        if (folder / "update_kv_cache.py").is_file():
-            return str(folder)
-    raise ImportError(f"the kernels of whisper-triton lie neither in {folders[0]} nor in {folders[1]}")
-
-
-__path__ = [_find_files()]
+__path__ = [find_folder("kernels", "update_kv_cache.py")]
 
 # Absolute imports, because to Python this is a plain module, whose relative imports start at `whisper_triton`.
-from whisper_triton.kernels._dispatch import backend  # noqa: E402
-from whisper_triton.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference  # noqa: E402
-from whisper_triton.kernels.append_attention import append_attention, append_attention_reference  # noqa: E402
-from whisper_triton.kernels.bias_gelu import bias_gelu, bias_gelu_reference  # noqa: E402
-from whisper_triton.kernels.decode_attention import decode_attention, decode_attention_reference  # noqa: E402
-from whisper_triton.kernels.embed_tokens import embed_tokens, embed_tokens_reference  # noqa: E402
-from whisper_triton.kernels.project_cross_kv import (  # noqa: E402
+from whisper_triton.kernels._dispatch import backend
+from whisper_triton.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from whisper_triton.kernels.append_attention import append_attention, append_attention_reference
+from whisper_triton.kernels.bias_gelu import bias_gelu, bias_gelu_reference
+from whisper_triton.kernels.decode_attention import decode_attention, decode_attention_reference
+from whisper_triton.kernels.embed_tokens import embed_tokens, embed_tokens_reference
+from whisper_triton.kernels.project_cross_kv import (
     CrossTable,
     cross_table,
     project_cross_kv,
     project_cross_kv_reference,
 )
-from whisper_triton.kernels.select_token import select_token, select_token_reference  # noqa: E402
-from whisper_triton.kernels.skinny_linear import skinny_linear, skinny_linear_reference  # noqa: E402
-from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_cache_reference  # noqa: E402
+from whisper_triton.kernels.select_token import select_token, select_token_reference
+from whisper_triton.kernels.skinny_linear import skinny_linear, skinny_linear_reference
+from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_cache_reference
 
 __all__ = [
     "CrossTable",

@@ -1,0 +1,270 @@
+"""`whisper-triton bench`, end to end on a CPU: every command, what its rows hold, and that a wrong result is never timed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from ctranslate2_writer import write_directory
+from whisper_models import tiny_whisper
+
+from whisper_triton import attention, bench, decode_loop, doctor, fused
+from whisper_triton.benchmarks import (
+    append_attention,
+    decode_attention,
+    embed_tokens,
+    encoder_kernels,
+    harness,
+    project_cross_kv,
+    skinny_linear,
+    update_kv_cache,
+)
+from whisper_triton.benchmarks import generate as benchmark_of_generate
+from whisper_triton.cli import main
+
+pytest_plugins = ["whisper_fixtures"]
+pytestmark = pytest.mark.usefixtures("reference_kernels")
+
+ENVIRONMENT = {"gpu", "driver", "torch", "triton", "transformers", "python", "revision", "date", "command"}
+
+
+@pytest.fixture
+def command() -> Callable[..., Result]:
+    """`command("step", ...)` runs `whisper-triton bench step --device cpu ...` in this process."""
+
+    def run(name: str, *args: object) -> Result:
+        return CliRunner().invoke(main, ["bench", name, "--device", "cpu", *map(str, args)])
+
+    return run
+
+
+@pytest.fixture
+def measured(command: Callable[..., Result], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """The rows that a run wrote, once it is seen that it went well and that each says where it comes from."""
+
+    def run(*args: object) -> list[dict[str, Any]]:
+        result = command(*args, "--output", tmp_path / "new" / "rows.jsonl")
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith(bench.CPU_NOTE)
+        rows = [json.loads(line) for line in (tmp_path / "new" / "rows.jsonl").read_text().splitlines()]
+        for row in rows:
+            assert row.keys() >= ENVIRONMENT | {"benchmark", "model", "dtype", "B"}
+            assert (row["gpu"], row["driver"]) == ("none", "none")
+            words = ["whisper-triton", "bench", *map(str, args), "--device", "cpu"]  # not where the rows went
+            assert sorted(row["command"].split()) == sorted(words)
+            assert f"\n{row['benchmark']}\n" in result.stdout
+        return rows
+
+    return run
+
+
+@pytest.fixture
+def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError("a wrong result was timed")
+
+    monkeypatch.setattr(harness.Place, "on", lambda device, dtype: harness.Place(torch.device(device), dtype, 10.0))
+    monkeypatch.setattr(harness.Place, "measure", fail)
+    monkeypatch.setattr(harness.Place, "compile", lambda self, function, **kwargs: function)
+    monkeypatch.setattr(benchmark_of_generate.Variant, "time_once", fail)
+
+
+def refuses(result: Result, exit_code: int, message: str) -> None:
+    """Checks that a run ended with one line of its own on stderr, which holds `message`, and printed no table."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout in ("", bench.CPU_NOTE + "\n")
+    *progress, last = result.stderr.strip().splitlines()
+    assert last.startswith("whisper-triton: ")
+    assert message in last
+    assert all("|" in line for line in progress), result.stderr  # tqdm's bar
+
+
+def test_generate(measured: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = measured("generate", "--batch", "2", "--new-tokens", "4", "--calls", "1")
+    assert [row["variant"] for row in rows] == list(benchmark_of_generate.VARIANTS)
+    for row in rows:
+        assert (row["benchmark"], row["model"], row["B"], row["new_tokens"]) == ("generate", "toy", 2, 4)
+        assert row["tok/s"] == pytest.approx(2 * 4 / row["ms"] * 1000)
+        assert row["RTFx"] == pytest.approx(2 * 64 * 0.02 / row["ms"] * 1000)  # 64 frames of 20 ms
+        assert row["equal_tokens"] == 1.0
+        assert row["first_s"] > 0
+
+
+def test_step(measured: Callable[..., list[dict[str, Any]]]) -> None:
+    step, *links = measured("step", "--batch", "1")
+    assert step["benchmark"] == "step"
+    assert step["path"] == "chain"
+    assert step["compiled/ours"] == pytest.approx(step["compiled_ms"] / step["ms"])
+    assert step["share_%"] == pytest.approx(100 * step["GB/s"] / step["bandwidth_GB/s"])
+    assert [row["link"] for row in links] == [
+        *("q/k/v", "self-attention", "self out", "cross query", "cross-attention", "cross out", "fc1", "fc2", "LM head")
+    ]
+    # Two layers, and the final layer norm and the LM head's weights once.
+    assert sum(row["MB"] * (1 if row["link"] == "LM head" else 2) for row in links) == pytest.approx(step["MB"])
+    assert all(row["floor_us"] > 0 for row in links)
+
+
+def test_step_of_a_checkpoint_without_stock(measured: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+    directory = write_directory(tmp_path / "english", tiny_whisper(max_source_positions=1500))
+    rows = measured("step", "--model", directory, "--batch", "2", "--compile", "none")
+    assert [row["model"] for row in rows] == [str(directory)]  # in fp32 the chain takes one row: no links
+    assert rows[0]["path"] == "modules"
+    assert "compiled_ms" not in rows[0]
+
+
+def test_kernels(measured: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = measured("kernels", "--batch", "1")
+    assert list(dict.fromkeys(row["benchmark"] for row in rows)) == list(bench.KERNELS)
+    by_name = {row["benchmark"]: row for row in rows}
+    assert by_name["decode_attention"].keys() >= {f"{name}_us" for name in ("flash", "cudnn", "math", "flex", "compiled")}
+    assert by_name["decode_attention"]["cudnn_us"] is None  # there is none on a CPU
+    assert by_name["append_attention"].keys() >= {"stock_us", "flex_us", "compiled_us", "length"}
+    for row in rows:
+        ours = "ours_ms" if row["benchmark"] == "project_cross_kv" else "ours_us"
+        assert row[ours] > 0
+
+
+def wrong(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What `function` returns, a hundredth too much."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        return tuple(1.01 * t for t in result) if isinstance(result, tuple) else 1.01 * result
+
+    return call
+
+
+def idle(*args: object, **kwargs: object) -> None:
+    """A kernel that writes nothing."""
+
+
+@pytest.mark.usefixtures("nothing_is_timed")
+@pytest.mark.parametrize(
+    ("name", "module", "replacement"),
+    [
+        ("decode_attention", decode_attention, wrong),
+        ("append_attention", append_attention, wrong),
+        ("update_kv_cache", update_kv_cache, idle),
+        ("skinny_linear", skinny_linear, wrong),
+        ("embed_tokens", embed_tokens, wrong),
+        ("select_token", decode_loop, idle),
+        ("project_cross_kv", project_cross_kv, idle),
+        ("add_layer_norm", encoder_kernels, wrong),
+        ("bias_gelu", encoder_kernels, idle),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_wrong_kernel_is_not_timed(
+    name: str, module: Any, replacement: Any, command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, name, wrong(getattr(module, name)) if replacement is wrong else replacement)
+    result = command("kernels", "--only", name, "--batch", 1, "--output", tmp_path / "rows.jsonl")
+    refuses(result, 1, f"{name}")
+    assert "wrong" in result.stderr
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_wrong_alternative_is_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.Place, "compile", lambda self, function, **kwargs: function)
+    monkeypatch.setattr(decode_attention, "flex", lambda *args: lambda q, k, v, scale: torch.zeros_like(q))
+    result = command("kernels", "--only", "decode_attention", "--batch", 1)
+    assert result.exit_code == 0, result.output
+    assert "flex is wrong and not timed: relative error 1.00e+00" in result.stderr
+    names, values = (line.split() for line in result.stdout.splitlines()[-2:])
+    row = dict(zip(names, values, strict=True))
+    assert (row["flex_us"], row["math_us"] != "None") == ("None", True)
+
+
+@pytest.mark.usefixtures("nothing_is_timed")
+def test_a_wrong_step_is_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "skinny_linear", wrong(fused.skinny_linear))
+    refuses(command("step", "--batch", 1, "--compile", "none"), 1, "the step is wrong at batch 1")
+
+
+@pytest.mark.usefixtures("nothing_is_timed")
+def test_wrong_tokens_are_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("generate", "--batch", 1, "--new-tokens", 4, "--calls", 1)
+    generate = benchmark_of_generate.Variant.generate
+
+    def others(self: benchmark_of_generate.Variant) -> torch.Tensor:
+        return generate(self) + (self.name == "accelerate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark_of_generate.Variant, "generate", others)
+        refuses(command(*arguments), 1, "accelerate is wrong: a token's logit is")
+    monkeypatch.setattr(attention, "decode_attention", wrong(attention.decode_attention))
+    monkeypatch.setattr(fused, "decode_attention", wrong(fused.decode_attention))
+    refuses(command(*arguments), 1, "the step is wrong at batch 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (("step", "--batch", "0"), 2, "--batch takes numbers from 1 on, separated by commas, got '0'"),
+        (("step", "--batch", "1,two"), 2, "got '1,two'"),
+        (("kernels", "--model", "toy,"), 2, "--model takes names separated by commas, got 'toy,'"),
+        (("kernels", "--only", "attention"), 2, "no kernel 'attention': there are decode_attention, "),
+        (("kernels", "--model", "./nowhere"), 1, "./nowhere: no such directory"),
+        (("generate", "--plot", "x.png"), 1, "--plot needs matplotlib"),
+    ],
+)
+def test_bad_options(
+    arguments: tuple[str, ...],
+    exit_code: int,
+    message: str,
+    command: Callable[..., Result],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    refuses(command(*arguments), exit_code, message)
+
+
+def test_every_kernel_is_measured() -> None:
+    assert set(bench.KERNELS) == set(doctor.KERNELS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["generate", "step", "kernels"])
+def test_on_a_gpu(name: str, tmp_path: Path) -> None:
+    arguments = ["bench", name, "--model", "tiny", "--batch", "1,2", "--output", str(tmp_path / "rows.jsonl")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["B"] for row in rows} == {1, 2}
+    assert all(row["gpu"] == torch.cuda.get_device_name() and row["dtype"] == "float16" for row in rows)
+    if name == "step":
+        assert all(row["path"] == "chain" for row in rows if row["benchmark"] == "step")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_to_be_had() -> None:
+    refuses(CliRunner().invoke(main, ["bench", "step", "--device", "cuda"]), 2, "device 'cuda' is not to be had")
+
+
+def test_rows_are_drawn_and_compared(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn = []
+    plots = SimpleNamespace(plot=lambda rows, path: drawn.append((rows, path)))
+    compare = SimpleNamespace(compare=lambda a, b: f"{a.name} against {b.name}")
+    monkeypatch.setitem(sys.modules, "whisper_triton.benchmarks.plots", plots)
+    monkeypatch.setitem(sys.modules, "whisper_triton.benchmarks.compare", compare)
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace(__spec__=object()))
+    result = command("kernels", "--only", "embed_tokens", "--batch", "1,2", "--plot", tmp_path / "out.png")
+    assert result.exit_code == 0, result.output
+    ((rows, path),) = drawn
+    assert [(row["benchmark"], row["B"]) for row in rows] == [("embed_tokens", 1), ("embed_tokens", 2)]
+    assert path == tmp_path / "out.png"
+
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    for arguments in (["bench"], ["bench", "step"]):
+        result = CliRunner().invoke(main, [*arguments, "--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+        assert (result.exit_code, result.stdout) == (0, "a.jsonl against b.jsonl\n")
