@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StoppingCriteria, WhisperForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
-from whisper_models import mel, tiny_whisper
+from whisper_models import Interrupt, mel, tiny_whisper
 
 from whisper_triton import accelerate, accelerated, decoder, is_accelerated, restore
 from whisper_triton.attention import STATE
@@ -188,20 +187,6 @@ class TestWithinACall:
         accelerate(model)
         outer = tokens(model, 1, **CALLS[0], stopping_criteria=[Call(lambda: found.append(tokens(model, 2, **inner)))])
         assert [outer, *found] == stock
-
-
-class Interrupt(TorchDispatchMode):
-    """Raises `error` at the operation of number `at`, as Ctrl-C does wherever the host is; counts them."""
-
-    def __init__(self, error: type[BaseException], at: int = -1) -> None:
-        super().__init__()
-        self.error, self.at, self.seen = error, at, 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen += 1
-        if self.seen == self.at:
-            raise self.error(f"in {function}")
-        return function(*args, **(kwargs or {}))
 
 
 class TestHalfWay:
