@@ -25,7 +25,7 @@ TOKENS = 54  # a window decodes, after a prompt of two: all but the first in ste
 
 def live_tensors() -> int:
     gc.collect()
-    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
 def most_resident_bytes() -> int:
@@ -33,7 +33,7 @@ def most_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@pytest.mark.parametrize("windows", [pytest.param(2000, marks=[pytest.mark.gpu, pytest.mark.timeout(600)]), 18])
+@pytest.mark.parametrize("windows", [pytest.param(2000, marks=[pytest.mark.gpu, pytest.mark.timeout(600)]), 12])
 def test_every_window_is_as_the_first_and_memory_stays_flat(
     windows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
