@@ -51,10 +51,10 @@ def test_every_window_is_as_the_first_and_memory_stays_flat(
         i = window % len(kinds)
         assert torch.equal(model.generate(features[i], **kwargs), wanted[i]), f"window {window}"
         steps += tokens - 1
-        if window + 1 in (windows // 3, windows):
+        if window + 1 in (windows // 3, 2 * windows // 3, windows):
             usage = live_tensors(), torch.cuda.memory_allocated() if device.type == "cuda" else 0
             kept = kept or usage
-            assert usage == kept
+            assert all(now <= then for now, then in zip(usage, kept, strict=True))  # less, where other tests have left some
             settled = settled or most_resident_bytes()
     assert most_resident_bytes() - settled < 16 << 20
     assert sorted(getattr(model, STATE).steps) == sorted(set(BATCH_SIZES))
