@@ -25,7 +25,7 @@ INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
 # The kernels know nothing of transformers, nor do audio and output; the command has it through modules tested here.
 SAME_WITH_ANY_TRANSFORMERS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) \
-  $(patsubst %,tests/test_%.py,cross_compile dispatch audio output cli)
+  $(patsubst %,tests/test_%.py,cross_compile dispatch audio output cli checkers)
 
 .PHONY: help demo test test-oldest lint wheel clean
 
