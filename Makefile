@@ -26,7 +26,7 @@ OLDEST_VENV = $(VENV)-oldest
 # The kernels know nothing of transformers, nor do audio, output and what reads row files; the command has it through modules
 # tested here.
 SAME_WITH_ANY_TRANSFORMERS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) \
-  $(patsubst %,tests/test_%.py,cross_compile dispatch audio output cli compare plots readme_tables)
+  $(patsubst %,tests/test_%.py,cross_compile dispatch audio output cli compare plots readme_tables checkers)
 
 .PHONY: help demo test test-oldest lint wheel clean
 

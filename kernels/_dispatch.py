@@ -1,13 +1,18 @@
 """Where an op runs, and how it is registered: shared by every kernel file.
 
 An op runs as a Triton kernel on a GPU, as the same kernel in Triton's interpreter on CPU tensors when `TRITON_INTERPRET=1`
-was set before Triton was imported, and as its PyTorch reference everywhere else. Ops are registered with
-`torch.library.Library.define/impl`: 1.2 us a call on the host, where `custom_op` costs 9-13 us and `triton_op` 11-15 us.
+was set before Triton was imported, and as its PyTorch reference everywhere else: also on a GPU for which Triton turns out
+to build no kernels, or finds no folder to keep them in. Ops are registered with `torch.library.Library.define/impl`: 1.2 us a
+call on the host, where `custom_op` costs 9-13 us and `triton_op` 11-15 us.
 """
 
 from __future__ import annotations
 
+import logging
+import textwrap
+import traceback
 from collections.abc import Callable
+from subprocess import CalledProcessError
 from typing import Literal
 
 import torch
@@ -16,6 +21,7 @@ try:
     import triton
     import triton.language as tl
     from triton import knobs
+    from triton.errors import TritonError
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # Triton has no wheels outside Linux: the references still serve
     HAS_TRITON = False
@@ -44,6 +50,9 @@ if not HAS_TRITON:
         def next_power_of_2(n: int) -> int:
             return 1 << (n - 1).bit_length()
 
+    class TritonError(Exception):
+        """Never raised."""
+
     triton = tl = _Missing()
     gdc_launch_dependents = gdc_wait = None
 
@@ -52,6 +61,8 @@ __all__ = [
     "INTERPRET",
     "backend",
     "capability",
+    "failed_gpus",
+    "fall_back",
     "gdc_launch_dependents",
     "gdc_wait",
     "has_pdl",
@@ -61,6 +72,7 @@ __all__ = [
     "register_options",
     "tl",
     "triton",
+    "why_reference",
 ]
 
 LIBRARY = torch.library.Library("whisper_triton", "FRAGMENT")
@@ -75,7 +87,62 @@ def backend(device: torch.device | str) -> Backend:
         return "reference"
     if INTERPRET:
         return "interpreter"
-    return "triton" if kind == "cuda" else "reference"
+    if kind == "cpu" or (_FAILURES and _index(torch.device(device)) in _FAILURES):
+        return "reference"
+    return "triton"
+
+
+logger = logging.getLogger(__name__)
+_FAILURES: dict[int, str] = {}  # why ops run as references, by GPU
+
+
+def why_reference(device: torch.device) -> str | None:
+    """Why ops on `device`, a GPU, run as their references though Triton is there; None if they do not."""
+    return _FAILURES.get(_index(device)) if device.type == "cuda" else None
+
+
+def failed_gpus() -> tuple[int, ...]:
+    """The GPUs of which `why_reference` knows."""
+    return tuple(_FAILURES)
+
+
+def fall_back(op: str, device: torch.device, error: Exception) -> None:
+    """From here on ops on `device` run as their references, and the log says so, if `error` came of a kernel's launch because
+    Triton cannot build, keep or load kernels there. Nothing was launched then.
+
+    Raises:
+        Exception: `error`, where it is anything else, such as a lack of memory, a fault of the GPU's or a mistake of ours; and
+            inside a graph's capture, which references would break.
+    """
+    if INTERPRET or not _is_tritons(error) or torch.cuda.is_current_stream_capturing():
+        raise error
+    index = _index(device)
+    if index in _FAILURES:  # another thread's launch failed too
+        return
+    reason = f"{op}: {type(error).__name__}: {textwrap.shorten(str(error), 300)}"
+    if isinstance(error, OSError):
+        reason += " (set TRITON_CACHE_DIR to a folder that can be written)"
+    _FAILURES[index] = reason
+    logger.warning("Triton's kernels do not run on cuda:%d, slow PyTorch references do: %s", index, reason)
+
+
+# What of the errors that CUDA gives Triton means that a kernel does not go with the GPU or its driver; the others are faults.
+_UNLOADABLE = ("kernel image", "PTX", "device function", "not supported")
+
+
+def _is_tritons(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+        return False
+    text = str(error)
+    if "Triton Error" in text and not any(part in text for part in _UNLOADABLE):
+        return False
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    is_raised_within = any(name.partition(".")[0] == "triton" for name in modules)
+    return isinstance(error, (TritonError, OSError, CalledProcessError, RuntimeError)) and is_raised_within
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 _CAPABILITIES: dict[int, tuple[int, int]] = {}
@@ -85,7 +152,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of `device`; (0, 0) for what is not NVIDIA's, and in the interpreter."""
     if device.type != "cuda" or INTERPRET or torch.version.hip is not None:
         return (0, 0)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _index(device)
     if index not in _CAPABILITIES:
         _CAPABILITIES[index] = torch.cuda.get_device_capability(index)
     return _CAPABILITIES[index]
@@ -119,16 +186,22 @@ def register(schema: str, *, kernel: Callable, reference: Callable, fake: Callab
     """Registers the op `whisper_triton::<schema>` and returns its overload.
 
     `kernel` launches Triton, `reference` is PyTorch; both take the op's arguments and the choice is made a call, by the
-    device of the first tensor. `fake` computes only shapes, for `torch.compile`.
+    device of the first tensor. Where Triton fails the reference runs after the kernel, which may then have written no more
+    than the reference writes too. `fake` computes only shapes, for `torch.compile`.
     """
     name = schema.partition("(")[0]
 
     def run(first: torch.Tensor, *args: object) -> torch.Tensor | None:
-        function = reference if backend(first.device) == "reference" else kernel
-        if first.is_cuda and first.device.index != torch.cuda.current_device():
-            with torch.cuda.device(first.device):  # Triton launches on the current one
-                return function(first, *args)
-        return function(first, *args)
+        if backend(first.device) == "reference":
+            return reference(first, *args)
+        try:
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device(first.device):  # Triton launches on the current one
+                    return kernel(first, *args)
+            return kernel(first, *args)
+        except Exception as error:
+            fall_back(name, first.device, error)
+        return reference(first, *args)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._dispatch import backend, pdl_handover, pdl_options, tl, triton
+from ._dispatch import backend, fall_back, pdl_handover, pdl_options, tl, triton
 from ._sampling import GROUP, MAX_TOP_K, draw_from_top_k, gumbel, gumbel_reference, keep_top_k
 
 # Bits of a token's flags.
@@ -339,10 +339,12 @@ def select_token(
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
     _check(logits, rules, state)
-    if backend(logits.device) == "reference":
-        select_token_reference(logits, rules, state, top_k=top_k)
-    else:
-        _launch(logits, rules, state, top_k, block_size)
+    if backend(logits.device) != "reference":
+        try:
+            return _launch(logits, rules, state, top_k, block_size)
+        except Exception as error:  # the first launch writes nothing of `state`
+            fall_back("select_token", logits.device, error)
+    select_token_reference(logits, rules, state, top_k=top_k)
 
 
 def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: bool, block_size: int) -> None:

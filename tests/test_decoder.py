@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 
 import pytest
 import torch
@@ -187,6 +188,7 @@ def test_the_rows_that_a_gpu_takes(dtype, shared_memory, rows, monkeypatch):
 def test_a_capture_runs_the_pass_twice_at_one_place_and_leaves_the_cache_there(monkeypatch):
     step = DecoderStep(whisper_triton.accelerate(tiny_whisper()), 1, FRAMES)
     layers, found = step.cache.self_attention_cache.layers, []
+    graph = types.SimpleNamespace(replay=lambda: found.append("replay"))
     for layer in layers:
         layer.host_length = 63  # the last slot
 
@@ -199,11 +201,13 @@ def test_a_capture_runs_the_pass_twice_at_one_place_and_leaves_the_cache_there(m
 
     def twice(run, device):
         found.append(device)
-        return "graph", [run(), run()][1], 0
+        return graph, [run(), run()][1], 0
 
     monkeypatch.setattr(decoder, "capture", twice)
-    assert step._capture(run) == ("graph", 2.0)
-    assert found == [torch.device("cpu")]
+    captured, replay = step._capture(run)
+    assert captured is graph
+    assert replay() == 2.0
+    assert found == [torch.device("cpu"), "replay"]
     assert int(step.cache.get_seq_length()) == 0
     assert {layer.host_length for layer in layers} == {63}
 

@@ -6,6 +6,7 @@ finds depends on what was imported before, so each case runs in a fresh process.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from transformers.utils.import_utils import KERNELS_MIN_VERSION
 
 import whisper_triton
@@ -64,6 +66,16 @@ for op in kernels.__all__:
 folder = kernels.__path__[0] + os.sep
 names = [name for name, module in sys.modules.items() if (getattr(module, "__file__", None) or "").startswith(folder)]
 assert names and all(name.startswith("whisper_triton.kernels.") for name in names), names
+"""
+
+# Behind the checks of what is imported: what a user does.
+CHECK_GENERATE = """
+import torch
+from whisper_models import mel, tiny_whisper
+model = tiny_whisper(seed=3)
+stock = model.generate(mel(2), max_new_tokens=5)
+assert torch.equal(whisper_triton.accelerate(model).generate(mel(2), max_new_tokens=5), stock)
+assert torch.equal(whisper_triton.restore(model).generate(mel(2), max_new_tokens=5), stock)
 """
 
 CHECK_WITHOUT_TRITON = """
@@ -153,10 +165,12 @@ def test_kernels_are_ours_and_transformers_keeps_its_own(
     if place == "installed":
         package, kernels = installed / "whisper_triton", installed / "whisper_triton" / "kernels"
     run_python(
-        CHECK_IMPORTS,
+        CHECK_IMPORTS + (CHECK_GENERATE if with_pypi_kernels and place == "root" else ""),
         ROOT if place == "root" else tmp_path,
         *([] if place == "root" else [package.parent]),  # in its root Python finds the checkout by itself
         *([pypi_kernels] if with_pypi_kernels else []),
+        ROOT / "tests",
+        TRITON_INTERPRET="0",  # the interpreter would take long
         EXPECT_PYPI_KERNELS=str(int(with_pypi_kernels)),
         EXPECT_PACKAGE=str(package),
         EXPECT_KERNELS=str(kernels),
@@ -210,4 +224,17 @@ def test_metadata_names_the_supported_ranges(distribution: Message) -> None:
 
 @pytest.mark.parametrize("kind", ["checkout", "installed"])
 def test_references_run_where_triton_is_missing(kind: str, installed: Path, tmp_path: Path) -> None:
-    run_python(CHECK_WITHOUT_TRITON, tmp_path, ROOT if kind == "checkout" else installed)
+    code = CHECK_WITHOUT_TRITON + (CHECK_GENERATE if kind == "checkout" else "")
+    run_python(code, tmp_path, ROOT if kind == "checkout" else installed, ROOT / "tests")
+
+
+def test_ci_runs_the_suite_with_the_oldest_and_the_newest_transformers() -> None:
+    makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
+    supported = SpecifierSet(_versions.SUPPORTED["transformers"])
+    oldest = re.search(r"^OLDEST_TRANSFORMERS = transformers==(\S+)$", makefile, re.M)[1]
+    assert oldest in supported
+    assert f">={oldest}" == str(next(one for one in supported if one.operator == ">=")) + ".0"  # and nothing older is
+    newest = re.search(r"^TRANSFORMERS \?= .*'transformers==' \+ \('([\d.]+)'", makefile, re.M)[1]
+    assert Version(newest) > Version(oldest)
+    assert newest in supported
+    assert {"test", "test-oldest"} <= set(re.search(r"^for target in (.+); do$", ci, re.M)[1].split())

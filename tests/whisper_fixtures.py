@@ -18,6 +18,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from whisper_triton import attention, decoder, generation
 from whisper_triton.checkpoints import DEMO, DEMO_PACKAGE, load_model
+from whisper_triton.graphs import NotCaptured
 from whisper_triton.kernels import _dispatch
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "valley.flac"
@@ -54,30 +55,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.fixture
 def eager_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, a captured step that is none: what is captured runs anew at each replay."""
+    """On a CPU, a captured step that is none: what would be captured is launched at each replay, as where memory is short."""
 
-    def capture(self: decoder.DecoderStep, run: Callable[[], torch.Tensor]) -> tuple[SimpleNamespace, torch.Tensor]:
-        layers = self.cache.self_attention_cache.layers
+    def capture(run: Callable[[], Any], device: torch.device) -> None:
+        run()  # as a capture begins, which leaves the selection's state behind
+        raise NotCaptured("no GPU")
 
-        def replay() -> None:
-            length = layers[0].host_length  # which Python in a graph does not count either
-            logits.copy_(run())
-            for layer in layers:
-                layer.host_length = length
-
-        position = self.cache.get_seq_length().clone()
-        length = layers[0].host_length
-        first = run()  # a capture begins with a run that leaves the selection's state behind
-        with torch.inference_mode(False):
-            logits = torch.empty_like(first)
-        self.cache.get_seq_length().copy_(position)
-        for layer in layers:
-            layer.host_length = length
-        return SimpleNamespace(replay=replay), logits
+    def why_not_captured(model: WhisperForConditionalGeneration) -> str | None:
+        on_gpu = SimpleNamespace(device=torch.device("cuda"), model=model.model, proj_out=model.proj_out, config=model.config)
+        reason = decoder.why_not_captured(on_gpu)
+        return None if reason is not None and "lies on cpu" in reason else reason  # all that stands against it
 
     if device.type == "cpu":
-        monkeypatch.setattr(generation, "why_not_captured", lambda model: None)
-        monkeypatch.setattr(decoder.DecoderStep, "_capture", capture)
+        monkeypatch.setattr(generation, "why_not_captured", why_not_captured)
+        monkeypatch.setattr(decoder, "capture", capture)
+        monkeypatch.setattr(decoder, "report_once", lambda what: None)
 
 
 @pytest.fixture(scope="session")

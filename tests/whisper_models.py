@@ -1,4 +1,5 @@
-"""What the drop-in tests run on, tiny random Whispers whose tokens prove something, and how they compare with stock."""
+"""What the drop-in tests run on: tiny random Whispers whose tokens prove something, how they compare with stock, and how
+they are interrupted."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, WhisperConfig, WhisperForConditionalGeneration
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -108,6 +110,20 @@ class Recorder(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.scores.append(scores.clone())
         return scores
+
+
+class Interrupt(TorchDispatchMode):
+    """Raises `error` at the operation of number `at`, as Ctrl-C does wherever the host is; counts them."""
+
+    def __init__(self, error: type[BaseException], at: int = -1) -> None:
+        super().__init__()
+        self.error, self.at, self.seen = error, at, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += 1
+        if self.seen == self.at:
+            raise self.error(f"in {function}")
+        return function(*args, **(kwargs or {}))
 
 
 def tensors_of(output: Any) -> dict[str, torch.Tensor]:

@@ -22,12 +22,13 @@ from transformers.models.whisper.modeling_whisper import (
     WhisperPositionalEmbedding,
 )
 
-from .attention import NAME, TritonAttention, why_not_covered
+from .attention import NAME, TritonAttention, report_once, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .fused import FusedDecoder, is_fusable
-from .graphs import capture, global_hooks
-from .kernels import CrossTable, cross_table, project_cross_kv
+from .graphs import NotCaptured, capture, global_hooks
+from .kernels import CrossTable, backend, cross_table, project_cross_kv
 from .kernels._checks import MAX_QUERIES
+from .kernels._dispatch import failed_gpus
 
 if TYPE_CHECKING:
     from .decode_loop import TokenSelection
@@ -43,6 +44,8 @@ def why_not_captured(model: WhisperForConditionalGeneration) -> str | None:
     """Why a step of `model` cannot be replayed from a graph, or None."""
     if model.device.type != "cuda":
         return f"the model is on {model.device}"
+    if backend(model.device) == "reference":
+        return "kernels are PyTorch references here"
     if model.config._attn_implementation != NAME:
         return f"attention is {model.config._attn_implementation}"
     if global_hooks():
@@ -77,7 +80,7 @@ def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
 
     Asked once a window, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
     """
-    found: list[object] = [model.config._attn_implementation, global_hooks()]
+    found: list[object] = [model.config._attn_implementation, global_hooks(), failed_gpus()]
     for module in modules_of(model.model.decoder, model.proj_out):
         _add_fingerprint(module, found)
     _add_fingerprint(model.model, found)  # and not its encoder
@@ -126,11 +129,11 @@ def cross_projections(model: WhisperForConditionalGeneration, cache: StaticEncod
 
 
 class CapturedPass(NamedTuple):
-    """A graph of the decoder's pass over T tokens a sequence, with what it reads and writes."""
+    """The decoder's pass over T tokens a sequence, with what it reads."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: torch.cuda.CUDAGraph | None  # None: it could not be captured
     input_ids: torch.Tensor  # (B, T)
-    logits: torch.Tensor  # (B, 1, vocabulary), of the last token
+    replay: Callable[[], torch.Tensor]  # returns the last token's logits (B, 1, vocabulary), which the next one may overwrite
 
 
 class DecoderStep:
@@ -206,13 +209,12 @@ class DecoderStep:
         if T not in self.passes:
             with torch.inference_mode(False):
                 kept_ids = torch.empty_like(input_ids, memory_format=torch.contiguous_format).copy_(input_ids)
-            graph, logits = self._capture(lambda: self._run(model, kept_ids))
-            self.passes[T] = CapturedPass(graph, kept_ids, logits)
+            graph, replay = self._capture(lambda: self._run(model, kept_ids))
+            self.passes[T] = CapturedPass(graph, kept_ids, replay)
         captured = self.passes[T]
         captured.input_ids.copy_(input_ids)
         self._claim(T)
-        captured.graph.replay()
-        return captured.logits.clone()  # the next replay overwrites them
+        return captured.replay().clone()
 
     def advance(self, model: WhisperForConditionalGeneration, selection: TokenSelection) -> Callable[[], torch.Tensor]:
         """What decodes the tokens that `selection`, the step's only one, has chosen, and has it choose the next, at each call.
@@ -229,28 +231,29 @@ class DecoderStep:
 
         has_top_k = selection.top_k > 0
         if has_top_k not in self._selecting:
-            graph, logits = self._capture(run)
-            self._selecting[has_top_k] = CapturedPass(graph, next_ids, logits)
+            graph, replay = self._capture(run)
+            self._selecting[has_top_k] = CapturedPass(graph, next_ids, replay)
         captured = self._selecting[has_top_k]
 
-        def replay() -> torch.Tensor:
+        def decode_one() -> torch.Tensor:
             self._claim(1)
-            captured.graph.replay()
-            return captured.logits
+            return captured.replay()
 
-        return replay
+        return decode_one
 
     def reset(self) -> None:
         """Empties the cache for a window; after a call that was interrupted nothing else may be left as it should be."""
         self.cache.reset()
         if self.fused is not None:
             self.fused.counters.zero_()
+        for passes in (self.passes, self._selecting):  # there may be memory for a graph now
+            for key in [key for key, kept in passes.items() if kept.graph is None]:
+                del passes[key]
 
     def rewind(self, length: int) -> None:
         """Forgets the cache's tokens from slot `length` on."""
         self.cache.get_seq_length().fill_(length)
-        for layer in self.cache.self_attention_cache.layers:
-            layer.host_length = length
+        self._count_from(length)
 
     def _claim(self, new_tokens: int) -> None:
         for layer in self.cache.self_attention_cache.layers:
@@ -267,22 +270,42 @@ class DecoderStep:
         ).last_hidden_state
         return model.proj_out(hidden_states)
 
-    def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """The graph of a pass at the cache's position; leaves position and cache as found."""
-        layers = self.cache.self_attention_cache.layers
-        position, host_length = self.cache.get_seq_length().clone(), layers[0].host_length
-
-        def count_from(length: int) -> None:
-            for layer in layers:
-                layer.host_length = length
+    def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph | None, Callable[[], torch.Tensor]]:
+        """The graph of a pass, if there can be one, and what runs the pass; leaves the cache's position as found."""
+        position, host_length = self.cache.get_seq_length().clone(), self._host_length()
 
         def run_once() -> torch.Tensor:
-            count_from(host_length)  # a capture runs it twice, at one position
+            self._count_from(host_length)  # a capture runs it twice, at one position
             return run()
 
+        try:
+            with torch.no_grad():
+                graph, logits, _ = capture(run_once, self.encoder_states.device)
+        except NotCaptured as reason:
+            report_once(f"steps are launched one kernel at a time: {reason}")
+            return None, lambda: self._launch(run)
+        finally:
+            # The first run advanced the position and filled T slots, which the first replay writes again.
+            self.cache.get_seq_length().copy_(position)
+            self._count_from(host_length)
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return logits
+
+        return graph, replay
+
+    def _launch(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        host_length = self._host_length()  # `_claim` has counted these tokens, and the modules may do so again
+        self._count_from(0)
         with torch.no_grad():
-            graph, logits, _ = capture(run_once, self.encoder_states.device)
-        # The first run advanced the position and filled T slots, which the first replay writes again.
-        self.cache.get_seq_length().copy_(position)
-        count_from(host_length)
-        return graph, logits
+            logits = run()
+        self._count_from(host_length)
+        return logits
+
+    def _host_length(self) -> int:
+        return self.cache.self_attention_cache.layers[0].host_length
+
+    def _count_from(self, length: int) -> None:
+        for layer in self.cache.self_attention_cache.layers:
+            layer.host_length = length

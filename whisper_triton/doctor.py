@@ -10,7 +10,7 @@ import torch
 from whisper_triton import __version__, kernels
 from whisper_triton.fused import max_rows
 from whisper_triton.kernels import backend
-from whisper_triton.kernels._dispatch import HAS_TRITON
+from whisper_triton.kernels._dispatch import HAS_TRITON, why_reference
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path, no_gpu_reason
 
 # All that have a reference: what else the package exports are their helpers.
@@ -18,10 +18,11 @@ KERNELS = tuple(name for name in kernels.__all__ if f"{name}_reference" in kerne
 
 
 def report() -> str:
-    """The whole report, a fact a line."""
+    """The whole report, a fact a line. On a GPU it builds and launches a kernel, to see whether that works."""
     device = choose_device(None)
+    try_kernel(device)
     dtype = str(choose_dtype(None, device)).removeprefix("torch.")
-    path, reason = describe_path(device), _reason(device)
+    path, reason = describe_path(device), _reason(device)  # once the kernel has been tried
     facts = [
         ("whisper-triton", __version__),
         ("python", platform.python_version()),
@@ -31,6 +32,8 @@ def report() -> str:
         ("GPU", _gpu(device)),
         ("transcribe", f"{default_model(device, 'transcribe')} in {dtype} on {device.type}, unless told otherwise"),
     ]
+    if why := why_reference(device):
+        facts.append(("Triton fails", why))
     parts = [
         *((kernel, path, reason) for kernel in KERNELS),
         ("attention module", path, "decodes with the kernels above; what they do not cover goes the stock way, and is logged"),
@@ -45,10 +48,23 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def try_kernel(device: torch.device) -> None:
+    """Launches a small kernel where Triton would be taken, which finds out whether it can be."""
+    if backend(device) == "triton":
+        kernels.bias_gelu(torch.zeros(1, 32, device=device), torch.zeros(32, device=device))
+        torch.cuda.synchronize(device)
+
+
+def _why_no_graph(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "no GPU to capture a CUDA graph on"
+    return "references are not captured" if backend(device) == "reference" else None
+
+
 def _step(device: torch.device) -> tuple[str, str]:
     """How the steps of `generate` are run, and why."""
-    if device.type != "cuda":
-        return "module by module", "no GPU to capture a CUDA graph on"
+    if reason := _why_no_graph(device):
+        return "module by module", reason
     rows, rows_fp32 = max_rows(choose_dtype(None, device), device), max_rows(torch.float32, device)
     less = "" if rows == rows_fp32 else f" (fp32: {rows_fp32})"
     many = "one sequence" if rows == 1 else f"up to {rows} sequences"
@@ -57,19 +73,19 @@ def _step(device: torch.device) -> tuple[str, str]:
 
 
 def _prompt(device: torch.device) -> tuple[str, str]:
-    if device.type != "cuda":
+    if _why_no_graph(device):
         return "module by module", "PyTorch's SDPA serves many queries at a time"
     return "replayed CUDA graph", "up to 16 tokens and as many rows as a step takes; longer ones module by module"
 
 
 def _encoder(device: torch.device) -> tuple[str, str]:
-    if device.type != "cuda":
-        return "module by module", "no GPU to capture a CUDA graph on"
+    if reason := _why_no_graph(device):
+        return "module by module", reason
     return "replayed CUDA graph", "cuBLAS and PyTorch's SDPA, what stands between them fused"
 
 
 def _choice(device: torch.device) -> tuple[str, str]:
-    if device.type != "cuda":
+    if _why_no_graph(device):
         return "stock's processors", "no captured step that could choose"
     return "in the step's graph", "for the calls that README names; else stock's processors"
 
@@ -98,4 +114,6 @@ def _reason(device: torch.device) -> str:
         return "a GPU and Triton are there"
     if kind == "interpreter":
         return "TRITON_INTERPRET=1 is set: for tests, very slow"
-    return "no GPU" if HAS_TRITON else "Triton is not installed"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    return "Triton fails on this GPU, as said above" if device.type == "cuda" else "no GPU"

@@ -24,8 +24,10 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .attention import NAME, STATE, TritonAttention, report_once
 from .encoded import ENCODED
 from .fused_encoder import FusedEncoder
-from .graphs import capture, global_hooks
+from .graphs import NotCaptured, capture, global_hooks
+from .kernels import backend
 from .kernels._checks import DTYPES
+from .kernels._dispatch import failed_gpus
 
 MAX_BYTES = 8 << 30  # of memory kept for graphs, the shape in use always among them
 _LOCK = threading.Lock()
@@ -41,6 +43,8 @@ def why_not_captured(encoder: WhisperEncoder) -> str | None:
     device, dtype = encoder.device, encoder.dtype
     if device.type != "cuda":
         return f"the encoder is on {device}"
+    if backend(device) == "reference":
+        return "kernels are PyTorch references here"
     if encoder.config._attn_implementation != NAME:
         return f"attention is {encoder.config._attn_implementation}"
     if global_hooks():
@@ -90,7 +94,7 @@ def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
 
     Asked before every replay, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
     """
-    found: list[object] = [global_hooks()]
+    found: list[object] = [global_hooks(), failed_gpus()]
     modules: list[nn.Module] = [encoder]
     while modules:
         module = modules.pop()
@@ -225,7 +229,12 @@ def _captured(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder |
                 return None
             while graphs and sum(graph.nbytes for graph in graphs.values()) > MAX_BYTES:
                 graphs.popitem(last=False)
-            graphs[key] = CapturedEncoder(self, features)
+            try:
+                graphs[key] = CapturedEncoder(self, features)
+            except (NotCaptured, torch.OutOfMemoryError) as error:
+                reason = str(error).partition(".")[0]  # torch's messages go on for a page
+                report_once(f"the encoder is launched one kernel at a time: {reason}")
+                return None
         graphs.move_to_end(key)
         return graphs[key]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
@@ -30,7 +30,6 @@ from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 
 MAX_BYTES = 8 << 30  # of caches kept for captured steps, the batch size in use always among them
-_LOCK = threading.Lock()
 _CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
 
 
@@ -42,6 +41,24 @@ class _Call:
     reads_last_logits: bool
 
 
+class CallLock:
+    """Held by the thread in which `generate` runs, nested calls included; the others wait. A copied model has its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            report_once("generate waits for a call of the same model in another thread")
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[CallLock], tuple[()]]:
+        return CallLock, ()
+
+
 @dataclass
 class State:
     """What an accelerated model carries: what `restore` needs, and the steps captured for it."""
@@ -49,16 +66,23 @@ class State:
     attn_implementation: str | None
     overridden: dict[str, MethodType]
     encoder: EncoderState | None  # None where the encoder is another model's, or none of Whisper's
+    lock: CallLock  # one for all models of one config, which names the attention for all of them
     steps: OrderedDict[int, DecoderStep] = field(default_factory=OrderedDict, repr=False)  # by batch size, oldest first
-    calls: int = 0  # of `generate` that are running, in any thread
-    attn_implementation_before_calls: str | None = None
-    owner: _Call | None = None  # the one of them that the steps' caches belong to
+    owner: _Call | None = None  # the outermost call that is running: the one that the steps' caches belong to
     in_use: DecoderStep | None = field(default=None, repr=False)
     captured: tuple[object, ...] | None = field(default=None, repr=False)  # the fingerprint of what can be, as last seen
+    done: torch.cuda.Event | None = field(default=None, repr=False)  # after all that calls have had the GPU do
 
     def __getstate__(self) -> dict[str, Any]:
         # A captured graph belongs to the weights it was captured over: a copied model captures its own.
-        return vars(self) | {"steps": OrderedDict(), "calls": 0, "owner": None, "in_use": None, "captured": None}
+        return vars(self) | {"steps": OrderedDict(), "owner": None, "in_use": None, "captured": None, "done": None}
+
+    def forget(self, *sizes: int) -> None:
+        """Gives up the steps of these batch sizes. Waits for the GPU, which may still be at one of them in any stream."""
+        if sizes and self.done is not None:
+            self.done.synchronize()
+        for size in sizes:
+            del self.steps[size]
 
 
 def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., Any]:
@@ -69,35 +93,47 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
     state: State | None = vars(self).get(STATE)
     if state is None:  # kept by somebody from before `restore`
         return _stock(self, "generate")(*args, **kwargs)
-    call = _Call(reads_last_logits=kwargs.get("custom_generate") is None)
+    with state.lock:
+        if vars(self).get(STATE) is state:
+            return _generate_alone(self, state, args, kwargs)
+    return _generate(self, *args, **kwargs)  # restored by another thread while this one waited
+
+
+def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    call, is_outermost = _Call(reads_last_logits=kwargs.get("custom_generate") is None), state.owner is None
     if takes_our_loop(self, args, kwargs):
         kwargs["custom_generate"] = _decode
-    with _LOCK:
-        state.calls += 1
-        if state.owner is None:
-            state.owner = call
-        if state.calls == 1:
-            state.attn_implementation_before_calls = self.config._attn_implementation
+    attn_implementation = self.config._attn_implementation
+    if is_outermost:
+        state.owner = call
     outer, outer_encoded = _CALL.set(call), ENCODED.set(Encoded())
-    device = self.device
     try:
-        # Triton launches on the current device, whichever one the tensors are on.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with _on_device(self.device, state):
             return _stock(self, "generate")(*args, **kwargs)
-    except BaseException:
-        if device.type == "cuda":  # replays may be queued that write what the next call, on another stream, begins with
-            torch.cuda.synchronize(device)
-        raise
     finally:
         _CALL.reset(outer)
         ENCODED.reset(outer_encoded)
-        with _LOCK:
-            state.calls -= 1
-            if state.owner is call:
-                state.owner = state.in_use = None
-            if state.calls == 0:
-                # `return_token_timestamps=True` sets eager attention and leaves it so, which would end the acceleration.
-                self.config._attn_implementation = state.attn_implementation_before_calls
+        if is_outermost:
+            state.owner = state.in_use = None
+        # `return_token_timestamps=True` sets eager attention and leaves it so, which would end the acceleration.
+        self.config._attn_implementation = attn_implementation
+
+
+@contextmanager
+def _on_device(device: torch.device, state: State) -> Iterator[None]:
+    """For a call of `generate`: its GPU is the current one, and its work comes after that of the calls before it."""
+    if device.type != "cuda":
+        yield
+        return
+    # Triton launches on the current device, whichever one the tensors are on.
+    with torch.cuda.device(device):
+        if state.done is not None:  # in another stream, perhaps
+            torch.cuda.current_stream().wait_event(state.done)
+        try:
+            yield
+        finally:  # after an error too: replays may be queued that write what the next call begins with
+            state.done = torch.cuda.Event()
+            state.done.record()
 
 
 def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kwargs: Any) -> Any:
@@ -185,26 +221,35 @@ def _cache_for(
     state.captured = found if reason is None else None
     if reason is not None and self.device.type == "cuda":
         report_once(f"steps are launched one kernel at a time: {reason}")
-    # A call inside another, or beside it in a second thread, must not write into the other's cache.
+    # A call inside another must not write into the other's cache.
     if state.owner is not _CALL.get():
         if reason is None:
             report_once("steps are launched one kernel at a time: another call of the model's `generate` is running")
         return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
     state.in_use = None  # this call's last window, or its last temperature
-    for size in [size for size, step in state.steps.items() if reason is not None or step.fingerprint != found]:
-        del state.steps[size]
+    state.forget(*[size for size, step in state.steps.items() if reason is not None or step.fingerprint != found])
     if reason is not None:
         return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
-    step = state.steps.pop(batch_size, None)
-    if step is None or step.num_frames != num_frames:
-        step = None  # the old one's memory first
-        while state.steps and sum(kept.nbytes for kept in state.steps.values()) > MAX_BYTES:
-            state.steps.popitem(last=False)
-        step = DecoderStep(self, batch_size, num_frames)
-    state.steps[batch_size] = step
+    if batch_size in state.steps and state.steps[batch_size].num_frames != num_frames:
+        state.forget(batch_size)  # its memory first
+    if batch_size not in state.steps and not _add_step(self, state, batch_size, num_frames):
+        return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
+    state.steps.move_to_end(batch_size)
+    state.in_use = step = state.steps[batch_size]
     step.reset()
-    state.in_use = step
     return step.cache
+
+
+def _add_step(self: WhisperForConditionalGeneration, state: State, batch_size: int, num_frames: int) -> bool:
+    """Whether there is memory for another step."""
+    while state.steps and sum(kept.nbytes for kept in state.steps.values()) > MAX_BYTES:
+        state.forget(next(iter(state.steps)))
+    try:
+        state.steps[batch_size] = DecoderStep(self, batch_size, num_frames)
+    except torch.OutOfMemoryError:
+        report_once("steps are launched one kernel at a time: out of memory for caches that could be kept")
+        state.forget(*state.steps)
+    return batch_size in state.steps
 
 
 def _prepare_static_cache(

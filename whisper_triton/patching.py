@@ -8,6 +8,7 @@ encoder's instance those of `encoder.ENCODER_OVERRIDES`.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .attention import NAME, STATE, TritonAttention
 from .encoder import ENCODER_OVERRIDES, EncoderState
 from .fused_encoder import unpack_encoder
-from .generation import OVERRIDES, State
+from .generation import OVERRIDES, CallLock, State
 
 _ACCELERATED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_LOCK = threading.Lock()  # of what models may share, and of `accelerate` in two threads
 
 
 def is_accelerated(model: nn.Module) -> bool:
@@ -50,9 +52,16 @@ def accelerate(model: WhisperForConditionalGeneration) -> WhisperForConditionalG
     if is_accelerated(model):
         return model
     restore(model)  # what is left of a pickled one
-    stock = model.config._attn_implementation
+    with _LOCK:
+        if not is_accelerated(model):
+            _accelerate(model)
+    return model
+
+
+def _accelerate(model: WhisperForConditionalGeneration) -> None:
+    stock, lock = model.config._attn_implementation, CallLock()
     for other in _sharing_config(model):
-        stock = getattr(other, STATE).attn_implementation
+        stock, lock = getattr(other, STATE).attn_implementation, getattr(other, STATE).lock
     for module in model.modules():
         if type(module) is WhisperAttention:
             module.__class__ = TritonAttention
@@ -62,16 +71,32 @@ def accelerate(model: WhisperForConditionalGeneration) -> WhisperForConditionalG
     if isinstance(encoder, WhisperEncoder) and STATE not in vars(encoder):  # which two models may share
         encoder_state = EncoderState(_override(encoder, ENCODER_OVERRIDES))
         setattr(encoder, STATE, encoder_state)
-    setattr(model, STATE, State(stock, _override(model, OVERRIDES), encoder_state))
+    setattr(model, STATE, State(stock, _override(model, OVERRIDES), encoder_state, lock))
     _ACCELERATED.add(model)
-    return model
 
 
 def restore(model: WhisperForConditionalGeneration) -> WhisperForConditionalGeneration:
-    """Undoes `accelerate`, in place, and returns the model; does nothing to one that is not accelerated."""
+    """Undoes `accelerate`, in place, and returns the model; does nothing to one that is not accelerated.
+
+    Waits for `generate` where another thread runs it.
+
+    Raises:
+        RuntimeError: called from within `generate` of this model, by a streamer, say. The model stays accelerated.
+    """
     state: State | None = vars(model).get(STATE)
     if state is None:
         return model
+    with state.lock:
+        if state.owner is not None:
+            raise RuntimeError("restore cannot undo the acceleration of a model within a call of its generate")
+        state.forget(*state.steps)
+        with _LOCK:
+            if vars(model).get(STATE) is state:  # or another thread has restored it
+                _restore(model, state)
+    return model
+
+
+def _restore(model: WhisperForConditionalGeneration, state: State) -> None:
     for module in model.modules():
         if type(module) is TritonAttention and hasattr(module, "stock_attn_implementation"):
             module.__class__ = WhisperAttention
@@ -84,7 +109,6 @@ def restore(model: WhisperForConditionalGeneration) -> WhisperForConditionalGene
     _ACCELERATED.discard(model)
     if not _sharing_config(model):
         model.config._attn_implementation = state.attn_implementation
-    return model
 
 
 @contextmanager

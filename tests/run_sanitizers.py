@@ -1,0 +1,149 @@
+"""Runs NVIDIA's compute-sanitizer over the kernel tests, on a GPU, and prints a line for each of its checkers.
+
+    python tests/run_sanitizers.py                # memcheck, racecheck and initcheck
+    python tests/run_sanitizers.py racecheck --tests tests/test_select_token.py
+
+A checker makes kernels tens of times slower, so of each test function one case is run. PyTorch's allocator is off: within its
+pools a kernel may read and write what is not its own, and nobody can tell. Graphs cannot be captured then, so tests of them
+are left out. Exits with 0 if every checker ran, all tests passed and nothing was found in a kernel of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ("memcheck", "racecheck", "initcheck")
+KERNELS = sorted(
+    name for file in (ROOT / "kernels").glob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.M)
+)
+TESTS = [
+    str(file) for kernel in sorted((ROOT / "kernels").glob("[!_]*.py")) for file in [ROOT / "tests" / f"test_{kernel.name}"]
+]
+SELECT = "WHISPER_TRITON_ONE_CASE"  # an environment variable: this file is then pytest's plugin, in the sanitizer's process
+LEFT_OUT = re.compile("graph|compile|opcheck|profile", re.IGNORECASE)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps the middle case of each test function."""
+    if SELECT not in os.environ:
+        return
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.exit("there is no GPU to check kernels on", returncode=3)
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        is_property = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)  # many cases in one
+        if not LEFT_OUT.search(item.nodeid) and not is_property:
+            cases.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    kept = [function[len(function) // 2] for function in cases.values()]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+class Result(NamedTuple):
+    """What a checker came to."""
+
+    tests: int
+    failed: int
+    errors: int | None  # in kernels of ours; None: the checker did not get to its summary
+    elsewhere: int  # in kernels of PyTorch's and its libraries'
+
+
+def find_sanitizer() -> str | None:
+    """The path of compute-sanitizer, or None."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ] + ["/usr/local/cuda"]
+    folders = [os.environ.get("PATH", ""), *(f"{home}/{folder}" for home in homes for folder in ("bin", "compute-sanitizer"))]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+
+
+def command(sanitizer: str, tool: str, tests: list[str]) -> list[str]:
+    """The command line that runs `tests` under a checker."""
+    # Of what other kernels write, initcheck must know.
+    only_ours = [] if tool == "initcheck" else [part for name in KERNELS for part in ("--kernel-name", f"kns={name}")]
+    more = ["--report-api-errors", "no"] if tool == "memcheck" else []  # PyTorch asks for what may not be there
+    run = ["-m", "pytest", "-q", "-p", "run_sanitizers", "-p", "no:cacheprovider", "--timeout", "0", *tests]
+    options = ["--target-processes", "application-only", "--print-limit", "10000", "--error-exitcode", "99"]
+    return [sanitizer, "--tool", tool, *options, *more, *only_ours, sys.executable, *run]
+
+
+def read(tool: str, output: str) -> Result:
+    """What the output of a checker and of pytest under it says."""
+    ended = re.search(r"^.*\b(?:passed|failed|errors?)\b.* in [\d.]+s\b.*$", output, re.M)
+    counts = Counter({word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", ended[0] if ended else "")})
+    failed = counts["failed"] + counts["error"]
+    summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
+    if summary is None:
+        return Result(counts["passed"] + failed, failed, None, 0)
+    found = int(summary[1] or summary[2])
+    # Every report of initcheck says where, "at <kernel>+0x...". The other two are asked about ours alone.
+    places = re.findall(r"^=+ +at (\S+)", output, re.M)
+    elsewhere = min(found, sum(not place.startswith(tuple(KERNELS)) for place in places)) if tool == "initcheck" else 0
+    return Result(counts["passed"] + failed, failed, found - elsewhere, elsewhere)
+
+
+def main() -> int:
+    """Runs the checkers; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}; all by default")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files or node ids for pytest")
+    parser.add_argument("--limit", type=float, default=1200, help="seconds for one checker")
+    parser.add_argument("--logs", type=Path, help="a folder for the whole output of each")
+    args = parser.parse_args()
+    if unknown := set(args.tools) - set(TOOLS):
+        parser.error(f"no such checker: {', '.join(sorted(unknown))}")
+    sanitizer = find_sanitizer()
+    if sanitizer is None:
+        print("compute-sanitizer is not installed: it comes with the CUDA toolkit", file=sys.stderr)
+        return 1
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": paths, SELECT: "1"}
+    is_clean = True
+    for tool in args.tools or TOOLS:
+        start, status = time.monotonic(), None
+        run = subprocess.Popen(
+            command(sanitizer, tool, args.tests),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        try:
+            output, _ = run.communicate(timeout=args.limit)
+            status = run.returncode
+        except subprocess.TimeoutExpired:
+            run.kill()
+            output, _ = run.communicate()
+        result = read(tool, output)
+        if args.logs:
+            args.logs.mkdir(parents=True, exist_ok=True)
+            (args.logs / f"{tool}.log").write_text(output)
+        # The sanitizer exits with 99 for what it found in other kernels too.
+        passed = status in (0, 99 if result.elsewhere else 0) and result[:3] == (result.tests or 1, 0, 0)
+        errors = "no summary" if result.errors is None else f"{result.errors} errors"
+        others = f" ({result.elsewhere} in other kernels)" if result.elsewhere else ""
+        late = "" if status is not None else f", stopped after {args.limit:.0f} s"
+        seconds = time.monotonic() - start
+        print(f"{tool:<10} {result.tests} tests, {result.failed} failed, {errors}{others}{late}, {seconds:.0f} s", flush=True)
+        if not passed:
+            is_clean = False
+            print("\n".join(output.splitlines()[-60:]), file=sys.stderr)
+    return 0 if is_clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The scripts that are run by hand, on a GPU or over somebody else's tests: what they make of the answers that they get."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import run_foreign_suite
+import run_sanitizers
+import torch
+from transformers import WhisperForConditionalGeneration
+from whisper_models import tiny_whisper
+
+from whisper_triton import is_accelerated, restore
+
+SCRIPTS = Path(__file__).parent
+
+# What the checkers print, in short: the tool's name is their second argument.
+FINE = """
+echo "3 passed, 40 deselected in 1.23s"
+case $2 in
+  racecheck) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)";;
+  *) echo "========= ERROR SUMMARY: 0 errors";;
+esac
+"""
+ELSEWHERE = """
+echo "3 passed in 1.23s"
+echo "========= Uninitialized __global__ memory read of size 4 bytes"
+echo "=========     at void at::native::vectorized_elementwise_kernel<4, float>(float *)+0x120"
+echo "========= ERROR SUMMARY: 1 error"
+exit 99
+"""
+OURS = ELSEWHERE.replace("void at::native::vectorized_elementwise_kernel<4, float>(float *)", "_decode_attention_kernel")
+
+
+class TestSanitizers:
+    @pytest.fixture
+    def run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+        """Runs the script with a compute-sanitizer that is a shell script; returns its exit status and the lines it prints."""
+
+        def run(script: str | None, *arguments: str) -> tuple[int, list[str]]:
+            if script is not None:
+                (tmp_path / "compute-sanitizer").write_text(f"#!/bin/sh\n{script}")
+                (tmp_path / "compute-sanitizer").chmod(0o755)
+            monkeypatch.setattr(
+                run_sanitizers, "find_sanitizer", lambda: run_sanitizers.shutil.which("compute-sanitizer", path=tmp_path)
+            )
+            monkeypatch.setattr(sys, "argv", ["run_sanitizers.py", *arguments])
+            status = run_sanitizers.main()
+            return status, [line.rpartition(",")[0] for line in capsys.readouterr().out.splitlines()]
+
+        return run
+
+    def test_a_line_for_each_checker(self, run) -> None:
+        assert run(FINE) == (0, [f"{tool:<10} 3 tests, 0 failed, 0 errors" for tool in run_sanitizers.TOOLS])
+
+    @pytest.mark.parametrize(
+        ("script", "status", "line"),
+        [
+            (ELSEWHERE, 0, "3 tests, 0 failed, 0 errors (1 in other kernels)"),
+            (OURS, 1, "3 tests, 0 failed, 1 errors"),
+            (FINE.replace("3 passed", "1 failed, 2 passed"), 1, "3 tests, 1 failed, 0 errors"),
+            (FINE.replace("3 passed", "2 passed, 1 error"), 1, "3 tests, 1 failed, 0 errors"),
+            (FINE.replace("3 passed, 40", "43"), 1, "0 tests, 0 failed, 0 errors"),
+            (FINE + "exit 7", 1, "3 tests, 0 failed, 0 errors"),
+            ("echo Device not supported; exit 1", 1, "0 tests, 0 failed, no summary"),
+            ("exec sleep 60", 1, "0 tests, 0 failed, no summary, stopped after 1 s"),
+        ],
+    )
+    def test_what_counts_as_clean(self, script: str, status: int, line: str, run) -> None:
+        assert run(script, "initcheck", "--limit", "1") == (status, [f"initcheck  {line}"])
+
+    def test_hazards_and_errors_of_the_other_two_are_ours(self, run) -> None:
+        found = ELSEWHERE.replace("ERROR SUMMARY: 1 error", "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)")
+        assert run(found, "racecheck") == (1, ["racecheck  3 tests, 0 failed, 2 errors"])
+        assert run(ELSEWHERE, "memcheck") == (1, ["memcheck   3 tests, 0 failed, 1 errors"])
+
+    def test_without_compute_sanitizer_it_fails(self, run) -> None:
+        assert run(None) == (1, [])
+
+    def test_every_kernel_is_checked_by_name(self) -> None:
+        assert len(run_sanitizers.KERNELS) >= len(run_sanitizers.TESTS)
+        assert all(Path(file).is_file() for file in run_sanitizers.TESTS)
+        command = run_sanitizers.command("compute-sanitizer", "racecheck", ["tests/test_bias_gelu.py"])
+        assert command.count("--kernel-name") == len(run_sanitizers.KERNELS)
+        assert "kns=_bias_gelu_kernel" in command
+
+    def test_without_a_gpu_no_test_runs(self, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+        """In the interpreter every checker would find everything in order."""
+        monkeypatch.setenv(run_sanitizers.SELECT, "1")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(pytest.exit.Exception, match="no GPU to check kernels on"):
+            run_sanitizers.pytest_collection_modifyitems(request.config, [])
+
+    def test_of_each_test_one_case_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(run_sanitizers.SELECT, "1")
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        ids = [
+            "a.py::test_x[1]",
+            "a.py::test_x[2]",
+            "a.py::test_x[3]",
+            "a.py::test_y",
+            "b.py::test_x[1]",
+            "b.py::test_a_graph[1]",
+        ]
+        items = [SimpleNamespace(nodeid=one, path=Path(one.partition("::")[0])) for one in ids]
+        deselected: list[str] = []
+        hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(item.nodeid for item in items))
+        run_sanitizers.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+        assert [item.nodeid for item in items] == ["a.py::test_x[2]", "a.py::test_y", "b.py::test_x[1]"]
+        assert sorted(deselected) == ["a.py::test_x[1]", "a.py::test_x[3]", "b.py::test_a_graph[1]"]
+
+
+SUITE = """
+import sys
+import pytest
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 == 2
+
+def test_sees_the_package():
+    assert "whisper_triton" not in sys.modules
+
+@pytest.mark.skipif("whisper_triton" in sys.modules, reason="there")
+def test_is_skipped():
+    pass
+
+@pytest.fixture
+def broken():
+    assert "whisper_triton" not in sys.modules
+
+def test_breaks_before_it_begins(broken):
+    pass
+"""
+
+
+class TestForeignSuite:
+    def test_it_lists_what_came_out_otherwise(self, tmp_path: Path) -> None:
+        (tmp_path / "test_foreign.py").write_text(SUITE)
+        command = [sys.executable, SCRIPTS / "run_foreign_suite.py", "test_foreign.py", "-k", "test_"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1, done.stderr
+        lines = done.stdout.splitlines()
+        expected = {"breaks_before_it_begins": "error: Assert", "is_skipped": "skipped", "sees_the_package": "failed: Assert"}
+        assert len(lines) == len(expected) + 1
+        for line, (test, outcome) in zip(lines[:-1], expected.items(), strict=True):
+            assert line.startswith(f"test_foreign.py::test_{test}: passed, accelerated {outcome}")
+        assert lines[-1] == "5 tests, 3 of them came out differently"
+
+    def test_without_a_path_or_tests_it_says_so(self, tmp_path: Path) -> None:
+        for arguments in ([], [tmp_path / "nowhere"]):
+            command = [sys.executable, SCRIPTS / "run_foreign_suite.py", *arguments]
+            assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 2
+
+    def test_every_model_is_accelerated_when_it_is_made(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        tiny_whisper().save_pretrained(tmp_path)
+        monkeypatch.setattr(WhisperForConditionalGeneration, "__init__", WhisperForConditionalGeneration.__init__)
+        run_foreign_suite.accelerate_every_model()
+        loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+        assert is_accelerated(loaded)
+        assert is_accelerated(tiny_whisper())
+        assert not is_accelerated(restore(loaded))
