@@ -27,6 +27,9 @@ OLDEST_VENV = $(VENV)-oldest
 SAME_WITH_ANY_TRANSFORMERS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) \
   $(patsubst %,tests/test_%.py,cross_compile dispatch audio output cli)
 
+# The suite starts dozens of processes that import torch and transformers: compiled anew in each, that would be half its time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-oldest lint wheel clean
 
 help:
