@@ -180,6 +180,5 @@ def test_metadata_names_the_supported_ranges(distribution: Message) -> None:
     assert SpecifierSet(distribution["Requires-Python"]) == SpecifierSet(_versions.PYTHON)
 
 
-@pytest.mark.parametrize("kind", ["checkout", "installed"])
-def test_references_run_where_triton_is_missing(kind: str, installed: Path, tmp_path: Path) -> None:
-    run_python(CHECK_WITHOUT_TRITON, tmp_path, ROOT if kind == "checkout" else installed)
+def test_references_run_where_triton_is_missing(installed: Path, tmp_path: Path) -> None:
+    run_python(CHECK_WITHOUT_TRITON, tmp_path, installed)
