@@ -9,7 +9,7 @@ from transformers import GenerationConfig, WhisperForConditionalGeneration
 from transformers.generation import GenerationMode
 
 from .attention import NAME, STATE, is_length, why_not_covered
-from .decoder import modules_of
+from .graphs import modules_of
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 

@@ -1,13 +1,14 @@
 """What decoder and encoder share: capturing a CUDA graph that owns all the memory it touches, whatever else in the process
-captures and frees graphs, and the hooks that no graph calls.
+captures and frees graphs, and what of a module no graph does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 Result = TypeVar("Result")
 
@@ -18,6 +19,54 @@ def global_hooks() -> tuple[int, ...]:
     return tuple(
         id(hook) for found in (hooks._global_forward_pre_hooks, hooks._global_forward_hooks) for hook in found.values()
     )
+
+
+def is_recorder(hook: object) -> bool:
+    """Whether a forward hook is one that transformers leaves on every layer after a call with output_attentions.
+
+    They do nothing unless asked to.
+    """
+    return getattr(hook, "__name__", "") == "output_capturing_hook"
+
+
+def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
+    """The modules below and with `roots`, in no order of note: a fraction of what `Module.modules` costs the host."""
+    modules = [*roots]
+    while modules:
+        module = modules.pop()
+        yield module
+        modules += [child for child in module._modules.values() if child is not None]
+
+
+def why_not_known(module: nn.Module, known: Collection[type[nn.Module]], is_wrapped: bool = False) -> str | None:
+    """Why a pass of `module`, those below it aside, may be more than the kernels of its class, or None.
+
+    Args:
+        known: classes whose forward passes do the same each time.
+        is_wrapped: what is around the pass is run all the same, hooks and a forward pass on the instance.
+    """
+    name = type(module).__name__
+    if type(module) not in known:
+        return f"a module is {name}"
+    if module.training:
+        return f"{name} is in training mode"
+    if is_wrapped:
+        return None
+    if "forward" in vars(module):
+        return f"{name} has a forward pass of its own"
+    if module._forward_pre_hooks or not all(map(is_recorder, module._forward_hooks.values())):
+        return f"{name} has a forward hook"
+    return None
+
+
+def add_fingerprint(module: nn.Module, found: list[object], is_wrapped: bool = False) -> None:
+    """Adds what `why_not_known` asks of, and where the module's own weights lie: a graph is captured for just these."""
+    found += (type(module), module.training, "forward" in vars(module))
+    for hooks in () if is_wrapped else (module._forward_pre_hooks, module._forward_hooks):
+        found += (id(hook) for hook in hooks.values() if not is_recorder(hook))
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            found += (id(parameter), parameter.data_ptr(), parameter.dtype)
 
 
 def capture(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result, int]:
