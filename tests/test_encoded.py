@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from whisper_models import mel, tensors_of, tiny_whisper
+from whisper_models import Recorder, mel, tensors_of, tiny_whisper
 
-from whisper_triton import accelerated
+from whisper_triton import accelerate, accelerated
 from whisper_triton.encoded import ENCODED, Encoded
 from whisper_triton.encoder import CapturedEncoder
 
@@ -143,6 +143,29 @@ class TestWindowsApart:
         with accelerated(model):
             _, passes = generate(model, mel(1, device), task="transcribe", max_new_tokens=4)
         assert passes == [1, 1]
+
+    @pytest.mark.parametrize("moved", [False, True])
+    def test_weights_changed_between_two_temperatures_are_seen(self, moved: bool, device: torch.device) -> None:
+        """By a logits processor, as a callback of the user's might."""
+
+        class Change(Recorder):
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                weight = model.model.encoder.layer_norm.weight
+                if not self.scores:
+                    if moved:
+                        weight.data = weight.data * -1
+                    else:
+                        weight.mul_(-1)
+                return super().__call__(input_ids, scores)
+
+        results, kwargs = [], {"compression_ratio_threshold": 0.0, "temperature": (0.0, 0.0)}
+        for prepare in (lambda model: model, accelerate):
+            model = prepare(tiny_whisper(device, seed=3))
+            with torch.no_grad():
+                output, passes = generate(model, mel(1, device), max_new_tokens=8, logits_processor=[Change()], **kwargs)
+            results.append(sequences(output))
+            assert passes == [1, 1]
+        assert results[0] == results[1]
 
     def test_hooks_inside_see_every_pass(self, device: torch.device) -> None:
         model, calls = tiny_whisper(device, seed=3, is_multilingual=True), []
