@@ -76,6 +76,11 @@ def capture(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda
     (pytorch issue 193402). So none is kept when recording begins, the graph takes one from its own memory, and none is kept
     when it ends: nobody else then uses or frees it.
 
+    PyTorch gives up the workspaces of all streams or none: so they all go, as they do when `torch.compile` captures graphs. A
+    graph of the user's own keeps its workspace where that lies in the graph's own memory. It does not lie there if the graph
+    was captured on the stream of its warm-up, or after another on the same stream: others may then be given that memory from
+    here on. Such a graph is safe with `torch._C._cuda_clearCublasWorkspaces()` before and after its capture.
+
     Returns:
         The graph, what `run` returned while it was recorded, and the bytes that the graph keeps.
     """
