@@ -199,10 +199,14 @@ def test_a_capture_runs_the_pass_twice_at_one_place_and_leaves_the_cache_there(m
 
     def twice(run, device):
         found.append(device)
-        return "graph", [run(), run()][1], 0
+        return "graph", [run(), run()][1], 1000
 
     monkeypatch.setattr(decoder, "capture", twice)
+    caches = step.nbytes
+    parts = (step.cache.self_attention_cache, step.cache.cross_attention_cache)
+    assert caches == sum(t.nbytes for part in parts for layer in part.layers for t in (layer.keys, layer.values))
     assert step._capture(run) == ("graph", 2.0)
+    assert step.nbytes == caches + 1000
     assert found == [torch.device("cpu")]
     assert int(step.cache.get_seq_length()) == 0
     assert {layer.host_length for layer in layers} == {63}

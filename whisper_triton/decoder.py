@@ -126,6 +126,7 @@ class DecoderStep:
         self.fused = FusedDecoder(model) if is_fusable(model, batch_size) else None
         self.passes: dict[int, CapturedPass] = {}  # by T
         self._takes: dict[int, bool] = {1: True}
+        self._graph_bytes = 0
         self.selection: TokenSelection | None = None  # of the pass that `advance` replays
         self._selecting: dict[bool, CapturedPass] = {}  # by whether tokens are drawn from the most probable
 
@@ -136,9 +137,12 @@ class DecoderStep:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the caches."""
+        """Bytes of the caches and of the graphs, in which their logits and all between them lie.
+
+        Not of the rest, which is less than a megabyte for 64 sequences: prompts, zeros in place of encoder states, rules, tokens.
+        """
         parts = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
-        return sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
+        return self._graph_bytes + sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
 
     def takes(self, model: WhisperForConditionalGeneration, T: int) -> bool:
         """Whether T tokens a sequence are decoded by a graph: one always, a prompt where the fused chain covers all its rows.
@@ -253,7 +257,8 @@ class DecoderStep:
             return run()
 
         with torch.no_grad():
-            graph, logits, _ = capture(run_once, self.encoder_states.device)
+            graph, logits, nbytes = capture(run_once, self.encoder_states.device)
+        self._graph_bytes += nbytes
         # The first run advanced the position and filled T slots, which the first replay writes again.
         self.cache.get_seq_length().copy_(position)
         count_from(host_length)

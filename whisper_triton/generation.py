@@ -29,7 +29,7 @@ from .decoder import DecoderStep, fingerprint, why_not_captured
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 
-MAX_BYTES = 8 << 30  # of caches kept for captured steps, the batch size in use always among them
+MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps, the batch size in use always among them
 _LOCK = threading.Lock()
 _CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
 
