@@ -51,11 +51,10 @@ class TokenSelection:
         with torch.inference_mode(False):
             lengths, last_timestamps, ends = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(3))
             ids = torch.zeros(B, max_length, dtype=torch.int64, device=device)
-            sums = torch.zeros(B, dtype=torch.float32, device=device)
             next_ids = torch.zeros(B, 1, dtype=torch.int64, device=device)
             # The kernel writes where rows end into the host's own memory: nothing is copied.
             host_ends = torch.zeros(B, dtype=torch.int64, pin_memory=device.type == "cuda")
-            self.state = TokenState(ids, lengths, last_timestamps, ends, sums, next_ids, host_ends)
+            self.state = TokenState(ids, lengths, last_timestamps, ends, next_ids, host_ends)
             self.rules = allocate_rules(vocabulary_size, device)
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._call = 0
@@ -70,7 +69,7 @@ class TokenSelection:
         write_rules(settings, pad_token, self.rules)
         self.state.ids[:, : prompt.shape[1]] = prompt
         self.state.lengths.fill_(prompt.shape[1])
-        for tensor in (self.state.last_timestamps, self.state.ends, self.state.sum_logprobs):
+        for tensor in (self.state.last_timestamps, self.state.ends):
             tensor.zero_()
 
     def __call__(self, logits: torch.Tensor) -> None:

@@ -139,7 +139,7 @@ class DecoderStep:
     def nbytes(self) -> int:
         """Bytes of the caches and of the graphs, in which their logits and all between them lie.
 
-        Not of the rest, which is less than a megabyte for 64 sequences: prompts, zeros in place of encoder states, rules, tokens.
+        Not of the rest, less than a megabyte for 64 sequences: prompts, zeros in place of encoder states, rules, tokens.
         """
         parts = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
         return self._graph_bytes + sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
