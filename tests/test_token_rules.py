@@ -227,7 +227,7 @@ class OfTheUser(SuppressTokensLogitsProcessor):
         ([SuppressTokensLogitsProcessor([1]), SuppressTokensLogitsProcessor([2])], "a second time"),
         ([timestamp_processor(3, None, True), SuppressTokensLogitsProcessor([2])], "after the rules for timestamps"),
         ([TemperatureLogitsWarper(0.5), SuppressTokensLogitsProcessor([2])], "after the temperature"),
-        ([timestamp_processor(2, None, True)], "prompt of 3"),
+        ([timestamp_processor(2, None, True)], "where the prompt ends"),
         ([MinLengthLogitsProcessor(5, EOS), MinNewTokensLengthLogitsProcessor(3, 5, EOS + 1)], "different tokens"),
     ],
 )

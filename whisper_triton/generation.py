@@ -23,8 +23,8 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .attention import STATE, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
-from .coverage import takes_our_loop, why_not_our_cache, why_not_replayed, why_not_static
-from .decode_loop import decode
+from .coverage import why_not_our_cache, why_not_our_loop, why_not_replayed, why_not_static
+from .decode_loop import STOCKS_LOOP, decode
 from .decoder import DecoderStep, fingerprint, why_not_captured
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
@@ -70,8 +70,11 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
     if state is None:  # kept by somebody from before `restore`
         return _stock(self, "generate")(*args, **kwargs)
     call = _Call(reads_last_logits=kwargs.get("custom_generate") is None)
-    if takes_our_loop(self, args, kwargs):
+    reason = why_not_our_loop(self, args, kwargs)
+    if reason is None:
         kwargs["custom_generate"] = _decode
+    elif self.device.type == "cuda":
+        report_once(f"{STOCKS_LOOP}: {reason}")
     with _LOCK:
         state.calls += 1
         if state.owner is None:
@@ -109,7 +112,10 @@ def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kw
         and vars(self).get("forward") is state.overridden.get("forward")
         and not (self._forward_hooks or self._forward_pre_hooks)
     )
-    return decode(self, state.in_use if is_plain else None, input_ids, **kwargs)
+    step = None if state is None else state.in_use
+    if step is not None and not is_plain:
+        report_once(f"{STOCKS_LOOP}: the model has hooks, or another forward pass or class")
+    return decode(self, step if is_plain else None, input_ids, **kwargs)
 
 
 def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput | tuple[Any, ...]:
