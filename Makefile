@@ -23,10 +23,16 @@ PIP = $(VENV)/bin/python $(PIP_INSTALL)
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
-# The kernels know nothing of transformers, nor do audio, output and what reads row files; the command has it through modules
-# tested here.
+# The kernels know nothing of transformers, nor do audio, output, the reader of CTranslate2's files and what reads row files; of
+# the model the chain takes forward passes and modules alone, which are the same; and the command has transformers through
+# modules tested here.
 SAME_WITH_ANY_TRANSFORMERS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) \
-  $(patsubst %,tests/test_%.py,cross_compile dispatch audio output cli compare plots readme_tables checkers)
+  $(patsubst %,tests/test_%.py,cross_compile dispatch packaging versions audio output ctranslate2 decoder cli \
+    compare plots readme_tables checkers)
+
+# An environment may forbid Python to keep its bytecode. The suite starts dozens of processes that import torch and
+# transformers, which takes more than twice as long where all of it is compiled anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-oldest lint wheel clean
 

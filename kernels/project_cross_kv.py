@@ -191,74 +191,50 @@ def choose_tiles(N: int, itemsize: int, is_even: bool, compute_capability: tuple
     return Tiles(128, 128, 32, 8, 8, 3 if compute_capability[0] else 2)
 
 
-def _launch(
-    encoder_states: torch.Tensor,
-    key_weights: list[torch.Tensor],
-    value_weights: list[torch.Tensor],
-    value_biases: list[torch.Tensor],
-    key_caches: list[torch.Tensor],
-    value_caches: list[torch.Tensor],
-    pointers: torch.Tensor,
-    is_aligned: bool,
-    tiles: Tiles | None = None,
-) -> None:
-    B, H, S, D = key_caches[0].shape
-    L, C, itemsize = len(key_caches), encoder_states.shape[2], encoder_states.element_size()
+def _launch(encoder_states: torch.Tensor, *fields: object, tiles: Tiles | None = None) -> None:
+    table = CrossTable(*fields)
+    cache = table.key_caches[0]
+    B, H, S, D = cache.shape
+    L, C, itemsize = len(table.key_caches), encoder_states.shape[2], encoder_states.element_size()
     starts = (encoder_states.data_ptr(), C * itemsize, encoder_states.stride(0) * itemsize, encoder_states.stride(1) * itemsize)
-    is_even = is_aligned and all(start % 16 == 0 for start in starts)
+    is_even = table.is_aligned and all(start % 16 == 0 for start in starts)
     tiles = tiles or choose_tiles(H * D, itemsize, is_even, capability(encoder_states.device))
     num_m, num_n = triton.cdiv(B * S, tiles.BLOCK_M), triton.cdiv(H * D, tiles.BLOCK_N)
     _project_cross_kv_kernel[(num_m * num_n * 2, L)](
         encoder_states_ptr=encoder_states,
-        pointers_ptr=pointers,
+        pointers_ptr=table.pointers,
         stride_es_b=encoder_states.stride(0),
         stride_es_s=encoder_states.stride(1),
-        stride_c_b=key_caches[0].stride(0),
-        stride_c_h=key_caches[0].stride(1),
-        stride_c_s=key_caches[0].stride(2),
+        stride_c_b=cache.stride(0),
+        stride_c_h=cache.stride(1),
+        stride_c_s=cache.stride(2),
         M=B * S,
         S=S,
         N=H * D,
         L=L,
         C=C,
-        HAS_BIAS=len(value_biases) > 0,
-        ALIGNED=is_aligned,
+        HAS_BIAS=len(table.value_biases) > 0,
+        ALIGNED=table.is_aligned,
         HEAD_DIM=D,
         **tiles._asdict(),
         **pdl_options(encoder_states.device),
     )
 
 
-def _run_reference(
-    encoder_states: torch.Tensor,
-    key_weights: list[torch.Tensor],
-    value_weights: list[torch.Tensor],
-    value_biases: list[torch.Tensor],
-    key_caches: list[torch.Tensor],
-    value_caches: list[torch.Tensor],
-    pointers: torch.Tensor,
-    is_aligned: bool,
-) -> None:
+def _run_reference(encoder_states: torch.Tensor, *fields: object) -> None:
+    table = CrossTable(*fields)
     dtype = torch.promote_types(encoder_states.dtype, torch.float32)
-    B, H, S, D = key_caches[0].shape
-    biases = [None] * len(key_weights) + (value_biases or [None] * len(key_weights))
-    for weight, bias, cache in zip(key_weights + value_weights, biases, key_caches + value_caches, strict=True):
+    B, H, S, D = table.key_caches[0].shape
+    weights, caches = table.key_weights + table.value_weights, table.key_caches + table.value_caches
+    biases = [None] * len(table.key_weights) + (table.value_biases or [None] * len(table.key_weights))
+    for weight, bias, cache in zip(weights, biases, caches, strict=True):
         states = encoder_states.to(dtype) @ weight.to(dtype).T
         if bias is not None:
             states += bias.to(dtype)
         cache.copy_(states.view(B, S, H, D).transpose(1, 2))
 
 
-def _fake(
-    encoder_states: torch.Tensor,
-    key_weights: list[torch.Tensor],
-    value_weights: list[torch.Tensor],
-    value_biases: list[torch.Tensor],
-    key_caches: list[torch.Tensor],
-    value_caches: list[torch.Tensor],
-    pointers: torch.Tensor,
-    is_aligned: bool,
-) -> None:
+def _fake(encoder_states: torch.Tensor, *fields: object) -> None:
     return None
 
 

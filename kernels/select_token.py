@@ -63,7 +63,6 @@ class TokenState(NamedTuple):
     lengths: torch.Tensor  # (B,) int64
     last_timestamps: torch.Tensor  # (B,) int64, a row's newest timestamp, 0 if it has none
     ends: torch.Tensor  # (B,) int64, the length at which a row ended, 0 while it goes on
-    sum_logprobs: torch.Tensor  # (B,) fp32, of the tokens that the rows have chosen, at temperature 1
     next_ids: torch.Tensor  # (B, 1) int64, the tokens chosen last
     # (B,) int64, the call in the high half and `ends` in the low one, written when a row ends and never before. It may lie in
     # pinned memory of the host: what the host reads after an event is what was written before it, or later.
@@ -117,13 +116,11 @@ def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: Token
     keys = torch.where(rules.temperature > 0, divided + noise, scores)
     chosen = keys.argmax(-1)
     running = state.ends == 0
-    logprob = torch.log_softmax(scores, -1).gather(1, chosen[:, None])[:, 0]
     chosen = torch.where(running, chosen, limits.pad_token)
 
     inside = state.lengths < state.ids.shape[1]
     place = state.lengths.clamp(max=state.ids.shape[1] - 1)
     state.ids[rows, place] = torch.where(inside, chosen, state.ids[rows, place])
-    state.sum_logprobs.add_(torch.where(running, logprob, 0.0))
     state.last_timestamps.copy_(torch.where(running & (chosen >= limits.timestamp_begin), chosen, state.last_timestamps))
     state.lengths.add_(1)
     done = ((rules.flags[chosen] & ENDS) != 0) | (state.lengths >= limits.max_length)
@@ -233,14 +230,12 @@ def _pick_token_kernel(
     values_ptr,
     maxima_ptr,
     order_ptr,  # (B, chunks, BLOCK_V / GROUP) int32, with TOP_K
-    logits_ptr,  # (B, V) fp16/bf16/fp32
     flags_ptr,  # (V,) uint8
     limits_ptr,  # (12,) int64
     ids_ptr,  # (B, L) int64, this and all below in place
     lengths_ptr,  # (B,) int64
     last_timestamps_ptr,  # (B,) int64
     ends_ptr,  # (B,) int64
-    sum_logprobs_ptr,  # (B,) fp32
     next_ids_ptr,  # (B, 1) int64
     host_ends_ptr,  # (B,) int64
     stride_ids_b,
@@ -267,7 +262,6 @@ def _pick_token_kernel(
     token_c = tl.load(partial_tokens_ptr + i_b * chunks + offs_c, mask=mask, other=0)
     length = tl.load(lengths_ptr + i_b)
     end = tl.load(ends_ptr + i_b)
-    sum_logprobs = tl.load(sum_logprobs_ptr + i_b)
     max_length, pad_token = tl.load(limits_ptr), tl.load(limits_ptr + 1)
     timestamp_begin = tl.load(limits_ptr + 4)
     call = tl.load(limits_ptr + 11)
@@ -305,8 +299,6 @@ def _pick_token_kernel(
             MAX_TOP_K,
         )
         tl.debug_barrier()  # before one warp writes what another is to read
-    score = tl.load(logits_ptr + i_b.to(tl.int64) * V + chosen).to(tl.float32)
-    logprob = score - tl.where(prefer, m_time, m) - tl.where(prefer, log_time, log_l)
 
     token = tl.where(running, chosen.to(tl.int64), pad_token)
     # Of a row that has ended, `token` is whatever pads: it need not be in the vocabulary.
@@ -315,7 +307,6 @@ def _pick_token_kernel(
     tl.store(next_ids_ptr + i_b, token)
     tl.store(lengths_ptr + i_b, length + 1)
     tl.store(last_timestamps_ptr + i_b, token, mask=running & (token >= timestamp_begin))
-    tl.store(sum_logprobs_ptr + i_b, sum_logprobs + logprob, mask=running)
     ends_here = running & (is_last | (length + 1 >= max_length))
     tl.store(ends_ptr + i_b, length + 1, mask=ends_here)
     tl.store(host_ends_ptr + i_b, (call << 32) | (length + 1), mask=ends_here)
@@ -359,57 +350,37 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
         values = torch.empty(B, groups, GROUP, dtype=torch.float32, device=logits.device)
         maxima = torch.empty(B, groups, dtype=torch.float32, device=logits.device)
         order = torch.empty(B, groups, dtype=torch.int32, device=logits.device)
-    pdl = pdl_options(logits.device)
-    _reduce_chunks_kernel[(chunks, B)](
-        logits_ptr=logits,
-        flags_ptr=rules.flags,
-        limits_ptr=rules.limits,
-        temperature_ptr=rules.temperature,
-        ids_ptr=state.ids,
-        lengths_ptr=state.lengths,
-        last_timestamps_ptr=state.last_timestamps,
-        ends_ptr=state.ends,
-        partial_ptr=partial,
-        partial_tokens_ptr=partial_tokens,
-        values_ptr=values,
-        maxima_ptr=maxima,
-        stride_ids_b=state.ids.stride(0),
-        V=V,
-        TOP_K=top_k,
-        BLOCK_V=block_size,
-        GROUP=GROUP,
-        num_warps=4,
-        **pdl,
-    )
+    shared = {
+        "partial_ptr": partial,
+        "partial_tokens_ptr": partial_tokens,
+        "values_ptr": values,
+        "maxima_ptr": maxima,
+        "flags_ptr": rules.flags,
+        "limits_ptr": rules.limits,
+        "ids_ptr": state.ids,
+        "lengths_ptr": state.lengths,
+        "last_timestamps_ptr": state.last_timestamps,
+        "ends_ptr": state.ends,
+        "stride_ids_b": state.ids.stride(0),
+        "V": V,
+        "TOP_K": top_k,
+        "BLOCK_V": block_size,
+        "GROUP": GROUP,
+        **pdl_options(logits.device),
+    }
+    _reduce_chunks_kernel[(chunks, B)](logits_ptr=logits, temperature_ptr=rules.temperature, num_warps=4, **shared)
     _pick_token_kernel[(B,)](
-        partial_ptr=partial,
-        partial_tokens_ptr=partial_tokens,
-        values_ptr=values,
-        maxima_ptr=maxima,
         order_ptr=order,
-        logits_ptr=logits,
-        flags_ptr=rules.flags,
-        limits_ptr=rules.limits,
-        ids_ptr=state.ids,
-        lengths_ptr=state.lengths,
-        last_timestamps_ptr=state.last_timestamps,
-        ends_ptr=state.ends,
-        sum_logprobs_ptr=state.sum_logprobs,
         next_ids_ptr=state.next_ids,
         host_ends_ptr=state.host_ends,
-        stride_ids_b=state.ids.stride(0),
         L=state.ids.shape[1],
-        V=V,
         chunks=chunks,
-        TOP_K=top_k,
-        BLOCK_V=block_size,
         BLOCK_C=triton.next_power_of_2(chunks),
         BLOCK_G=triton.next_power_of_2(groups),
-        GROUP=GROUP,
         MAX_TOP_K=MAX_TOP_K,
         # Without a barrier a second warp might read a row's length after the first has written the next.
         num_warps=8 if top_k else 1,
-        **pdl,
+        **shared,
     )
 
 
@@ -425,7 +396,6 @@ def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
         "lengths": (state.lengths, (B,), torch.int64),
         "last_timestamps": (state.last_timestamps, (B,), torch.int64),
         "ends": (state.ends, (B,), torch.int64),
-        "sum_logprobs": (state.sum_logprobs, (B,), torch.float32),
         "next_ids": (state.next_ids, (B, 1), torch.int64),
         "host_ends": (state.host_ends, (B,), torch.int64),
     }

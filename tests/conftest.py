@@ -1,8 +1,12 @@
 """Set-up of the whole suite: where the kernels run, seeds, and the `gpu` marker."""
 
+import functools
+import importlib.util
+import inspect
 import os
 import random
 import sys
+import types
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -26,6 +30,28 @@ torch.backends.cudnn.allow_tf32 = False
 # The interpreter takes seconds for some examples; and the same examples each time, so that a run can be repeated.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+
+def _speed_up_interpreter() -> None:
+    """At each call of a jitted function Triton's interpreter searches all of `triton.language` for what it replaces, which is
+    a third of its time. The names are the same each time: here it searches once.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins_of(owner: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(owner) if tl.core.is_builtin(member)]
+
+    for owner in (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base):  # before anything is replaced in them
+        builtins_of(owner)
+    interpreter.inspect = types.ModuleType("inspect")
+    vars(interpreter.inspect).update(vars(inspect))
+    interpreter.inspect.getmembers = lambda owner: [(name, getattr(owner, name)) for name in builtins_of(owner)]
+
+
+if INTERPRET and importlib.util.find_spec("triton") is not None:
+    _speed_up_interpreter()
 
 
 def pytest_report_header() -> str:

@@ -214,10 +214,10 @@ def select_calls() -> Iterator[Call]:
         ids, next_ids = torch.zeros(B, 448, dtype=torch.int64), torch.zeros(B, 1, dtype=torch.int64)
         limits = torch.zeros(len(select.TokenLimits._fields), dtype=torch.int64)
         rules = select.TokenRules(torch.zeros(V, dtype=torch.uint8), limits, torch.tensor(0.0))
-        state = select.TokenState(ids, *integers, torch.zeros(B), next_ids, host_ends)
+        state = select.TokenState(ids, *integers, next_ids, host_ends)
         for top_k in (False, True):
             launch = partial(select._launch, torch.empty(B, V, dtype=dtype), rules, state, top_k, select.BLOCK_V)
-            yield Call(f"select {B=} {V=} {top_k=}", launch)
+            yield Call(f"select {B=} {V=} {top_k=}", launch, is_heavy=True)
 
 
 def resources(files: dict[str, str], gpu: GPUTarget) -> dict[str, int]:
@@ -289,13 +289,14 @@ def paced_calls() -> Iterator[Call]:
 
 SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores
 PACED = [*paced_calls()]
+SELECT = [*select_calls()]
 FIRST = [
     *SEVERAL_ROWS,
     *PACED,
     *linear_calls(1),
     *encoder_calls(),
     *project_calls(DTYPES[0]),
-    *select_calls(),
+    *SELECT[:2],  # large-v3's vocabulary in fp16, with top-k and without
     *attention_calls(DTYPES[0], HEAD_DIMS[0]),
 ]
 CALLS = [
@@ -308,6 +309,7 @@ CALLS = [
         for call in attention_calls(dtype, D)
     ),
     *(call for dtype in DTYPES[1:] for call in project_calls(dtype)),
+    *SELECT[2:],
 ]
 
 
@@ -321,8 +323,8 @@ def can_run(number: int, target: str) -> bool:
 
 
 def selection() -> Iterator[tuple[str, int]]:
-    """The linear layers, the projection, the encoder's kernels, the choice of a token and all calls in fp16 with Whisper's
-    head dim for every target, the heavy ones of the rest for one.
+    """The linear layers, the projection, the encoder's kernels, the choice of a token of large-v3 and all calls in fp16 with
+    Whisper's head dim for every target, the heavy ones of the rest for one.
     """
     whisper = len(FIRST)
     heavy = [number for number, call in enumerate(CALLS) if number >= whisper and call.is_heavy]

@@ -52,13 +52,10 @@ class Compiled:
 
 @pytest.mark.usefixtures("reference_kernels")
 class TestGenerate:
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
     @pytest.mark.parametrize("plug_in", [accelerate, by_name])
-    def test_no_graph_break_and_no_recompilation_from_the_second_step_on(
-        self, device: torch.device, plug_in: Callable, backend: str
-    ) -> None:
+    def test_no_graph_break_and_no_recompilation_from_the_second_step_on(self, device: torch.device, plug_in: Callable) -> None:
         model = tiny_whisper(device, seed=3)
-        compiled = Compiled(plug_in(copy.deepcopy(model)), backend)
+        compiled = Compiled(plug_in(copy.deepcopy(model)), "aot_eager")  # what "eager" does, and autograd's tracing
         for seed in (1, 2):  # a second recording finds both graphs compiled
             features = mel(2, device, seed=seed)
             stock = model.generate(features, **KWARGS)

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StoppingCriteria, SuppressTokensLogitsProcessor, WhisperForConditionalGeneration
+from transformers import GenerationConfig, StoppingCriteria, SuppressTokensLogitsProcessor, WhisperForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, mel, tensors_of, tiny_whisper
 from whisper_triton.kernels.select_token import TokenLimits
 
 from whisper_triton import accelerated, decode_loop, decoder
+from whisper_triton.coverage import why_not_our_loop
+from whisper_triton.decode_loop import STOCKS_LOOP
 from whisper_triton.token_rules import Settings
 
 README = Path(__file__).parent.parent / "README.md"
@@ -288,6 +290,34 @@ class TestStocksLoop:
             results.append(result if isinstance(result, torch.Tensor) else result["sequences"])
         assert results[0].tolist() == results[1].tolist()
         assert not loops
+
+    def test_the_log_says_why_once(self, device: torch.device, fallbacks: Callable[[], list[str]]) -> None:
+        with accelerated(talkative(device)) as model:
+            for B in (1, 2):
+                model.generate(mel(B, device), max_new_tokens=4, repetition_penalty=1.3)
+            model.generate(mel(1, device), max_new_tokens=4)
+            said = [f"{STOCKS_LOOP}: RepetitionPenaltyLogitsProcessor"]
+            assert fallbacks() == said
+            model.register_forward_hook(lambda *args: None)
+            model.generate(mel(1, device), max_new_tokens=4)
+        assert fallbacks() == [
+            *said,
+            "tokens are chosen in stock's loop: the model has hooks, or another forward pass or class",
+        ]
+
+    @pytest.mark.parametrize(
+        ("kwargs", "reason"),
+        [
+            ({}, None),
+            ({"num_beams": 1, "streamer": None, "generation_config": GenerationConfig(do_sample=True)}, None),
+            ({"streamer": Streamer()}, "streamer is given"),
+            ({"num_beams": 2}, "a search over beams, or another mode of generation"),
+            ({"generation_config": GenerationConfig(num_beams=2)}, "a search over beams, or another mode of generation"),
+        ],
+        ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+    )
+    def test_what_another_loop_decodes_has_a_reason(self, kwargs: dict[str, Any], reason: str | None) -> None:
+        assert why_not_our_loop(talkative(torch.device("cpu")), (), kwargs) == reason
 
     @row("a streamer", "stock's")
     def test_a_streamer(self, device: torch.device, loops: list[int]) -> None:

@@ -201,11 +201,15 @@ def test_a_capture_runs_the_pass_twice_at_one_place_and_leaves_the_cache_there(m
 
     def twice(run, device):
         found.append(device)
-        return graph, [run(), run()][1], 0
+        return graph, [run(), run()][1], 1000
 
     monkeypatch.setattr(decoder, "capture", twice)
+    caches = step.nbytes
+    parts = (step.cache.self_attention_cache, step.cache.cross_attention_cache)
+    assert caches == sum(t.nbytes for part in parts for layer in part.layers for t in (layer.keys, layer.values))
     captured, replay = step._capture(run)
     assert captured is graph
+    assert step.nbytes == caches + 1000
     assert replay() == 2.0
     assert found == [torch.device("cpu"), "replay"]
     assert int(step.cache.get_seq_length()) == 0

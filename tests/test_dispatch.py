@@ -1,9 +1,7 @@
 """Where an op runs: the choice between kernel, interpreter and reference, dependent launch, and how an op is registered."""
 
 import inspect
-import os
-import subprocess
-import sys
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,12 +51,13 @@ def test_the_suite_itself_runs_kernels(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("variable", "expected"), [("1", "interpreter"), ("0", "reference")])
-def test_the_interpreter_is_on_where_the_environment_says_so(variable: str, expected: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": variable}
-    code = "from whisper_triton import kernels; print(kernels.backend('cpu'))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [expected]
+def test_the_interpreter_is_on_where_the_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch, variable: str, expected: str
+) -> None:
+    """Of the module run anew; `test_cli.py` sees the same of the command, in processes of its own."""
+    monkeypatch.setenv("TRITON_INTERPRET", variable)
+    module = runpy.run_path(str(ROOT / "kernels" / "_dispatch.py"))
+    assert module["backend"]("cpu") == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=dtype_name)

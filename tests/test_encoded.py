@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from whisper_models import mel, tensors_of, tiny_whisper
+from torch import nn
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from whisper_models import Recorder, mel, tensors_of, tiny_whisper
 
-from whisper_triton import accelerated
+from whisper_triton import accelerate, accelerated
 from whisper_triton.encoded import ENCODED, Encoded
+from whisper_triton.encoder import CapturedEncoder
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")
@@ -19,17 +23,25 @@ pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 @contextmanager
 def counted(model: Any) -> Iterator[list[int]]:
-    """The batch size of each pass of the encoder's layers. A hook on one of them would have every pass made."""
-    conv, sizes = model.model.encoder.conv1, []
-    forward = conv.forward
+    """The batch size of each pass of the encoder, its graph's replays too. Inside the encoder a hook, or a forward pass put
+    on an instance, would have every pass made: so the classes count.
+    """
+    sizes: list[int] = []
 
-    def count(features: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(features))
-        return forward(features)
+    def count(function: Callable[..., Any], this: Callable[[Any], bool]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if this(self):
+                sizes.append(len(args[0] if args else kwargs["input_features"]))
+            return function(self, *args, **kwargs)
 
-    conv.forward = count
-    yield sizes
-    del conv.forward
+        return counting
+
+    with pytest.MonkeyPatch.context() as patch:
+        forward, replay = WhisperEncoder.forward, CapturedEncoder.__call__
+        patch.setattr(WhisperEncoder, "forward", count(forward, lambda encoder: encoder is model.model.encoder))
+        patch.setattr(CapturedEncoder, "__call__", count(replay, lambda graph: True))
+        yield sizes
 
 
 def sequences(output: Any) -> list[list[int]]:
@@ -79,10 +91,17 @@ class TestOneEncodeAWindow:
         assert passes == [2]
 
 
+class Doubled(nn.Linear):
+    """A layer of the user's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
 class TestWindowsApart:
-    @pytest.mark.parametrize("lengths", [[250], [250, 120, 210]])
-    def test_long_audio(self, lengths: list[int], device: torch.device) -> None:
-        """Windows follow each other; rows of a batch end and drop out."""
+    def test_long_audio(self, device: torch.device) -> None:
+        """Windows follow each other; rows of a batch end and drop out, until one is left."""
+        lengths = [250, 120, 210]
         model, features = tiny_whisper(device, seed=3, is_multilingual=True), mel(len(lengths), device, seconds=2.5)
         mask = (torch.arange(250)[None] < torch.tensor(lengths)[:, None]).long().to(device)
         kwargs = {"attention_mask": mask, "return_timestamps": True, "return_segments": True, **EVERYTHING}
@@ -107,6 +126,46 @@ class TestWindowsApart:
         assert passes == [2]
         assert sequences(first) != sequences(second)
         assert ENCODED.get() is None
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda encoder: setattr(encoder.layers[0], "fc1", Doubled(64, 64)),
+            lambda encoder: setattr(encoder.conv1, "forward", lambda x, forward=encoder.conv1.forward: forward(x)),
+            lambda encoder: encoder.layers[1].train(),
+        ],
+        ids=["a module of the user's", "a forward pass of the user's", "training"],
+    )
+    def test_what_is_not_known_to_repeat_itself_is_run_again(self, change: Callable, device: torch.device) -> None:
+        model = tiny_whisper(device, seed=3, is_multilingual=True)
+        change(model.model.encoder)
+        model.to(device)
+        with accelerated(model):
+            _, passes = generate(model, mel(1, device), task="transcribe", max_new_tokens=4)
+        assert passes == [1, 1]
+
+    @pytest.mark.parametrize("moved", [False, True])
+    def test_weights_changed_between_two_temperatures_are_seen(self, moved: bool, device: torch.device) -> None:
+        """By a logits processor, as a callback of the user's might."""
+
+        class Change(Recorder):
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                weight = model.model.encoder.layer_norm.weight
+                if not self.scores:
+                    if moved:
+                        weight.data = weight.data * -1
+                    else:
+                        weight.mul_(-1)
+                return super().__call__(input_ids, scores)
+
+        results, kwargs = [], {"compression_ratio_threshold": 0.0, "temperature": (0.0, 0.0)}
+        for prepare in (lambda model: model, accelerate):
+            model = prepare(tiny_whisper(device, seed=3))
+            with torch.no_grad():
+                output, passes = generate(model, mel(1, device), max_new_tokens=8, logits_processor=[Change()], **kwargs)
+            results.append(sequences(output))
+            assert passes == [1, 1]
+        assert results[0] == results[1]
 
     def test_hooks_inside_see_every_pass(self, device: torch.device) -> None:
         model, calls = tiny_whisper(device, seed=3, is_multilingual=True), []

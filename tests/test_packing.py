@@ -182,3 +182,23 @@ def _saved(model: nn.Module) -> io.BytesIO:
     torch.save(model, buffer)
     buffer.seek(0)
     return buffer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("move", [pack, unpack])
+def test_what_another_stream_has_yet_to_read_is_not_overwritten(move, device: torch.device) -> None:
+    linears = [nn.Linear(512, 512, device=device) for _ in range(3)]
+    x, stream = torch.randn(8, 512, device=device), torch.cuda.Stream()
+    if move is unpack:
+        pack(linears)
+    with torch.no_grad():
+        wanted = [linear(x) for linear in linears]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)  # about 0.1 s
+            late = [linear(x) for linear in linears]
+        move(linears)
+        junk = [torch.full((512, 512), torch.nan, device=device) for _ in range(8)]  # into whatever memory is free now
+        torch.cuda.synchronize()
+    assert all(map(torch.equal, late, wanted))
+    assert len(junk) == 8

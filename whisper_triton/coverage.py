@@ -9,7 +9,7 @@ from transformers import GenerationConfig, WhisperForConditionalGeneration
 from transformers.generation import GenerationMode
 
 from .attention import NAME, STATE, is_length, why_not_covered
-from .decoder import modules_of
+from .graphs import modules_of
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
@@ -21,20 +21,23 @@ _OTHER_LOOPS = (
 )  # fmt: skip
 
 
-def takes_our_loop(model: WhisperForConditionalGeneration, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of `generate` may be handed our loop, which then looks closer, once for each window."""
+def why_not_our_loop(model: WhisperForConditionalGeneration, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a call of `generate` cannot be handed our loop, which else looks closer, once for each window; or None."""
+    if len(args) > 5:
+        return "synced_gpus is given"
+    for name in _OTHER_LOOPS:
+        if kwargs.get(name):
+            return f"{name} is given"
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    return (
-        len(args) <= 5  # the sixth is `synced_gpus`
-        and not any(kwargs.get(name) for name in _OTHER_LOOPS)
-        and kwargs.get("num_beams") in (None, 1)
-        # Anything but a configuration is for stock to refuse.
-        and all(
-            c is None or (isinstance(c, GenerationConfig) and c.get_generation_mode() in _MODES[:2])
-            for c in (config, model.generation_config)
-        )
-        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    )
+    # Anything but a configuration is for stock to refuse.
+    configs = [c for c in (config, model.generation_config) if c is not None]
+    if kwargs.get("num_beams") not in (None, 1) or not all(
+        isinstance(c, GenerationConfig) and c.get_generation_mode() in _MODES[:2] for c in configs
+    ):
+        return "a search over beams, or another mode of generation"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "torch.distributed is initialized"
+    return None
 
 
 # What `generate` passes to a step: the attention mask is of the frames, which Whisper ignores ...

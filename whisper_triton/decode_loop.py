@@ -8,7 +8,6 @@ here or by the rules in `token_rules.py`, is decoded by stock's own loop.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.logits_process import WhisperNoSpeechDetection
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateEncoderDecoderOutput
 
+from .attention import report_once
 from .decoder import DecoderStep
 from .kernels import select_token
 from .kernels._sampling import keep_top_k
@@ -25,7 +25,7 @@ from .token_rules import NotCovered, Settings, allocate_rules, read_settings, wr
 
 ROWS_AT_ONCE = 64  # whose scores are computed together, after the last token
 LOOK_EVERY = 4  # replays between two looks at the rows' ends
-logger = logging.getLogger(__name__)
+STOCKS_LOOP = "tokens are chosen in stock's loop"  # what is logged, before the reason
 
 # What `generate` may pass to the forward passes, with the values that a replay covers. The attention mask is of the encoder's
 # frames, which Whisper ignores.
@@ -51,11 +51,10 @@ class TokenSelection:
         with torch.inference_mode(False):
             lengths, last_timestamps, ends = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(3))
             ids = torch.zeros(B, max_length, dtype=torch.int64, device=device)
-            sums = torch.zeros(B, dtype=torch.float32, device=device)
             next_ids = torch.zeros(B, 1, dtype=torch.int64, device=device)
             # The kernel writes where rows end into the host's own memory: nothing is copied.
             host_ends = torch.zeros(B, dtype=torch.int64, pin_memory=device.type == "cuda")
-            self.state = TokenState(ids, lengths, last_timestamps, ends, sums, next_ids, host_ends)
+            self.state = TokenState(ids, lengths, last_timestamps, ends, next_ids, host_ends)
             self.rules = allocate_rules(vocabulary_size, device)
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._call = 0
@@ -70,7 +69,7 @@ class TokenSelection:
         write_rules(settings, pad_token, self.rules)
         self.state.ids[:, : prompt.shape[1]] = prompt
         self.state.lengths.fill_(prompt.shape[1])
-        for tensor in (self.state.last_timestamps, self.state.ends, self.state.sum_logprobs):
+        for tensor in (self.state.last_timestamps, self.state.ends):
             tensor.zero_()
 
     def __call__(self, logits: torch.Tensor) -> None:
@@ -143,10 +142,14 @@ def decode(
     Args:
         step: captured for this call, or None. input_ids: (B, T), the prompt.
     """
-    try:
-        settings = _settings(model, step, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-    except NotCovered as reason:
-        logger.debug("stock's loop decodes: %s", reason)
+    settings = None
+    # Why there is no step, or another cache than the step's, was said when the cache was chosen.
+    if step is not None and model_kwargs.get("past_key_values") is step.cache:
+        try:
+            settings = _settings(model, step, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        except NotCovered as reason:
+            report_once(f"{STOCKS_LOOP}: {reason}")
+    if settings is None:
         loop = getattr(type(model), GENERATION_MODES_MAPPING[generation_config.get_generation_mode()])
         return loop(
             model,
@@ -194,20 +197,18 @@ def detect_no_speech(processors: LogitsProcessorList, input_ids: torch.Tensor, l
 
 def _settings(
     model: WhisperForConditionalGeneration,
-    step: DecoderStep | None,
+    step: DecoderStep,
     input_ids: torch.Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> Settings:
-    """The rules for the loop above; raises NotCovered."""
-    if step is None or model_kwargs.get("past_key_values") is not step.cache:
-        raise NotCovered("no captured step")
+    """The rules for the loop above; raises NotCovered, whose reason is logged once: it names no sizes of the call."""
     if GENERATION_MODES_MAPPING[generation_config.get_generation_mode()] != "_sample":
         raise NotCovered("a search over beams")
     if input_ids.shape[0] != step.encoder_states.shape[0] or input_ids.device != step.encoder_states.device:
-        raise NotCovered(f"input ids {tuple(input_ids.shape)} on {input_ids.device}")
+        raise NotCovered("input ids of another batch size, or on another device, than the encoder's states")
     if model.config.output_attentions or model.config.output_hidden_states:
         raise NotCovered("attentions or hidden states are asked for")
     for name, value in model_kwargs.items():
@@ -217,7 +218,7 @@ def _settings(
         logits_processor, stopping_criteria, generation_config, input_ids.shape[1], model.proj_out.out_features
     )
     if not input_ids.shape[1] < settings.limits.max_length <= model.config.max_target_positions:
-        raise NotCovered(f"a prompt of {input_ids.shape[1]} and at most {settings.limits.max_length} tokens")
+        raise NotCovered("a prompt that leaves no token to choose, or more tokens than the model has positions for")
     mask = model_kwargs.get("decoder_attention_mask")
     if mask is not None and not mask.all():  # waits for the device, once a window
         raise NotCovered("a padded prompt")

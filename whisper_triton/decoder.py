@@ -8,7 +8,7 @@ short prompts, and where the cross keys and values of all layers are projected f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from transformers.models.whisper.modeling_whisper import (
 from .attention import NAME, TritonAttention, report_once, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .fused import FusedDecoder, is_fusable
-from .graphs import NotCaptured, capture, global_hooks
+from .graphs import NotCaptured, add_fingerprint, capture, global_hooks, modules_of, why_not_known
 from .kernels import CrossTable, backend, cross_table, project_cross_kv
 from .kernels._checks import MAX_QUERIES
 from .kernels._dispatch import failed_gpus
@@ -51,14 +51,9 @@ def why_not_captured(model: WhisperForConditionalGeneration) -> str | None:
     if global_hooks():
         return "there are hooks around every module"
     for module in (model.model, *model.model.decoder.modules(), model.proj_out):
-        if type(module) not in _KNOWN_MODULES:
-            return f"a module of the decoder is {type(module).__name__}"
-        if "forward" in vars(module):
-            return f"{type(module).__name__} has a forward pass of its own"
-        if module.training:
-            return f"{type(module).__name__} is in training mode"
-        if module._forward_pre_hooks or any(not _is_recorder(hook) for hook in module._forward_hooks.values()):
-            return f"{type(module).__name__} has a forward hook"
+        reason = why_not_known(module, _KNOWN_MODULES)
+        if reason is not None:
+            return f"in the decoder {reason}"
     parameters, device = (*model.model.decoder.parameters(), model.proj_out.weight), model.device
     for parameter in parameters:
         # Quantised and sharded weights are other tensors inside, which a kernel could not read and we could not follow.
@@ -70,11 +65,6 @@ def why_not_captured(model: WhisperForConditionalGeneration) -> str | None:
     return None
 
 
-def _is_recorder(hook: object) -> bool:
-    # transformers leaves these on every layer after one call with output_attentions; they do nothing unless asked to.
-    return getattr(hook, "__name__", "") == "output_capturing_hook"
-
-
 def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
     """What a graph depends on: another one is captured when modules, hooks, modes or the places of the weights change.
 
@@ -82,27 +72,9 @@ def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
     """
     found: list[object] = [model.config._attn_implementation, global_hooks(), failed_gpus()]
     for module in modules_of(model.model.decoder, model.proj_out):
-        _add_fingerprint(module, found)
-    _add_fingerprint(model.model, found)  # and not its encoder
+        add_fingerprint(module, found)
+    add_fingerprint(model.model, found)  # and not its encoder
     return tuple(found)
-
-
-def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
-    """The modules below and with `roots`, in no order of note: a fraction of what `Module.modules` costs the host."""
-    modules = [*roots]
-    while modules:
-        module = modules.pop()
-        yield module
-        modules += [child for child in module._modules.values() if child is not None]
-
-
-def _add_fingerprint(module: nn.Module, found: list[object]) -> None:
-    found += (type(module), module.training, "forward" in vars(module))
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        found += (id(hook) for hook in hooks.values() if not _is_recorder(hook))
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            found += (id(parameter), parameter.data_ptr(), parameter.dtype)
 
 
 def cross_projections(model: WhisperForConditionalGeneration, cache: StaticEncoderDecoderCache) -> CrossTable | None:
@@ -157,6 +129,7 @@ class DecoderStep:
         self.fused = FusedDecoder(model) if is_fusable(model, batch_size) else None
         self.passes: dict[int, CapturedPass] = {}  # by T
         self._takes: dict[int, bool] = {1: True}
+        self._graph_bytes = 0
         self.selection: TokenSelection | None = None  # of the pass that `advance` replays
         self._selecting: dict[bool, CapturedPass] = {}  # by whether tokens are drawn from the most probable
 
@@ -167,9 +140,12 @@ class DecoderStep:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the caches."""
+        """Bytes of the caches and of the graphs, in which their logits and all between them lie.
+
+        Not of the rest, less than a megabyte for 64 sequences: prompts, zeros in place of encoder states, rules, tokens.
+        """
         parts = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
-        return sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
+        return self._graph_bytes + sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
 
     def takes(self, model: WhisperForConditionalGeneration, T: int) -> bool:
         """Whether T tokens a sequence are decoded by a graph: one always, a prompt where the fused chain covers all its rows.
@@ -280,7 +256,8 @@ class DecoderStep:
 
         try:
             with torch.no_grad():
-                graph, logits, _ = capture(run_once, self.encoder_states.device)
+                graph, logits, nbytes = capture(run_once, self.encoder_states.device)
+            self._graph_bytes += nbytes
         except NotCaptured as reason:
             report_once(f"steps are launched one kernel at a time: {reason}")
             return None, lambda: self._launch(run)

@@ -1,7 +1,8 @@
 """One encode a window: what `generate` has encoded last, for when it comes with the same features again.
 
 Stock's `generate` encodes a window for the language, for no-speech and for every temperature. Its features are then the same
-tensor, a copy, or a batch of some of its rows, so what counts is what they hold. `generation.py` opens an `Encoded` for a
+tensor, a copy, or a batch of some of its rows, so what counts is what they hold. Weights are told by their places and
+versions, which somebody's callback may change in the middle of a call. `generation.py` opens an `Encoded` for a
 call, and the encoder's override asks it.
 """
 
@@ -12,6 +13,8 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+from .graphs import modules_of
+
 ENCODED: ContextVar[Encoded | None] = ContextVar("whisper_triton_encoded", default=None)  # of the innermost `generate` call
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -20,11 +23,11 @@ class Encoded:
     """The last features that were encoded in a call of `generate`, and their states: copies that nobody else can write."""
 
     def __init__(self) -> None:
-        self._kept: tuple[nn.Module, torch.Tensor, torch.Tensor] | None = None
+        self._kept: tuple[nn.Module, tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
 
     def keep(self, encoder: nn.Module, features: torch.Tensor, states: torch.Tensor) -> None:
         """features: (B, mel bins, frames). states: (B, frames / 2, C)."""
-        self._kept = (encoder, features.clone(), states.clone())
+        self._kept = (encoder, weights_of(encoder), features.clone(), states.clone())
 
     def forget(self) -> None:
         """Gives the memory back, before there is something new to keep."""
@@ -32,9 +35,9 @@ class Encoded:
 
     def states_of(self, encoder: nn.Module, features: torch.Tensor) -> torch.Tensor | None:
         """A copy of the states of `features`, if each row is one of those kept. Waits for the device."""
-        if self._kept is None or self._kept[0] is not encoder:
+        if self._kept is None or self._kept[0] is not encoder or self._kept[1] != weights_of(encoder):
             return None
-        _, kept, states = self._kept
+        _, _, kept, states = self._kept
         if features.shape[1:] != kept.shape[1:] or (features.dtype, features.device) != (kept.dtype, kept.device):
             return None
         if features.shape[0] == kept.shape[0]:
@@ -42,6 +45,22 @@ class Encoded:
         rows = (_sums(features)[:, None] == _sums(kept)).byte().argmax(1)
         # Different rows may have the same sum.
         return states.index_select(0, rows) if torch.equal(features, kept.index_select(0, rows)) else None
+
+
+def weights_of(encoder: nn.Module) -> tuple[int, ...]:
+    """Places and versions of all weights.
+
+    Writes through `.data`, and those of inference mode into weights that were made in it, count no version: they go unnoticed
+    until the next call of `generate`.
+    """
+    found: list[int] = []
+    for module in modules_of(encoder):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                # Of quantised and sharded weights, tensors of other classes, some have no place of their own.
+                place = parameter.data_ptr() if type(parameter) is nn.Parameter else id(parameter)
+                found += (place, 0 if parameter.is_inference() else parameter._version)
+    return tuple(found)
 
 
 def _sums(features: torch.Tensor) -> torch.Tensor:

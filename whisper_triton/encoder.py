@@ -24,14 +24,14 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .attention import NAME, STATE, TritonAttention, report_once
 from .encoded import ENCODED
 from .fused_encoder import FusedEncoder
-from .graphs import NotCaptured, capture, global_hooks
+from .graphs import NotCaptured, add_fingerprint, capture, global_hooks, modules_of, why_not_known
 from .kernels import backend
 from .kernels._checks import DTYPES
 from .kernels._dispatch import failed_gpus
 
 MAX_BYTES = 8 << 30  # of memory kept for graphs, the shape in use always among them
 _LOCK = threading.Lock()
-# A graph replays kernels, not Python: modules whose forward pass we do not know might do something else a call.
+# Modules whose forward pass we do not know might do something else a call, which a graph does not, nor states kept from before.
 _KNOWN_MODULES = (
     WhisperEncoder, WhisperEncoderLayer, WhisperAttention, TritonAttention, GELUActivation,
     nn.ModuleList, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Embedding,
@@ -54,19 +54,11 @@ def why_not_captured(encoder: WhisperEncoder) -> str | None:
     if encoder.config.max_source_positions != encoder.embed_positions.num_embeddings:
         return f"{encoder.embed_positions.num_embeddings} positions for {encoder.config.max_source_positions} frames"
     for module in encoder.modules():
-        name = type(module).__name__
-        if type(module) not in _KNOWN_MODULES:
-            return f"a module of the encoder is {name}"
-        if module.training:
-            return f"{name} is in training mode"
+        reason = why_not_known(module, _KNOWN_MODULES, is_wrapped=module is encoder)
+        if reason is not None:
+            return f"in the encoder {reason}"
         if isinstance(module, nn.LayerNorm | nn.Conv1d) and (module.weight is None or module.bias is None):
-            return f"a {name} lacks its weight or bias"
-        if module is encoder:
-            continue  # its hooks are run around its forward pass, which is where the graph takes over
-        if "forward" in vars(module):
-            return f"{name} has a forward pass of its own"
-        if module._forward_pre_hooks or any(not is_recorder(hook) for hook in module._forward_hooks.values()):
-            return f"{name} has a forward hook"
+            return f"a {type(module).__name__} lacks its weight or bias"
     if any(layer.fc1.bias is None for layer in encoder.layers):
         return "fc1 lacks its bias"
     parameters = list(encoder.parameters())
@@ -81,30 +73,14 @@ def why_not_captured(encoder: WhisperEncoder) -> str | None:
     return None
 
 
-def is_recorder(hook: object) -> bool:
-    """Whether a forward hook is one that transformers leaves on every layer after a call with output_attentions.
-
-    They do nothing unless asked to.
-    """
-    return getattr(hook, "__name__", "") == "output_capturing_hook"
-
-
 def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
     """What a graph depends on: another one is captured when modules, hooks, modes or the places of the weights change.
 
     Asked before every replay, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
     """
     found: list[object] = [global_hooks(), failed_gpus()]
-    modules: list[nn.Module] = [encoder]
-    while modules:
-        module = modules.pop()
-        found += (type(module), module.training, "forward" in vars(module))
-        for hooks in (module._forward_pre_hooks, module._forward_hooks) if module is not encoder else ():
-            found += map(id, hooks.values())
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found += (parameter.data_ptr(), parameter.dtype)
-        modules += [child for child in module._modules.values() if child is not None]
+    for module in modules_of(encoder):
+        add_fingerprint(module, found, is_wrapped=module is encoder)
     return tuple(found)
 
 
@@ -173,17 +149,10 @@ def _forward(self: WhisperEncoder, *args: Any, **kwargs: Any) -> BaseModelOutput
 
 
 def _is_repeatable(self: WhisperEncoder) -> bool:
-    """Whether nobody would miss a second pass over the same features: no hook inside, no dropout."""
-    if global_hooks():
-        return False
-    modules: list[nn.Module] = [self]
-    while modules:
-        module = modules.pop()
-        hooks = () if module is self else (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if module.training or not all(map(is_recorder, hooks)):
-            return False
-        modules += [child for child in module._modules.values() if child is not None]
-    return True
+    """Whether nobody would miss a second pass over the same features: all of it is known, no hook inside, no dropout."""
+    return not global_hooks() and all(
+        why_not_known(module, _KNOWN_MODULES, is_wrapped=module is self) is None for module in modules_of(self)
+    )
 
 
 # What the encoder is called with besides the features, with the values that a graph covers.

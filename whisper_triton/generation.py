@@ -23,13 +23,13 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .attention import STATE, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
-from .coverage import takes_our_loop, why_not_our_cache, why_not_replayed, why_not_static
-from .decode_loop import decode
+from .coverage import why_not_our_cache, why_not_our_loop, why_not_replayed, why_not_static
+from .decode_loop import STOCKS_LOOP, decode
 from .decoder import DecoderStep, fingerprint, why_not_captured
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 
-MAX_BYTES = 8 << 30  # of caches kept for captured steps, the batch size in use always among them
+MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps, the batch size in use always among them
 _CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
 
 
@@ -101,8 +101,11 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
 
 def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call, is_outermost = _Call(reads_last_logits=kwargs.get("custom_generate") is None), state.owner is None
-    if takes_our_loop(self, args, kwargs):
+    reason = why_not_our_loop(self, args, kwargs)
+    if reason is None:
         kwargs["custom_generate"] = _decode
+    elif self.device.type == "cuda":
+        report_once(f"{STOCKS_LOOP}: {reason}")
     attn_implementation = self.config._attn_implementation
     if is_outermost:
         state.owner = call
@@ -145,7 +148,10 @@ def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kw
         and vars(self).get("forward") is state.overridden.get("forward")
         and not (self._forward_hooks or self._forward_pre_hooks)
     )
-    return decode(self, state.in_use if is_plain else None, input_ids, **kwargs)
+    step = None if state is None else state.in_use
+    if step is not None and not is_plain:
+        report_once(f"{STOCKS_LOOP}: the model has hooks, or another forward pass or class")
+    return decode(self, step if is_plain else None, input_ids, **kwargs)
 
 
 def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput | tuple[Any, ...]:

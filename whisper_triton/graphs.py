@@ -1,14 +1,15 @@
 """What decoder and encoder share: capturing a CUDA graph that owns all the memory it touches, whatever else in the process
-captures and frees graphs, and the hooks that no graph calls.
+captures and frees graphs, and what of a module no graph does.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from .kernels import backend
 
@@ -28,12 +29,65 @@ def global_hooks() -> tuple[int, ...]:
     )
 
 
+def is_recorder(hook: object) -> bool:
+    """Whether a forward hook is one that transformers leaves on every layer after a call with output_attentions.
+
+    They do nothing unless asked to.
+    """
+    return getattr(hook, "__name__", "") == "output_capturing_hook"
+
+
+def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
+    """The modules below and with `roots`, in no order of note: a fraction of what `Module.modules` costs the host."""
+    modules = [*roots]
+    while modules:
+        module = modules.pop()
+        yield module
+        modules += [child for child in module._modules.values() if child is not None]
+
+
+def why_not_known(module: nn.Module, known: Collection[type[nn.Module]], is_wrapped: bool = False) -> str | None:
+    """Why a pass of `module`, those below it aside, may be more than the kernels of its class, or None.
+
+    Args:
+        known: classes whose forward passes do the same each time.
+        is_wrapped: what is around the pass is run all the same, hooks and a forward pass on the instance.
+    """
+    name = type(module).__name__
+    if type(module) not in known:
+        return f"a module is {name}"
+    if module.training:
+        return f"{name} is in training mode"
+    if is_wrapped:
+        return None
+    if "forward" in vars(module):
+        return f"{name} has a forward pass of its own"
+    if module._forward_pre_hooks or not all(map(is_recorder, module._forward_hooks.values())):
+        return f"{name} has a forward hook"
+    return None
+
+
+def add_fingerprint(module: nn.Module, found: list[object], is_wrapped: bool = False) -> None:
+    """Adds what `why_not_known` asks of, and where the module's own weights lie: a graph is captured for just these."""
+    found += (type(module), module.training, "forward" in vars(module))
+    for hooks in () if is_wrapped else (module._forward_pre_hooks, module._forward_hooks):
+        found += (id(hook) for hook in hooks.values() if not is_recorder(hook))
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            found += (id(parameter), parameter.data_ptr(), parameter.dtype)
+
+
 def capture(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result, int]:
     """Calls `run` twice: once to compile and plan whatever it calls, and once to record it.
 
     PyTorch keeps one workspace of cuBLAS a stream, for all graphs captured on it, and frees it with the first of them
     (pytorch issue 193402). So none is kept when recording begins, the graph takes one from its own memory, and none is kept
     when it ends: nobody else then uses or frees it.
+
+    PyTorch gives up the workspaces of all streams or none: so they all go, as they do when `torch.compile` captures graphs. A
+    graph of the user's own keeps its workspace where that lies in the graph's own memory. It does not lie there if the graph
+    was captured on the stream of its warm-up, or after another on the same stream: others may then be given that memory from
+    here on. Such a graph is safe with `torch._C._cuda_clearCublasWorkspaces()` before and after its capture.
 
     Returns:
         The graph, what `run` returned while it was recorded, and the bytes that the graph keeps.

@@ -36,10 +36,9 @@ def unpack(linears: Sequence[nn.Linear]) -> None:
     rows = [linear.weight.shape[0] for linear in linears]
     for parameters in ([linear.weight for linear in linears], [linear.bias for linear in linears]):
         if _find(parameters, rows) is not None:
+            present = [parameter for parameter in parameters if parameter is not None]
             with torch.inference_mode(False):
-                for parameter in parameters:
-                    if parameter is not None:
-                        parameter.data = parameter.data.clone()
+                _move(present, [torch.empty_like(parameter.data) for parameter in present])
 
 
 def _join(parameters: Sequence[nn.Parameter | None], rows: Sequence[int]) -> torch.Tensor | None:
@@ -52,11 +51,20 @@ def _join(parameters: Sequence[nn.Parameter | None], rows: Sequence[int]) -> tor
         # Parameters must not become inference tensors, which nothing but inference mode may write again.
         with torch.inference_mode(False):
             packed = present[0].data.new_zeros(sum(rows), *present[0].shape[1:])
-            for parameter, part in zip(parameters, packed.split(list(rows)), strict=True):
-                if parameter is not None:
-                    part.copy_(parameter.data)
-                    parameter.data = part
+            parts = [part for p, part in zip(parameters, packed.split(list(rows)), strict=True) if p is not None]
+            _move(present, parts)
     return packed
+
+
+def _move(parameters: Sequence[nn.Parameter], places: Sequence[torch.Tensor]) -> None:
+    """Copies each parameter to its place and leaves it there. Waits for the device."""
+    for parameter, place in zip(parameters, places, strict=True):
+        place.copy_(parameter.data)
+    if places[0].is_cuda:
+        # What other streams have been given to do reads the old memory, which is free below, and what comes next the new.
+        torch.cuda.synchronize(places[0].device)
+    for parameter, place in zip(parameters, places, strict=True):
+        parameter.data = place
 
 
 def _find(parameters: Sequence[nn.Parameter | None], rows: Sequence[int]) -> torch.Tensor | None:

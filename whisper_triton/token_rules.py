@@ -128,7 +128,7 @@ def _add_min_length(
 
 def _timestamp_limits(processor: WhisperTimeStampLogitsProcessor, prompt_length: int, vocabulary_size: int) -> dict[str, int]:
     if processor.begin_index != prompt_length:
-        raise NotCovered(f"timestamps from token {processor.begin_index} on, after a prompt of {prompt_length}")
+        raise NotCovered("timestamps that do not begin where the prompt ends")
     end_of_text, no_timestamps = processor.eos_token_id, processor.no_timestamps_token_id
     if not isinstance(end_of_text, int) or not 0 <= end_of_text <= no_timestamps < vocabulary_size:
         raise NotCovered(f"text below {end_of_text}, timestamps after {no_timestamps}")
