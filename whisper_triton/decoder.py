@@ -84,9 +84,9 @@ def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
     return tuple(found)
 
 
-def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
+def modules_of(*roots: nn.Module | None) -> Iterator[nn.Module]:
     """The modules below and with `roots`, in no order of note: a fraction of what `Module.modules` costs the host."""
-    modules = [*roots]
+    modules = [root for root in roots if root is not None]
     while modules:
         module = modules.pop()
         yield module
