@@ -19,7 +19,10 @@ def embed_tokens_reference(
     """What `embed_tokens` computes, in PyTorch."""
     ids = input_ids.reshape(input_ids.shape[0], -1)
     positions = cache_position + torch.arange(ids.shape[1], device=ids.device)
-    return (token_embedding[ids] + position_embedding[positions]).flatten(0, 1)
+    V, P = len(token_embedding), len(position_embedding)
+    inside = (ids >= 0) & (ids < V) & (positions >= 0) & (positions < P)
+    rows = token_embedding[ids.where(inside, 0)] + position_embedding[positions.clamp(0, P - 1)]
+    return rows.masked_fill(~inside[..., None], 0).flatten(0, 1)
 
 
 @triton.jit
