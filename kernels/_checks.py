@@ -11,15 +11,34 @@ HEAD_DIMS = (32, 64, 80, 96, 128)
 MAX_QUERIES = 16  # one tensor-core tile of query rows
 
 
-def check_states(**tensors: torch.Tensor) -> None:
-    """All tensors 4-d, one dtype and device, dense in the last dimension; the dtype one that the kernels take.
+def check_tensors(**tensors: object) -> None:
+    """All tensors whose elements lie in memory by strides: no array, no sparse one."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a tensor, got one in the layout {tensor.layout}")
 
-    The PyTorch references also take float64, which is what the kernels are measured against.
-    """
+
+def check_dtype(tensor: torch.Tensor) -> None:
+    """One that the kernels take; the PyTorch references also take float64, which is what the kernels are measured against."""
+    allowed = (*DTYPES, torch.float64) if backend(tensor.device) == "reference" else DTYPES
+    if tensor.dtype not in allowed:
+        raise ValueError(f"dtype must be one of {[str(d) for d in allowed]}, got {tensor.dtype}")
+
+
+def check_mutated(**tensors: torch.Tensor) -> None:
+    """What is written to holds each of its elements once."""
+    for name, tensor in tensors.items():
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(f"{name} is written to and must not overlap itself, got strides {tensor.stride()}")
+
+
+def check_states(**tensors: torch.Tensor) -> None:
+    """All tensors 4-d, one dtype and device, dense in the last dimension; the dtype one that the kernels take."""
+    check_tensors(**tensors)
     first = next(iter(tensors.values()))
-    allowed = (*DTYPES, torch.float64) if backend(first.device) == "reference" else DTYPES
-    if first.dtype not in allowed:
-        raise ValueError(f"dtype must be one of {[str(d) for d in allowed]}, got {first.dtype}")
+    check_dtype(first)
     for name, tensor in tensors.items():
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
@@ -31,8 +50,8 @@ def check_states(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} must be dense in its last dimension, got strides {tensor.stride()}")
 
 
-def check_caches(states: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
-    """`states` (B, T, H, D) fits the caches (B, H, S, D)."""
+def check_caches(states: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, *, mutated: bool = False) -> None:
+    """`states` (B, T, H, D) fits the caches (B, H, S, D), which are two places in memory where they are written to."""
     B, T, H, D = states.shape
     if key_cache.shape != value_cache.shape:
         raise ValueError(f"key_cache {tuple(key_cache.shape)} and value_cache {tuple(value_cache.shape)} differ in shape")
@@ -40,6 +59,10 @@ def check_caches(states: torch.Tensor, key_cache: torch.Tensor, value_cache: tor
         raise ValueError(f"caches {tuple(key_cache.shape)} (B, H, S, D) do not fit states {(B, T, H, D)} (B, T, H, D)")
     if min(B, T, H, D, key_cache.shape[2]) == 0:
         raise ValueError(f"empty tensors: states {(B, T, H, D)}, caches {tuple(key_cache.shape)}")
+    if mutated:
+        if key_cache is value_cache:
+            raise ValueError("key_cache and value_cache are one tensor")
+        check_mutated(key_cache=key_cache, value_cache=value_cache)
 
 
 def check_attention(query: torch.Tensor) -> None:
@@ -54,7 +77,8 @@ def check_attention(query: torch.Tensor) -> None:
 def check_positions(name: str, positions: torch.Tensor, batch_size: int, device: torch.device) -> None:
     """An integer tensor, 0-dim or (B,), on the states' device: its value stays there, so that a step can be captured."""
     if not isinstance(positions, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor on the device, got {type(positions).__name__} {positions!r}")
+        raise ValueError(f"{name} must be a tensor on the device, got {type(positions).__name__} {positions!r:.50}")
+    check_tensors(**{name: positions})
     if positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} must be int64 or int32, got {positions.dtype}")
     if positions.dim() > 1 or (positions.dim() == 1 and positions.shape[0] != batch_size):
@@ -65,6 +89,7 @@ def check_positions(name: str, positions: torch.Tensor, batch_size: int, device:
 
 def check_counters(counters: torch.Tensor, count: int, device: torch.device) -> None:
     """Dense int32 on `device`, at least `count` of them."""
+    check_tensors(counters=counters)
     if counters.dtype != torch.int32 or counters.device != device or not counters.is_contiguous() or counters.numel() < count:
         raise ValueError(
             f"counters must be at least {count} contiguous int32 on {device}, got {counters.dtype} "

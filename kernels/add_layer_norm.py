@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import DTYPES
-from ._dispatch import backend, pdl_handover, pdl_options, register, tl, triton
+from ._checks import check_dtype, check_tensors
+from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
 def add_layer_norm_reference(
@@ -128,9 +128,8 @@ def add_layer_norm(
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
-    allowed = (*DTYPES, torch.float64) if backend(x.device) == "reference" else DTYPES
-    if x.dtype not in allowed:
-        raise ValueError(f"dtype must be one of {[str(d) for d in allowed]}, got {x.dtype}")
+    check_tensors(x=x, residual=residual, weight=weight, bias=bias)
+    check_dtype(x)
     if x.dim() != 2 or residual.dim() != 2 or x.shape[1] != residual.shape[1] or min(*x.shape, len(residual)) == 0:
         raise ValueError(f"x must be (M, C) and residual (R, C), got {tuple(x.shape)} and {tuple(residual.shape)}")
     if x.shape[0] % residual.shape[0]:

@@ -293,7 +293,7 @@ def append_attention(
         ValueError: shapes, dtypes, devices or strides that do not fit; the caches are then untouched.
     """
     check_states(query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache)
-    check_caches(query, key_cache, value_cache)
+    check_caches(query, key_cache, value_cache, mutated=True)
     check_attention(query)
     if key.shape != query.shape or value.shape != query.shape:
         raise ValueError(

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import DTYPES
-from ._dispatch import backend, pdl_handover, pdl_options, register, tl, triton
+from ._checks import check_dtype, check_tensors
+from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
 def bias_gelu_reference(x: torch.Tensor, bias: torch.Tensor) -> None:
@@ -81,9 +81,8 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> None:
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit; x is then untouched.
     """
-    allowed = (*DTYPES, torch.float64) if backend(x.device) == "reference" else DTYPES
-    if x.dtype not in allowed:
-        raise ValueError(f"dtype must be one of {[str(d) for d in allowed]}, got {x.dtype}")
+    check_tensors(x=x, bias=bias)
+    check_dtype(x)
     if x.dim() != 2 or bias.shape != x.shape[1:] or x.numel() == 0:
         raise ValueError(f"x must be (M, N) and bias (N,), got {tuple(x.shape)} and {tuple(bias.shape)}")
     if bias.dtype != x.dtype or bias.device != x.device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_positions
+from ._checks import check_dtype, check_positions, check_tensors
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
@@ -19,7 +19,10 @@ def embed_tokens_reference(
     """What `embed_tokens` computes, in PyTorch."""
     ids = input_ids.reshape(input_ids.shape[0], -1)
     positions = cache_position + torch.arange(ids.shape[1], device=ids.device)
-    return (token_embedding[ids] + position_embedding[positions]).flatten(0, 1)
+    V, P = len(token_embedding), len(position_embedding)
+    inside = (ids >= 0) & (ids < V) & (positions >= 0) & (positions < P)
+    rows = token_embedding[ids.where(inside, 0)] + position_embedding[positions.clamp(0, P - 1)]
+    return rows.masked_fill(~inside[..., None], 0).flatten(0, 1)
 
 
 @triton.jit
@@ -108,6 +111,11 @@ def embed_tokens(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
+    check_tensors(input_ids=input_ids, token_embedding=token_embedding, position_embedding=position_embedding)
+    check_dtype(token_embedding)
+    if token_embedding.dim() != 2 or token_embedding.numel() == 0 or position_embedding.numel() == 0:
+        shapes = f"{tuple(token_embedding.shape)} and {tuple(position_embedding.shape)}"
+        raise ValueError(f"embeddings must be (V, K) and (P, K) and not empty, got {shapes}")
     K = token_embedding.shape[1]
     if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or input_ids.numel() == 0:
         raise ValueError(f"input_ids must be int64 (B,) or (B, T), got {input_ids.dtype} {tuple(input_ids.shape)}")

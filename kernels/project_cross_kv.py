@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import HEAD_DIMS, check_states
+from ._checks import HEAD_DIMS, check_mutated, check_states, check_tensors
 from ._dispatch import capability, pdl_handover, pdl_options, register, tl, triton
 
 
@@ -147,13 +147,22 @@ def cross_table(
     if L == 0 or any(len(tensors) not in (L, 0 if tensors is biases else L) for tensors in lists):
         raise ValueError(f"as many of each are wanted as layers, at least one: got {[len(tensors) for tensors in lists]}")
     weights, caches = lists[0] + lists[1], lists[3] + lists[4]
-    check_states(**{f"cache {i}": cache for i, cache in enumerate(caches)})
-    first, C = caches[0], weights[0].shape[-1]
+    kinds = ("key_weight", "value_weight", "value_bias", "key_cache", "value_cache")
+    named = [{f"{kind} {i}": t for i, t in enumerate(tensors)} for kind, tensors in zip(kinds, lists, strict=True)]
+    for tensors in named:
+        check_tensors(**tensors)
+    check_states(**named[3], **named[4])
+    check_mutated(**named[3], **named[4])
+    first, C = caches[0], weights[0].shape[-1] if weights[0].dim() else 0
     _, H, _, D = first.shape
     if D not in HEAD_DIMS or first.numel() == 0 or C == 0:
         raise ValueError(f"head dim must be one of {HEAD_DIMS} and nothing empty, got caches {tuple(first.shape)}, {C=}")
-    if any(cache.shape != first.shape or cache.stride() != first.stride() for cache in caches):
-        raise ValueError(f"caches must all have shape {tuple(first.shape)} and strides {first.stride()}")
+    for cache in caches:
+        if cache.shape != first.shape or cache.stride() != first.stride():
+            raise ValueError(
+                f"caches must all have shape {tuple(first.shape)} and strides {first.stride()}, got {tuple(cache.shape)} and "
+                f"{cache.stride()}"
+            )
     for tensors, shape in ((weights, (H * D, C)), (biases, (H * D,))):
         for tensor in tensors:
             if tensor.shape != shape or not tensor.is_contiguous():
@@ -161,6 +170,8 @@ def cross_table(
             if tensor.dtype != first.dtype or tensor.device != first.device:
                 raise ValueError(f"{tensor.dtype} on {tensor.device} does not go with caches {first.dtype} on {first.device}")
     addresses = [[t.data_ptr() for t in tensors] for tensors in (lists[0], lists[1], lists[3], lists[4], biases or lists[0])]
+    if len({cache.data_ptr() for cache in caches}) < len(caches) and not first.is_meta:
+        raise ValueError("two caches lie in one place")
     is_aligned = all(address % 16 == 0 for row in addresses for address in row)
     return CrossTable(*lists, torch.tensor(addresses, dtype=torch.int64, device=first.device), is_aligned)
 
@@ -259,6 +270,9 @@ def project_cross_kv(encoder_states: torch.Tensor, table: CrossTable) -> None:
     Raises:
         ValueError: encoder states that do not fit; the caches are then untouched.
     """
+    if not isinstance(table, CrossTable):
+        raise ValueError(f"table must be what cross_table returns, got {type(table).__name__}")
+    check_tensors(encoder_states=encoder_states)
     cache, weight = table.key_caches[0], table.key_weights[0]
     shape = (cache.shape[0], cache.shape[2], weight.shape[1])
     if encoder_states.shape != shape or encoder_states.dtype != cache.dtype or encoder_states.device != cache.device:

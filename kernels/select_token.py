@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._checks import check_dtype, check_tensors
 from ._dispatch import backend, fall_back, pdl_handover, pdl_options, tl, triton
 from ._sampling import GROUP, MAX_TOP_K, draw_from_top_k, gumbel, gumbel_reference, keep_top_k
 
@@ -85,7 +86,9 @@ def apply_rules(
     active = SUPPRESSED + SUPPRESSED_AT_BEGIN * (lengths == limits.begin_length).long()
     active = active + SUPPRESSED_UNTIL_MIN_LENGTH * (lengths < limits.min_length).long()
     banned = (rules.flags & active) != 0
-    last, before = (ids.gather(1, (lengths - i).clamp(0, ids.shape[1] - 1)) for i in (1, 2))
+    L = ids.shape[1]
+    places = ((lengths - i).where((lengths >= i) & (lengths <= L), -1) for i in (1, 2))
+    last, before = (ids.gather(1, place.clamp(min=0)).where(place >= 0, 0) for place in places)
     new = lengths - limits.timestamp_length
     after_timestamp = (new >= 1) & (last >= limits.timestamp_begin)
     after_pair = after_timestamp & ((new < 2) | (before >= limits.timestamp_begin))
@@ -118,8 +121,8 @@ def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: Token
     running = state.ends == 0
     chosen = torch.where(running, chosen, limits.pad_token)
 
-    inside = state.lengths < state.ids.shape[1]
-    place = state.lengths.clamp(max=state.ids.shape[1] - 1)
+    inside = (state.lengths >= 0) & (state.lengths < state.ids.shape[1])
+    place = state.lengths.clamp(0, state.ids.shape[1] - 1)
     state.ids[rows, place] = torch.where(inside, chosen, state.ids[rows, place])
     state.last_timestamps.copy_(torch.where(running & (chosen >= limits.timestamp_begin), chosen, state.last_timestamps))
     state.lengths.add_(1)
@@ -145,6 +148,7 @@ def _reduce_chunks_kernel(
     values_ptr,  # (B, chunks, BLOCK_V) fp32, with TOP_K: scores by temperature
     maxima_ptr,  # (B, chunks, BLOCK_V / GROUP) fp32, with TOP_K
     stride_ids_b,
+    L,
     V,
     USE_PDL: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -164,8 +168,9 @@ def _reduce_chunks_kernel(
     newest = tl.load(last_timestamps_ptr + i_b).to(tl.int32)
     temperature = tl.load(temperature_ptr)
     row_ptr = ids_ptr + i_b * stride_ids_b + length
-    last = tl.load(row_ptr - 1, mask=running & (length >= 1), other=0).to(tl.int32)
-    before = tl.load(row_ptr - 2, mask=running & (length >= 2), other=0).to(tl.int32)
+    # A length that ran away, past the last column or below none, reads nothing.
+    last = tl.load(row_ptr - 1, mask=running & (length >= 1) & (length <= L), other=0).to(tl.int32)
+    before = tl.load(row_ptr - 2, mask=running & (length >= 2) & (length <= L), other=0).to(tl.int32)
 
     # A chunk is of text or of timestamps, never of both.
     end = tl.minimum(timestamp_begin, V)
@@ -303,7 +308,7 @@ def _pick_token_kernel(
     token = tl.where(running, chosen.to(tl.int64), pad_token)
     # Of a row that has ended, `token` is whatever pads: it need not be in the vocabulary.
     is_last = (tl.load(flags_ptr + token, mask=running, other=0).to(tl.int32) & 8) != 0
-    tl.store(ids_ptr + i_b * stride_ids_b + length, token, mask=length < L)
+    tl.store(ids_ptr + i_b * stride_ids_b + length, token, mask=(length >= 0) & (length < L))
     tl.store(next_ids_ptr + i_b, token)
     tl.store(lengths_ptr + i_b, length + 1)
     tl.store(last_timestamps_ptr + i_b, token, mask=running & (token >= timestamp_begin))
@@ -317,7 +322,8 @@ def select_token(
 ) -> None:
     """Chooses the next token of every row and writes it into `state`, in place; no value comes back to the host.
 
-    A row that has ended gets the pad token; its length goes on. Past the last column of `ids` nothing is written there.
+    A row that has ended gets the pad token; its length goes on. Past the last column of `ids`, and before the first,
+    nothing is written there; nor read, so that a length that ran away cannot corrupt memory.
 
     Args:
         logits: (B, V) fp16, bf16 or fp32, contiguous; the rules' and the state's shapes and dtypes are given there. Every
@@ -330,6 +336,8 @@ def select_token(
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
     _check(logits, rules, state)
+    if block_size < GROUP or block_size & (block_size - 1):
+        raise ValueError(f"block_size must be a power of two from {GROUP} on, got {block_size}")
     if backend(logits.device) != "reference":
         try:
             return _launch(logits, rules, state, top_k, block_size)
@@ -362,6 +370,7 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
         "last_timestamps_ptr": state.last_timestamps,
         "ends_ptr": state.ends,
         "stride_ids_b": state.ids.stride(0),
+        "L": state.ids.shape[1],
         "V": V,
         "TOP_K": top_k,
         "BLOCK_V": block_size,
@@ -373,7 +382,6 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
         order_ptr=order,
         next_ids_ptr=state.next_ids,
         host_ends_ptr=state.host_ends,
-        L=state.ids.shape[1],
         chunks=chunks,
         BLOCK_C=triton.next_power_of_2(chunks),
         BLOCK_G=triton.next_power_of_2(groups),
@@ -385,8 +393,14 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
 
 
 def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
-    if logits.dim() != 2 or not logits.is_contiguous() or not logits.is_floating_point():
-        raise ValueError(f"logits must be (B, V), contiguous, got {logits.dtype} {tuple(logits.shape)} {logits.stride()}")
+    check_tensors(logits=logits, **rules._asdict(), **state._asdict())
+    check_dtype(logits)
+    if state.ids.dim() != 2 or state.ids.numel() == 0:
+        raise ValueError(f"ids must be (B, L) and not empty, got {tuple(state.ids.shape)}")
+    if logits.dim() != 2 or not logits.is_contiguous() or logits.numel() == 0:
+        raise ValueError(
+            f"logits must be (B, V), contiguous and not empty, got {logits.dtype} {tuple(logits.shape)} {logits.stride()}"
+        )
     B, V = logits.shape
     expected = {
         "flags": (rules.flags, (V,), torch.uint8),
@@ -403,6 +417,6 @@ def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
         is_reached = tensor.device == logits.device or (name == "host_ends" and tensor.is_pinned())
         if tensor.shape != shape or tensor.dtype != dtype or not is_reached:
             found = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            raise ValueError(f"{name} must be {dtype} {shape} on {logits.device}, got {found}")
+            raise ValueError(f"{name} must be {dtype} {shape} on {logits.device} for logits {(B, V)}, got {found}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

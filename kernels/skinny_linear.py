@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._checks import check_dtype, check_tensors
 from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, register, register_options, tl, triton
 from ._paced import MIN_WIDTH, has_paced_copies
 from ._paced_linear import covers_linear, paced_linear
@@ -485,25 +486,15 @@ def skinny_linear(
         (B, N), or (B, 3 N) for three weights, in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes, devices, strides or tiles that do not fit.
     """
-    B, K = x.shape
-    N = weights[0].shape[0]
-    if not 1 <= B <= MAX_ROWS:
-        raise ValueError(f"skinny_linear takes 1 to {MAX_ROWS} rows, got {B}")
-    if len(weights) not in (1, 3) or any(w.shape != (N, K) or not w.is_contiguous() for w in weights):
-        raise ValueError(f"weights must be one or three contiguous ({N}, {K}), got {[tuple(w.shape) for w in weights]}")
-    vectors = [(bias, N) for bias in biases] + [(v, K) for v in (layer_norm or ())[:2]]
-    if len(biases) != len(weights) or any(v is not None and v.shape != (n,) for v, n in vectors):
-        shapes = [None if v is None else tuple(v.shape) for v, _ in vectors]
-        raise ValueError(f"a bias of ({N},) or None for each weight and a layer norm of ({K},) are wanted, got {shapes}")
-    tensors = [*weights, *(v for v, _ in vectors), residual]
-    if any(t is not None and (t.dtype != x.dtype or t.device != x.device or t.data_ptr() % 16) for t in tensors):
-        raise ValueError(f"all tensors must be {x.dtype} on {x.device} like x, and begin at a multiple of 16 bytes")
-    if not x.is_contiguous() or (residual is not None and (residual.shape != (B, N) or not residual.is_contiguous())):
-        raise ValueError("x and residual must be contiguous, the residual (B, N)")
+    norm = (None, None, 0.0) if layer_norm is None else layer_norm
+    _check(x, weights, biases, layer_norm, residual)
+    (B, K), N = x.shape, weights[0].shape[0]
     has_copies = has_paced_copies(x.device, x.dtype)
     tiles = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None, has_copies)
+    if any(number < 1 or number & (number - 1) for number in (tiles.BLOCK_N, tiles.num_warps)) or tiles.SPLIT_K < 1:
+        raise ValueError(f"BLOCK_N and num_warps must be powers of two, got {tiles}")
     SPLIT_K = tiles.SPLIT_K
     if tiles.PACE > 0 and not (has_copies and B == 1 and covers_linear(N, K, tiles.BLOCK_N)):
         raise ValueError(f"paced copies are for one row of whole tiles on an H100, got {tuple(x.shape)}, {N=} on {x.device}")
@@ -513,5 +504,43 @@ def skinny_linear(
         raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two from 16 on")
     if SPLIT_K > 1 and (layer_norm is not None or gelu or scale != 1.0 or len(weights) == 3):
         raise ValueError("only a plain linear layer can have its K split")
-    norm = (None, None, 0.0) if layer_norm is None else layer_norm
     return _op(x, list(weights), list(biases), *norm, scale, gelu, residual, [int(number) for number in tiles])
+
+
+def _check(
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    biases: tuple[torch.Tensor | None, ...],
+    layer_norm: LayerNorm | None,
+    residual: torch.Tensor | None,
+) -> None:
+    if len(weights) not in (1, 3) or len(biases) != len(weights):
+        raise ValueError(f"one or three weights are wanted and a bias or None for each, got {len(weights)} and {len(biases)}")
+    check_tensors(x=x)
+    for weight, bias in zip(weights, biases, strict=True):
+        check_tensors(weight=weight, **({} if bias is None else {"bias": bias}))
+    check_tensors(**({} if residual is None else {"residual": residual}))
+    if layer_norm is not None:
+        check_tensors(norm_weight=layer_norm[0], norm_bias=layer_norm[1])
+    check_dtype(x)
+    if x.dim() != 2 or any(w.dim() != 2 or 0 in w.shape for w in weights):
+        raise ValueError(f"x must be (B, K) and weights (N, K), got {tuple(x.shape)} and {[tuple(w.shape) for w in weights]}")
+    (B, K), N = x.shape, weights[0].shape[0]
+    if not 1 <= B <= MAX_ROWS:
+        raise ValueError(f"skinny_linear takes 1 to {MAX_ROWS} rows, got {B}, {tuple(x.shape)}")
+    if any(w.shape != (N, K) or not w.is_contiguous() for w in weights):
+        raise ValueError(f"weights must be contiguous ({N}, {K}), got {[tuple(w.shape) for w in weights]}, x {tuple(x.shape)}")
+    vectors = [(bias, N) for bias in biases] + [(v, K) for v in (layer_norm or ())[:2]]
+    if any(v is not None and v.shape != (n,) for v, n in vectors):
+        shapes = [None if v is None else tuple(v.shape) for v, _ in vectors]
+        raise ValueError(f"a bias of ({N},) or None and a layer norm of ({K},) go with weights ({N}, {K}), got {shapes}")
+    for tensor in (x, *weights, *(v for v, _ in vectors), residual):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype or tensor.device != x.device or tensor.data_ptr() % 16 or not tensor.is_contiguous():
+            raise ValueError(
+                f"all tensors must be contiguous {x.dtype} on {x.device} like x, and begin at a multiple of 16 bytes, got "
+                f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+            )
+    if residual is not None and residual.shape != (B, N):
+        raise ValueError(f"the residual must be ({B}, {N}) for x {tuple(x.shape)}, got {tuple(residual.shape)}")

@@ -156,7 +156,7 @@ def update_kv_cache(
         ValueError: shapes, dtypes, devices or strides that do not fit; the caches are then untouched.
     """
     check_states(key=key, value=value, key_cache=key_cache, value_cache=value_cache)
-    check_caches(key, key_cache, value_cache)
+    check_caches(key, key_cache, value_cache, mutated=True)
     if key.shape != value.shape:
         raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in shape")
     check_positions("cache_position", cache_position, key.shape[0], key.device)

@@ -183,9 +183,9 @@ def project_calls(dtype: torch.dtype) -> Iterator[Call]:
         states = torch.empty(2, 1500, C + odd, dtype=dtype)[..., odd:]
         L = 1 if odd else 2
         weights = [torch.empty(H * D * C + odd, dtype=dtype)[odd:].view(H * D, C) for _ in range(L)]
-        caches = [torch.empty(2, H, 1500, D + odd, dtype=dtype)[..., odd:] for _ in range(L)]
+        caches = [[torch.empty(2, H, 1500, D + odd, dtype=dtype)[..., odd:] for _ in range(L)] for _ in range(2)]
         biases = [torch.empty(H * D + odd, dtype=dtype)[odd:] for _ in range(L)]
-        table = project.cross_table(weights, weights, biases, caches, caches)
+        table = project.cross_table(weights, weights, biases, *caches)
         return Call(f"project {name} {str(dtype).removeprefix('torch.')}", partial(project._launch, states, *table), **kwargs)
 
     yield project_call("large-v3", 20, 64, 1280, is_heavy=True)

@@ -75,6 +75,7 @@ def test_blocks_join_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(load_audio(tmp_path / "tone.wav"), expected, atol=1e-6)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("truth", "name"), [("mp3", "a.wav"), ("flac", "a.mp3"), ("wav", "a.raw"), ("ogg", "a"), ("wav", "a.txt")]
 )
@@ -89,6 +90,7 @@ def test_one_sample(tmp_path: Path) -> None:
     assert load_audio(tmp_path / "a.wav").shape == (1,)
 
 
+@pytest.mark.bad_input
 def test_truncated_wav_gives_what_is_there(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", tone(SAMPLE_RATE), SAMPLE_RATE)
     whole = (tmp_path / "a.wav").read_bytes()
@@ -96,6 +98,7 @@ def test_truncated_wav_gives_what_is_there(tmp_path: Path) -> None:
     assert 0.4 * SECONDS < load_audio(tmp_path / "a.wav").size / SAMPLE_RATE < 0.6 * SECONDS
 
 
+@pytest.mark.bad_input
 def test_truncated_flac(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.flac", tone(SAMPLE_RATE), SAMPLE_RATE)
     whole = (tmp_path / "a.flac").read_bytes()
@@ -104,6 +107,7 @@ def test_truncated_flac(tmp_path: Path) -> None:
         load_audio(tmp_path / "a.flac")
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("extension", ["wav", "mp3", "flac", "ogg", "txt", ""])
 def test_not_audio(tmp_path: Path, extension: str) -> None:
     path = tmp_path / f"a{extension}"
@@ -115,11 +119,13 @@ def test_not_audio(tmp_path: Path, extension: str) -> None:
     assert refused(path) == "is empty (0 bytes)"
 
 
+@pytest.mark.bad_input
 def test_no_samples(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(0, np.float32), SAMPLE_RATE)
     assert refused(tmp_path / "a.wav") == "holds no audio"
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_not_finite(tmp_path: Path, value: float) -> None:
     samples = tone(SAMPLE_RATE)
@@ -129,6 +135,7 @@ def test_not_finite(tmp_path: Path, value: float) -> None:
         load_audio(tmp_path / "a.wav")
 
 
+@pytest.mark.bad_input
 def test_no_file(tmp_path: Path) -> None:
     assert refused(tmp_path / "a.wav") == "No such file or directory"
     assert refused(tmp_path) == "Is a directory"

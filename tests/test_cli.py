@@ -158,6 +158,7 @@ def test_timestamps_of_a_long_file(command: Callable[..., Result], tmp_path: Pat
     assert times[-1] > 30
 
 
+@pytest.mark.bad_input
 def test_no_usable_file(command: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "load_model", lambda *args: pytest.fail("a model was loaded for nothing"))
     (tmp_path / "empty.wav").touch()
@@ -167,6 +168,7 @@ def test_no_usable_file(command: Callable[..., Result], tmp_path: Path, monkeypa
     fails(command("transcribe", *files), 1, *(f"{f}: {message}" for f, message in zip(files, messages, strict=True)))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "exit_code", "message"),
     [
@@ -188,6 +190,7 @@ def test_wrong_options(
     fails(command("transcribe", short, *(option.format(english=english) for option in options)), exit_code, message)
 
 
+@pytest.mark.bad_input
 def test_outputs_that_would_collide(command: Callable[..., Result], short: Path) -> None:
     other = short.with_suffix(".flac")
     other.write_bytes(short.read_bytes())
@@ -201,6 +204,7 @@ def test_outputs_that_would_collide(command: Callable[..., Result], short: Path)
     fails(result, 2, f"{audio} is an input and would be overwritten")
 
 
+@pytest.mark.bad_input
 def test_a_file_that_cannot_be_written(command: Callable[..., Result], short: Path, english: Path) -> None:
     target = short.parent / "out" / "short.txt"
     target.mkdir(parents=True)
@@ -209,6 +213,7 @@ def test_a_file_that_cannot_be_written(command: Callable[..., Result], short: Pa
     assert result.stderr.splitlines()[0] == f"whisper-triton: {target}: Is a directory"
 
 
+@pytest.mark.bad_input
 def test_stdout_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -218,6 +223,7 @@ def test_stdout_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
         jobs._write("words\n", None)
 
 
+@pytest.mark.bad_input
 def test_stdout_that_is_closed(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "load_model", lambda *args: pytest.fail("a model was loaded for nothing"))
     monkeypatch.setattr(sys, "stdout", None)  # as Python finds it after `>&-`
@@ -293,6 +299,7 @@ def test_model_is_accelerated(
     assert seen == [True]
 
 
+@pytest.mark.bad_input
 def test_click_reports_the_rest(command: Callable[..., Result]) -> None:
     for arguments, message in (
         (["transcribe"], "Missing argument 'AUDIO...'"),

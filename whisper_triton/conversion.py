@@ -26,6 +26,8 @@ from whisper_triton.weights import count_layers, state_dict
 
 HEAD_DIM = 64  # of every Whisper; used where the file does not give the number of heads
 MULTILINGUAL_VOCABULARY = 51865  # entries of the smallest one; the English-only models have 51864
+# Of the spectrogram that every Whisper hears.
+SPECTROGRAM = {"sampling_rate": 16000, "hop_length": 160, "n_fft": 400, "chunk_length": 30}
 MAX_INITIAL_TIMESTAMP = 50  # in steps of 0.02 s; OpenAI's value, which CTranslate2's config.json does not carry
 
 
@@ -34,7 +36,7 @@ def convert(directory: Path, dtype: torch.dtype) -> tuple[WhisperForConditionalG
 
     Args:
         directory: holds `model.bin` and `config.json`, and `tokenizer.json` or `vocabulary.json` or `vocabulary.txt`;
-            `preprocessor_config.json` is used where present.
+            `preprocessor_config.json` is checked where present.
         dtype: of the returned model; weights stored as float32, float16, bfloat16, int8 or int16 are converted to it.
 
     Raises:
@@ -73,7 +75,7 @@ def read_json(path: Path, kind: type) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets nested without end
         raise CheckpointError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(content, kind):
         raise CheckpointError(f"{path}: should hold a {kind.__name__}, holds a {type(content).__name__}")
@@ -86,7 +88,7 @@ def _config(file: ModelFile, state: dict[str, torch.Tensor]) -> WhisperConfig:
     sizes: dict[str, int] = {}
     for side in ("encoder", "decoder"):
         heads = file.scalar(f"{side}/num_heads") or d_model // HEAD_DIM
-        if heads < 1 or d_model % heads:
+        if type(heads) is not int or heads < 1 or d_model % heads:
             raise CheckpointError(f"{file}: {heads} heads in the {side} do not divide its width {d_model}")
         sizes[f"{side}_attention_heads"] = heads
         sizes[f"{side}_layers"] = count_layers(file, side)
@@ -126,6 +128,7 @@ def _generation_config(
             values[ours] = ids
     if settings.get("alignment_heads") is not None:
         values["alignment_heads"] = settings["alignment_heads"]
+        _check_heads(directory, values["alignment_heads"])
     if multilingual:
         # Not from CTranslate2's `lang_ids`: they name no language, and some converters counted them wrongly.
         known = tokenizer.get_vocab()
@@ -139,11 +142,18 @@ def _check_ids(directory: Path, name: str, ids: Any, vocab_size: int) -> None:
         raise CheckpointError(f"{directory / 'config.json'}: {name} should list token ids below {vocab_size}")
 
 
+def _check_heads(directory: Path, heads: Any) -> None:
+    is_list = isinstance(heads, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in heads)
+    if not is_list or not all(type(i) is int and i >= 0 for pair in heads for i in pair):
+        raise CheckpointError(f"{directory / 'config.json'}: alignment_heads should list pairs of a layer and a head")
+
+
 def _feature_extractor(directory: Path, num_mel_bins: int) -> WhisperFeatureExtractor:
     path = directory / "preprocessor_config.json"
-    if not path.exists():
-        return WhisperFeatureExtractor(feature_size=num_mel_bins)
-    extractor = WhisperFeatureExtractor.from_dict(read_json(path, dict))
-    if extractor.feature_size != num_mel_bins:
-        raise CheckpointError(f"{path}: {extractor.feature_size} mel bins, the model has {num_mel_bins}")
-    return extractor
+    found = read_json(path, dict) if path.exists() else {}
+    if found.get("feature_size", num_mel_bins) != num_mel_bins:
+        raise CheckpointError(f"{path}: {str(found['feature_size'])[:40]} mel bins, the model has {num_mel_bins}")
+    for name, value in SPECTROGRAM.items():
+        if found.get(name, value) != value:
+            raise CheckpointError(f"{path}: {name} is {str(found[name])[:40]!r}, in Whisper it is {value}")
+    return WhisperFeatureExtractor(feature_size=num_mel_bins, **SPECTROGRAM)

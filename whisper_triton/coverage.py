@@ -78,6 +78,8 @@ def why_not_our_cache(
         return f"cache_implementation={generation_config.cache_implementation!r}"
     if generation_config.use_cache is False:
         return "use_cache=False"
+    if not isinstance(generation_config.max_length, int):  # stock's dynamic cache does not mind half a token
+        return f"max_length={generation_config.max_length!r}"
     if generation_mode not in _MODES:
         return f"{generation_mode.value}"
     if generation_config.is_assistant:

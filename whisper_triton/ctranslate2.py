@@ -8,7 +8,8 @@ The file, little-endian throughout; a string is a uint16 length, then that many 
 
 An int8 tensor holds `round(weight * scale)` with one scale a row of the first dim, an int16 tensor with one scale in
 all; the scales are the tensor `<name>_scale`. Nothing in the file is trusted: every length is checked against its
-size before it is used, and whatever is not understood is refused.
+size before it is used, and whatever is not understood is refused. What is read never takes much more memory than the
+file is large, aliases included.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SPEC_REVISION = 3
 # By type id.
 DTYPES = (torch.float32, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16)
 MAX_RANK = 3  # a convolution's weight
+MAX_COUNT = 1 << 16  # of tensors or aliases; the largest Whisper has some 1,300
 SCALE = "_scale"
 
 
@@ -37,6 +39,10 @@ class _Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int  # of the data, in bytes from the start of the file
+
+    @property
+    def nbytes(self) -> int:
+        return _product(self.shape) * self.dtype.itemsize
 
 
 class ModelFile:
@@ -103,8 +109,8 @@ class ModelFile:
         return (raw.float() / scale.view(-1, *[1] * (raw.ndim - 1))).to(dtype)
 
     def _raw(self, name: str) -> torch.Tensor:
-        dtype, shape, offset = self._entry(name)
-        size = _product(shape) * dtype.itemsize
+        dtype, shape, offset = entry = self._entry(name)
+        size = entry.nbytes
         # A copy, because the file aligns nothing.
         return torch.frombuffer(bytearray(memoryview(self._data)[offset : offset + size]), dtype=dtype).view(shape)
 
@@ -125,7 +131,7 @@ class ModelFile:
             raise self._error(f"revision {revision} of {SPEC} is not known, only {SPEC_REVISION} is")
 
     def _read_entries(self) -> None:
-        for index in range(self._int("I", "number of tensors")):
+        for index in range(self._count("number of tensors")):
             name = self._string(f"name of tensor {index}")
             rank = self._int("B", f"rank of {name}")
             if rank > MAX_RANK:
@@ -141,10 +147,15 @@ class ModelFile:
             self._add(name, _Entry(dtype, shape, self._take(size, f"data of {name}")))
 
     def _read_aliases(self) -> None:
-        for index in range(self._int("I", "number of aliases")):
+        aliased = 0
+        for index in range(self._count("number of aliases")):
             alias = self._string(f"alias {index}")
             name = self._string(f"target of alias {alias}")
             self._add(alias, self._entry(name))
+            # Each is read as a tensor of its own: a small file must not stand for a model of any size.
+            aliased += self._entry(name).nbytes
+            if aliased > len(self._data):
+                raise self._error(f"aliases up to {alias} stand for more bytes than the file has")
             # The format names only the weight, its scales go with it.
             if name + SCALE in self._entries:
                 self._add(alias + SCALE, self._entry(name + SCALE))
@@ -161,6 +172,12 @@ class ModelFile:
             raise self._error(f"truncated: {what} needs {size} bytes at {start}, the file has {len(self._data)}")
         self._offset += size
         return start
+
+    def _count(self, what: str) -> int:
+        count = self._int("I", what)
+        if count > MAX_COUNT:
+            raise self._error(f"{what} is {count}, at most {MAX_COUNT} can be right")
+        return count
 
     def _int(self, code: str, what: str) -> int:
         code = "<" + code

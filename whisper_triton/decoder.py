@@ -232,8 +232,9 @@ class DecoderStep:
         self._count_from(length)
 
     def _claim(self, new_tokens: int) -> None:
-        for layer in self.cache.self_attention_cache.layers:
-            layer.claim(new_tokens)
+        layer = self.cache.self_attention_cache.layers[0]  # their count is one
+        layer.claim(new_tokens)
+        layer.host_length += new_tokens
 
     def _run(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
         if self.fused is not None:

@@ -37,9 +37,9 @@ def is_recorder(hook: object) -> bool:
     return getattr(hook, "__name__", "") == "output_capturing_hook"
 
 
-def modules_of(*roots: nn.Module) -> Iterator[nn.Module]:
+def modules_of(*roots: nn.Module | None) -> Iterator[nn.Module]:
     """The modules below and with `roots`, in no order of note: a fraction of what `Module.modules` costs the host."""
-    modules = [*roots]
+    modules = [root for root in roots if root is not None]
     while modules:
         module = modules.pop()
         yield module

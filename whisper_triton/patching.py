@@ -32,7 +32,11 @@ def is_accelerated(model: nn.Module) -> bool:
     """Whether `accelerate` has been applied to `model` and not been undone.
 
     Not so of a pickled model: its overridden methods come back as the class's own. `accelerate` completes it.
+
+    Raises:
+        TypeError: anything but a module.
     """
+    _check_module(model, "is_accelerated")
     state: State | None = vars(model).get(STATE)
     return state is not None and not any(
         method.__func__ is getattr(type(model), name) for name, method in state.overridden.items()
@@ -82,7 +86,9 @@ def restore(model: WhisperForConditionalGeneration) -> WhisperForConditionalGene
 
     Raises:
         RuntimeError: called from within `generate` of this model, by a streamer, say. The model stays accelerated.
+        TypeError: anything but a module.
     """
+    _check_module(model, "restore")
     state: State | None = vars(model).get(STATE)
     if state is None:
         return model
@@ -111,11 +117,16 @@ def _restore(model: WhisperForConditionalGeneration, state: State) -> None:
         model.config._attn_implementation = state.attn_implementation
 
 
+def _check_module(model: object, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} takes a model, got {type(model).__name__}")
+
+
 @contextmanager
 def accelerated(model: WhisperForConditionalGeneration) -> Iterator[WhisperForConditionalGeneration]:
     """`accelerate` for a block; a model that was accelerated before it stays so."""
-    was_accelerated = is_accelerated(model)
-    accelerate(model)
+    was_accelerated = isinstance(model, nn.Module) and is_accelerated(model)
+    accelerate(model)  # which refuses all else
     try:
         yield model
     finally:

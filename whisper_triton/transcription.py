@@ -76,7 +76,11 @@ def transcribe(
         language: a code; None detects it for each recording from its first 30 s. See `check_request`.
         task: "transcribe" or "translate" (into English).
         on_progress: called before each window with the seconds done so far, summed over the recordings.
+
+    Raises:
+        ValueError: no recording, or one that is no such array, empty, or holds NaN or infinity.
     """
+    _check(recordings)
     features, mask = _features(model, processor, recordings)
     options: dict[str, object] = {}
     languages: list[str | None] = ["en"] * len(recordings)
@@ -100,6 +104,18 @@ def transcribe(
         _speech(processor, language, segments, recording.size / SAMPLE_RATE)
         for language, segments, recording in zip(languages, output["segments"], recordings, strict=True)
     ]
+
+
+def _check(recordings: Sequence[np.ndarray]) -> None:
+    if not isinstance(recordings, Sequence) or not recordings:
+        raise ValueError(f"a list of at least one recording is wanted, got {type(recordings).__name__} {recordings!r:.40}")
+    for i, samples in enumerate(recordings):
+        if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype != np.float32 or samples.size == 0:
+            is_array = isinstance(samples, np.ndarray)
+            found = f"{samples.dtype} {samples.shape}" if is_array else type(samples).__name__
+            raise ValueError(f"recording {i} must be (samples,) float32 and not empty, got {found}")
+        if not np.isfinite(samples).all():
+            raise ValueError(f"recording {i} holds samples that are NaN or infinite")
 
 
 def _is_multilingual(model: WhisperForConditionalGeneration) -> bool:

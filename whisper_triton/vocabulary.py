@@ -79,7 +79,7 @@ def _read_vocabulary(path: Path) -> list[str]:
         tokens = json.loads(text) if path.suffix == ".json" else text.removesuffix("\n").split("\n")
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of brackets nested without end
         raise CheckpointError(f"{path}: not a vocabulary ({error})") from error
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or END_OF_TEXT not in tokens:
         raise CheckpointError(f"{path}: should list the tokens of Whisper, {END_OF_TEXT} among them")

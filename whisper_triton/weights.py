@@ -84,6 +84,8 @@ class _Renamer:
         encodings = f"{side}/position_encodings/encodings"
         if side == "encoder" and encodings not in self._file:
             width = self._file.shape("encoder/conv1/bias")[0]
+            if width < 4 or width % 2:
+                raise CheckpointError(f"{self._file}: no Whisper is {width} wide, as encoder/conv1/bias is")
             positions = sinusoids(FRAMES, width).to(self._dtype)
         else:
             positions = self._take(encodings, 2)

@@ -1,0 +1,249 @@
+"""Every kernel's launcher against arguments that do not fit: each is refused with a reason, and no tensor has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from bad_inputs import Arguments, Bad, assert_refused, expanded, replaced, undense, wrong_dtypes, wrong_kinds, wrong_shapes
+from whisper_triton.kernels.select_token import TokenLimits, TokenRules, TokenState
+from whisper_triton.kernels.skinny_linear import LayerNorm
+from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
+
+from whisper_triton import kernels
+
+pytestmark = pytest.mark.bad_input
+
+L, B, T, H, D, S, C = 2, 2, 2, 3, 32, 8, 64  # layers, sequences, tokens, heads, head dim, slots, width
+V, ROWS = 96, 4  # vocabulary, rows of an encoder's states
+FLOATS = (torch.int64, torch.bool, torch.complex64, torch.float64, torch.float16)  # not where fp32 is wanted
+INTEGERS = (torch.int16, torch.float32, torch.bool)  # not where int64 is wanted
+
+
+def attention(**more: Any) -> Arguments:
+    """Arguments of the attention kernels in fp32."""
+    states = {name: torch.randn(B, T, H, D) for name in ("query", "key", "value")}
+    caches = {name: torch.randn(B, H, S, D) for name in ("key_cache", "value_cache")}
+    return states | caches | more
+
+
+def linear() -> Arguments:
+    return {
+        "x": torch.randn(1, C),
+        "weight": torch.randn(16, C),
+        "bias": torch.randn(16),
+        "norm_weight": torch.randn(C),
+        "norm_bias": torch.randn(C),
+        "residual": torch.randn(1, 16),
+    }
+
+
+def skinny_linear(weight: Any, bias: Any, norm_weight: Any, norm_bias: Any, **given: Any) -> torch.Tensor:
+    """With one weight, or as many as are given in a tuple."""
+    weights, biases = (one if isinstance(one, tuple) else (one,) for one in (weight, bias))
+    layer_norm = given.pop("layer_norm", LayerNorm(norm_weight, norm_bias, 1e-5))
+    return kernels.skinny_linear(weights=weights, biases=biases, layer_norm=layer_norm, **given)
+
+
+def table() -> Arguments:
+    """One layer's tensors; `cross_table` below adds a good layer before it."""
+    return {
+        "key_weight": torch.randn(H * D, C),
+        "value_weight": torch.randn(H * D, C),
+        "value_bias": torch.randn(H * D),
+        "key_cache": torch.randn(B, H, S, D),
+        "value_cache": torch.randn(B, H, S, D),
+    }
+
+
+def cross_table(**second: Any) -> kernels.CrossTable:
+    return kernels.cross_table(*([first, second[name]] for name, first in table().items()))
+
+
+def project(encoder_states: Any, table: Any) -> None:
+    kernels.project_cross_kv(encoder_states, table)
+
+
+def choice() -> Arguments:
+    """logits, rules and state by their fields' names."""
+    limits = torch.tensor(TokenLimits(max_length=6, pad_token=1))
+    rules = TokenRules(torch.zeros(V, dtype=torch.uint8), limits, torch.tensor(0.0))
+    numbers = [torch.full((B,), value) for value in (2, 0, 0)]
+    ids, sums = torch.zeros(B, 6, dtype=torch.int64), torch.zeros(B)
+    state = TokenState(ids, *numbers, sums, torch.zeros(B, 1, dtype=torch.int64), torch.zeros(B, dtype=torch.int64))
+    return {"logits": torch.randn(B, V)} | rules._asdict() | state._asdict()
+
+
+def select_token(logits: Any, **given: Any) -> None:
+    rules, state = (kind(*(given.pop(name) for name in kind._fields)) for kind in (TokenRules, TokenState))
+    kernels.select_token(logits, rules, state, **given)
+
+
+Launcher = tuple[Callable[..., Any], Callable[[], Arguments]]
+LAUNCHERS: dict[str, Launcher] = {
+    "update_kv_cache": (
+        kernels.update_kv_cache,
+        lambda: {k: v for k, v in attention(cache_position=torch.tensor([3, 5])).items() if k != "query"},
+    ),
+    "append_attention": (kernels.append_attention, lambda: attention(cache_position=torch.tensor([3, 5]), scale=1.0)),
+    "decode_attention": (
+        kernels.decode_attention,
+        lambda: {
+            name: value
+            for name, value in attention(
+                kv_length=torch.tensor([3, 5]), scale=1.0, counters=torch.zeros(B * H, dtype=torch.int32)
+            ).items()
+            if name not in ("key", "value")
+        },
+    ),
+    "skinny_linear": (skinny_linear, linear),
+    "embed_tokens": (
+        kernels.embed_tokens,
+        lambda: {
+            "input_ids": torch.zeros(B, T, dtype=torch.int64),
+            "token_embedding": torch.randn(9, C),
+            "position_embedding": torch.randn(7, C),
+            "cache_position": torch.tensor(3),
+        },
+    ),
+    "cross_table": (cross_table, table),
+    "project_cross_kv": (project, lambda: {"encoder_states": torch.randn(B, S, C), "table": cross_table(**table())}),
+    "add_layer_norm": (
+        kernels.add_layer_norm,
+        lambda: {
+            "x": torch.randn(ROWS, C),
+            "residual": torch.randn(2, C),
+            "weight": torch.randn(C),
+            "bias": torch.randn(C),
+            "eps": 1e-5,
+        },
+    ),
+    "bias_gelu": (kernels.bias_gelu, lambda: {"x": torch.randn(ROWS, C), "bias": torch.randn(C)}),
+    "select_token": (select_token, choice),
+}
+# What of the changes below is allowed.
+FREE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("add_layer_norm", "residual"): ("dim 0 longer",),  # refused as no divisor, below
+    ("embed_tokens", "token_embedding"): ("dim 0 longer",),
+    ("embed_tokens", "position_embedding"): ("dim 0 longer",),
+    ("embed_tokens", "cache_position"): ("one dim more",),
+    ("bias_gelu", "x"): ("dim 0 longer",),
+    ("add_layer_norm", "x"): ("dim 0 longer",),
+    ("embed_tokens", "input_ids"): ("one dim less", "dim 0 longer", "dim 1 longer"),
+    ("decode_attention", "query"): ("dim 1 longer",),
+    ("decode_attention", "kv_length"): ("None", "one dim less"),
+    ("update_kv_cache", "cache_position"): ("one dim less",),
+    ("append_attention", "cache_position"): ("one dim less",),
+    ("skinny_linear", "bias"): ("None",),
+    ("skinny_linear", "residual"): ("None",),
+    ("decode_attention", "counters"): ("None", "dim 0 longer", "one dim more"),
+    ("select_token", "logits"): ("float16",),
+    ("select_token", "ids"): ("dim 1 longer",),
+}
+MUTATED = {
+    "update_kv_cache": ("key_cache", "value_cache"),
+    "append_attention": ("key_cache", "value_cache"),
+    "cross_table": ("key_cache", "value_cache"),
+}
+
+
+def systematic(launcher: str) -> list[Bad]:
+    """Each tensor as something else, in another dtype, of another shape, not dense, and what is written to seen twice."""
+    bad: list[Bad] = []
+    for name, tensor in LAUNCHERS[launcher][1]().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        bad += wrong_kinds(name)
+        bad += wrong_dtypes(name, FLOATS if tensor.dtype == torch.float32 else INTEGERS)
+        bad += wrong_shapes(name, tensor)
+        if tensor.dim() > 1 and (launcher, name) != ("embed_tokens", "input_ids"):
+            bad.append(replaced("not dense", name, undense, r"(dense|contiguous)"))
+        if name in MUTATED.get(launcher, ()):
+            bad.append(replaced("one row seen by all", name, expanded, rf"{name}.* overlap"))
+    allowed = [f"{name}: {what}" for (kernel, name), free in FREE.items() if kernel == launcher for what in free]
+    return [one for one in bad if one.name not in allowed]
+
+
+def several(what: str, changes: dict[str, Callable[[Any], Any]], message: str) -> Bad:
+    """Several arguments changed together, or given where they had not been."""
+    return Bad(what, lambda given: given.update({name: to(given.get(name)) for name, to in changes.items()}), message)
+
+
+def cache_of(change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Callable[[Any], Any]]:
+    return {"key_cache": change, "value_cache": change}
+
+
+OTHER_CACHES = [
+    several("a cache of one sequence", cache_of(lambda t: t[:1]), r"\(1, 3, 8, 32\)"),
+    several("a cache of three sequences", cache_of(lambda t: torch.cat([t, t[:1]])), r"\(3, 3, 8, 32\)"),
+    several("a cache of two heads", cache_of(lambda t: t[:, :2]), r"\(2, 2, 8, 32\)"),
+    several("a cache (B, S, H, D)", cache_of(lambda t: t.transpose(1, 2).contiguous()), r"\(2, 8, 3, 32\)"),
+    several("a cache without slots", cache_of(lambda t: t[:, :, :0]), r"\(2, 3, 0, 32\)"),
+    several("a cache in another dtype", cache_of(torch.Tensor.half), r"torch\.float16"),
+]
+ONE_TENSOR = Bad(
+    "one tensor for both caches",
+    lambda given: given.update(value_cache=given["key_cache"]),
+    "key_cache and value_cache are one",
+)
+ALL = dict.fromkeys(("query", "key", "value"), lambda t: t[:, :0])
+SPECIAL: dict[str, list[Bad]] = {
+    "update_kv_cache": [*OTHER_CACHES, ONE_TENSOR],
+    "append_attention": [
+        *OTHER_CACHES,
+        ONE_TENSOR,
+        several("no tokens", ALL, r"\(2, 0, 3, 32\)"),
+        several("17 tokens", dict.fromkeys(ALL, lambda t: t[:, :1].expand(B, 17, H, D)), "at most 16 query tokens, got 17"),
+        several("a head dim of 24", dict.fromkeys((*ALL, "key_cache", "value_cache"), lambda t: t[..., :24]), "got 24"),
+    ],
+    "decode_attention": [
+        *OTHER_CACHES,
+        several("no tokens", {"query": lambda t: t[:, :0]}, r"\(2, 0, 3, 32\)"),
+        several("17 tokens", {"query": lambda t: t[:, :1].expand(B, 17, H, D)}, "at most 16 query tokens, got 17"),
+        several("every second counter", {"counters": lambda t: t.new_zeros(2 * t.numel())[::2]}, "contiguous"),
+    ],
+    "skinny_linear": [
+        several("no weight", {"weight": lambda w: (), "bias": lambda b: ()}, "one or three"),
+        several("two weights", {"weight": lambda w: (w, w), "bias": lambda b: (b, b)}, "one or three"),
+        several("fewer biases", {"weight": lambda w: (w, w, w), "bias": lambda b: (b, b)}, "for each, got 3 and 2"),
+        several("several rows in fp32", {"x": lambda x: x.repeat(2, 1), "residual": lambda r: r.repeat(2, 1)}, "tf32"),
+        several("65 rows", {"x": lambda x: x.repeat(65, 1)}, "1 to 64 rows, got 65"),
+        several("off 16 bytes", {"x": lambda x: x.new_zeros(C + 1)[None, 1:]}, "multiple of 16 bytes"),
+        several("K split under a norm", {"tiles": lambda t: LinearTiles(16, 2, 4)}, "split"),
+        several("an odd tile", {"tiles": lambda t: LinearTiles(12, 1, 4)}, r"power.* of two, got .*12"),
+        several("no tile", {"tiles": lambda t: LinearTiles(0, 1, 4)}, r"power.* of two, got .*0"),
+    ],
+    "embed_tokens": [several("a position each", {"cache_position": lambda t: t.new_zeros(B)}, r"\(2,\)")],
+    "cross_table": [
+        Bad("key weights for a value cache", lambda g: g.update(key_weight=g["key_weight"].T), r"\(64, 96\)"),
+        Bad("one tensor for both caches", lambda g: g.update(value_cache=g["key_cache"]), "two caches lie in one place"),
+    ],
+    "project_cross_kv": [
+        several("no table", {"table": lambda t: tuple(t)}, "must be what cross_table returns, got tuple"),
+        several("one frame less", {"encoder_states": lambda x: x[:, 1:]}, r"\(2, 7, 64\)"),
+    ],
+    "add_layer_norm": [
+        several("three rows onto four", {"residual": lambda r: torch.cat([r, r[:1]])}, "4 rows are no multiple .* 3"),
+        several("two rows onto five", {"x": lambda x: torch.cat([x, x[:1]])}, "5 rows are no multiple .* 2"),
+    ],
+    "bias_gelu": [several("transposed", {"x": lambda x: x.T.contiguous().T}, "contiguous")],
+    "select_token": [
+        several("no row", {"logits": lambda x: x[:0]}, r"\(0, 96\)"),
+        several("no token", {"logits": lambda x: x[:, :0]}, r"\(2, 0\)"),
+        several("a block of 100", {"block_size": lambda _: 100}, "block_size must be a power of two .* got 100"),
+        several("a block of 16", {"block_size": lambda _: 16}, "block_size must be a power of two .* got 16"),
+        several("a state of three rows", {n: lambda t: torch.cat([t, t[:1]]) for n in TokenState._fields}, r"\(3,"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launcher", "bad"),
+    [pytest.param(name, bad, id=f"{name}-{bad.name}") for name in LAUNCHERS for bad in systematic(name) + SPECIAL[name]],
+)
+def test_it_is_refused_with_a_reason_and_changes_nothing(launcher: str, bad: Bad, device: torch.device) -> None:
+    call, make = LAUNCHERS[launcher]
+    with torch.device(device):
+        assert_refused(call, make(), bad)

@@ -1,0 +1,269 @@
+"""Every kernel over shapes, strides, positions and values that hypothesis draws: a few examples here, many on a GPU.
+
+Where sums are of small whole numbers they are exact in any order, so that the result must be the float64 reference's, rounded
+once. All that is written to is a view in a buffer of canaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention_cases import (
+    MARGIN,
+    Shape,
+    assert_close_as_pytorch,
+    bits,
+    canaries,
+    lay_out,
+    layouts,
+    rounded,
+    small_shapes,
+    storage,
+    twin,
+)
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from whisper_triton.kernels.select_token import FLAGS, TokenLimits, TokenRules, TokenState
+from whisper_triton.kernels.skinny_linear import skinny_linear, skinny_linear_reference
+
+from whisper_triton import kernels
+from whisper_triton.kernels import _dispatch
+
+# The interpreter's NumPy warns of -inf - -inf and of log(0), whose results are not used.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+Draw = Callable[..., object]
+FLOATS = st.sampled_from([torch.float32, torch.float16])
+# `tl.dot` of two bfloat16 tiles is wrong in Triton's interpreter.
+ALL_FLOATS = FLOATS if _dispatch.INTERPRET else st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+PRESENT = st.booleans()
+
+
+def whole(*shape: int, dtype: torch.dtype, device: torch.device, most: int = 3) -> torch.Tensor:
+    """Whole numbers from -most to most, in the middle of canaries, contiguous and at a multiple of 16 bytes."""
+    values = torch.randint(-most, most + 1, shape).to(device, dtype)
+    return canaries(values.numel() + 2 * MARGIN, dtype=dtype, device=device)[MARGIN:-MARGIN].view(shape).copy_(values)
+
+
+def double(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    return type(value)(map(double, value)) if isinstance(value, tuple | list) else value
+
+
+def update_kv_cache(draw: Draw, device: torch.device) -> None:
+    """Positions before the first slot and past the last one too: what falls outside is dropped."""
+    shape, dtype = draw(small_shapes(max_tokens=40)), draw(ALL_FLOATS)
+    names = [draw(layouts) for _ in range(4)]
+    sizes = (shape.states, shape.states, shape.cache, shape.cache)
+    tensors = [lay_out(torch.randn(size).to(device, dtype), name) for size, name in zip(sizes, names, strict=True)]
+    expected = [twin(tensor) for tensor in tensors]
+    position = positions(draw, shape, device)
+    kernels.update_kv_cache(*tensors, position)
+    kernels.update_kv_cache_reference(*expected, position)
+    assert all(torch.equal(storage(a), storage(b)) for a, b in zip(tensors, expected, strict=True))
+
+
+def positions(draw: Draw, shape: Shape, device: torch.device) -> torch.Tensor:
+    """One for all or one for each, int64 or int32, in or out of range, with a stride or without."""
+    found = draw(st.lists(st.integers(-shape.T - 2, shape.S + 2), min_size=shape.B, max_size=shape.B))
+    dtype = draw(st.sampled_from([torch.int64, torch.int32]))
+    each = torch.tensor(found, dtype=dtype, device=device)
+    form = draw(st.sampled_from(["each", "strided", "one", "expanded"]))
+    if form == "strided":
+        return each.repeat_interleave(2)[::2]
+    return {"each": each, "one": each[0], "expanded": each[0].expand(shape.B)}[form]
+
+
+def append_attention(draw: Draw, device: torch.device) -> None:
+    """What is written and where, bit for bit, and what is returned for tokens that have a slot."""
+    shape, dtype = draw(small_shapes(max_tokens=4)), draw(ALL_FLOATS)
+    sizes = (*[shape.states] * 3, *[shape.cache] * 2)
+    tensors = [lay_out(torch.randn(size).to(device, dtype), draw(layouts)) for size in sizes]
+    expected = [twin(tensor) for tensor in tensors]
+    position = positions(draw, shape, device)
+    out = kernels.append_attention(*tensors, position, scale=0.25)
+    reference = kernels.append_attention_reference(*expected, position, scale=0.25)
+    assert all(torch.equal(storage(a), storage(b)) for a, b in zip(tensors, expected, strict=True))
+    slots = position.reshape(-1, 1).expand(shape.B, 1) + torch.arange(shape.T, device=device)
+    inside = (slots >= 0) & (slots < shape.S) & (slots[:, :1] >= 0)
+    if inside.any():
+        exact = kernels.append_attention_reference(*[tensor.double() for tensor in expected], position, scale=0.25)
+        assert_close_as_pytorch(out[inside], exact[inside], reference[inside])
+
+
+def decode_attention(draw: Draw, device: torch.device) -> None:
+    """Lengths of zero, below and past the end; all T tokens alike or each after the other."""
+    shape, dtype, is_causal = draw(small_shapes(max_tokens=4)), draw(ALL_FLOATS), draw(PRESENT)
+    sizes = (shape.states, *[shape.cache] * 2)
+    tensors = [lay_out(torch.randn(size).to(device, dtype), draw(layouts)) for size in sizes]
+    before = [storage(tensor) for tensor in tensors]
+    length = positions(draw, shape, device) if draw(PRESENT) else None
+    options = {"scale": 0.25, "is_causal": is_causal}
+    out = kernels.decode_attention(*tensors, length, **options)
+    assert all(torch.equal(storage(a), b) for a, b in zip(tensors, before, strict=True))
+    reference = kernels.decode_attention_reference(*tensors, length, **options)
+    exact = kernels.decode_attention_reference(*double(tensors), length, **options)
+    sees = exact.abs().amax(-1) > 0
+    assert not out[~sees].any()  # a query that sees no key gives 0
+    if sees.any():
+        assert_close_as_pytorch(out[sees], exact[sees], reference[sees])
+
+
+def linear(draw: Draw, device: torch.device) -> None:
+    dtype = draw(ALL_FLOATS)
+    B = 1 if dtype == torch.float32 else draw(st.sampled_from([1, 2, 15, 16, 17, 33]))
+    K, N = draw(st.sampled_from([16, 48, 64, 96, 160])), draw(st.integers(1, 70))
+    parts = draw(st.sampled_from([1, 3]))
+    options = {"dtype": dtype, "device": device}
+    x, weights = whole(B, K, **options), tuple(whole(N, K, **options) for _ in range(parts))
+    biases = tuple(whole(N, **options) if draw(PRESENT) else None for _ in range(parts))
+    around = {"scale": draw(st.sampled_from([1.0, 0.5, 4.0]))}
+    if parts == 1 and draw(PRESENT):
+        around["residual"] = whole(B, N, **options)
+    inputs = [t for t in (x, *weights, *biases, around.get("residual")) if t is not None]
+    before = [storage(tensor) for tensor in inputs]
+    out = skinny_linear(x, weights, biases, **around)
+    exact = skinny_linear_reference(*map(double, (x, weights, biases)), **{k: double(v) for k, v in around.items()})
+    assert torch.equal(out, rounded(exact, dtype).to(dtype))
+    assert all(torch.equal(storage(a), b) for a, b in zip(inputs, before, strict=True))
+
+
+def embed_tokens(draw: Draw, device: torch.device) -> None:
+    """Ids and positions in range or not: those that are not give 0."""
+    B, T, K, V, P = (draw(st.integers(1, most)) for most in (4, 5, 70, 9, 7))
+    options = {"dtype": draw(ALL_FLOATS), "device": device}
+    tokens, places = whole(V, K, most=50, **options), whole(P, K, most=50, **options)
+    ids = torch.tensor(draw(st.lists(st.integers(-2, V + 1), min_size=B * T, max_size=B * T)), device=device).view(B, T)
+    ids = draw(st.sampled_from([ids, ids.T.contiguous().T, ids.repeat(1, 2)[:, :T]]))
+    position = draw(st.integers(-T - 1, P + 1))
+    out = kernels.embed_tokens(ids, tokens, places, torch.tensor(position, device=device))
+    expected = torch.zeros(B, T, K, **options)
+    for b in range(B):
+        for t in range(T):
+            if 0 <= ids[b, t] < V and 0 <= position + t < P:
+                expected[b, t] = tokens[ids[b, t]] + places[position + t]
+    assert torch.equal(out, expected.flatten(0, 1))
+    assert torch.equal(kernels.embed_tokens_reference(ids, tokens, places, torch.tensor(position, device=device)), out)
+
+
+def project_cross_kv(draw: Draw, device: torch.device) -> None:
+    L, B, S, H = (draw(st.integers(1, most)) for most in (3, 3, 70, 3))
+    D, C = draw(st.sampled_from([32, 80])), draw(st.sampled_from([1, 16, 33, 64]))
+    options = {"dtype": draw(ALL_FLOATS), "device": device}
+    layout, states = draw(layouts), whole(1, B, S, C, **options)
+    weights = [[whole(H * D, C, **options) for _ in range(L)] for _ in range(2)]
+    biases = [whole(H * D, **options) for _ in range(L)] if draw(PRESENT) else None
+    caches = [[lay_out(canaries(B, H, S, D, **options), layout) for _ in range(L)] for _ in range(2)]
+    table = kernels.cross_table(*weights, biases, *caches)
+    expected = [[twin(cache) for cache in part] for part in caches]
+    kernels.project_cross_kv(lay_out(states, draw(layouts))[0], table)
+    for part, (matrices, copies) in enumerate(zip(weights, expected, strict=True)):
+        for i, (weight, copy) in enumerate(zip(matrices, copies, strict=True)):
+            exact = states[0].double() @ weight.double().T + (biases[i].double() if part and biases else 0)
+            copy.copy_(rounded(exact, copy.dtype).view(B, S, H, D).transpose(1, 2))
+            assert torch.equal(storage(caches[part][i]), storage(copy))
+
+
+def add_layer_norm(draw: Draw, device: torch.device) -> None:
+    R, times, C = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(2, 300))
+    dtype, limit = draw(FLOATS), draw(st.sampled_from([torch.inf, 64504.0, 2.0]))
+    options = {"dtype": dtype, "device": device}
+    x, residual = whole(R * times, C, **options), whole(R, C, **options)
+    weight, bias = torch.randn(C, device=device).to(dtype), torch.randn(C, device=device).to(dtype)
+    before = [storage(tensor) for tensor in (x, residual)]
+    total, normed = kernels.add_layer_norm(x, residual, weight, bias, 1e-5, limit)
+    assert torch.equal(total, (x + residual.repeat(times, 1)).clamp(-limit, limit))
+    exact = torch.nn.functional.layer_norm(total.double(), (C,), weight.double(), bias.double(), 1e-5)
+    assert_close_as_pytorch(normed, exact, torch.nn.functional.layer_norm(total, (C,), weight, bias, 1e-5))
+    assert all(torch.equal(storage(a), b) for a, b in zip((x, residual), before, strict=True))
+
+
+def bias_gelu(draw: Draw, device: torch.device) -> None:
+    M, N, dtype = draw(st.integers(1, 40)), draw(st.integers(1, 300)), draw(FLOATS)
+    x, bias = whole(M, N, dtype=dtype, device=device), whole(N, dtype=dtype, device=device)
+    exact, stock = (torch.nn.functional.gelu(a + b) for a, b in ((x.double(), bias.double()), (x, bias)))
+    around = twin(x)
+    kernels.bias_gelu(x, bias)
+    assert_close_as_pytorch(x.clone(), exact, stock)
+    around.copy_(x)  # the same in the middle: what differs then lies around it
+    assert torch.equal(storage(x), storage(around))
+
+
+def select_token(draw: Draw, device: torch.device) -> None:
+    """Any rules, over rows that have ended, with ties, infinities and NaN among the logits."""
+    B, V, L = draw(st.integers(1, 3)), draw(st.integers(4, 150)), draw(st.integers(3, 8))
+    begin = draw(st.integers(2, V))
+    limits = TokenLimits(
+        max_length=draw(st.integers(3, L)),
+        pad_token=draw(st.integers(0, V - 1)),
+        begin_length=draw(st.integers(1, 3)),
+        min_length=draw(st.integers(0, 4)),
+        timestamp_begin=begin,
+        timestamp_length=2,
+        last_initial_timestamp=draw(st.integers(begin, V)),
+        end_of_text=draw(st.integers(0, begin)),
+        prefer_timestamps=draw(st.integers(0, 1)),
+    )
+    flags = sum((torch.rand(V) < 0.2).to(torch.uint8) * flag for flag in FLAGS)
+    rules = TokenRules(flags.to(device), torch.tensor(limits, device=device), torch.tensor(0.0, device=device))
+    numbers = [torch.full((B,), value, device=device) for value in (2, 0, 0)]
+    states = [
+        TokenState(
+            torch.zeros(B, L, dtype=torch.int64, device=device),
+            *(number.clone() for number in numbers),
+            torch.zeros(B, device=device),
+            torch.zeros(B, 1, dtype=torch.int64, device=device),
+            torch.zeros(B, dtype=torch.int64, device=device),
+        )
+        for _ in range(2)
+    ]
+    for _ in range(3):
+        logits = torch.randint(-4, 5, (B, V)).to(device, draw(FLOATS))
+        for value in draw(st.lists(st.sampled_from([torch.inf, -torch.inf, torch.nan]), max_size=2)):
+            logits[torch.rand(B, V, device=device) < 0.1] = value
+        kernels.select_token(logits, rules, states[0], block_size=draw(st.sampled_from([32, 64, 128])))
+        kernels.select_token_reference(logits, rules, states[1])
+        for name, ours, expected in zip(TokenState._fields, *states, strict=True):
+            if name == "sum_logprobs":
+                # Where nothing is left to choose from, or NaN is chosen, that choice has no probability.
+                has_one = expected.isfinite()
+                torch.testing.assert_close(ours[has_one], expected[has_one], rtol=1e-5, atol=1e-5)
+            else:
+                assert torch.equal(bits(ours), bits(expected)), name
+
+
+KERNELS = {
+    function.__name__: function
+    for function in (
+        update_kv_cache,
+        append_attention,
+        decode_attention,
+        linear,
+        embed_tokens,
+        project_cross_kv,
+        add_layer_norm,
+        bias_gelu,
+        select_token,
+    )
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(max_examples=8, phases=[Phase.generate])
+@given(data=st.data(), seed=st.integers(0, 1 << 20))
+def test_any_call(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
+    torch.manual_seed(seed)
+    KERNELS[kernel](data.draw, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)  # most of it to compile: sizes are constants of some kernels
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(max_examples=80, phases=[Phase.generate])
+@given(data=st.data(), seed=st.integers(0, 1 << 20))
+def test_many_calls(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
+    torch.manual_seed(seed)
+    KERNELS[kernel](data.draw, device)
