@@ -71,8 +71,8 @@ def choice() -> Arguments:
     limits = torch.tensor(TokenLimits(max_length=6, pad_token=1))
     rules = TokenRules(torch.zeros(V, dtype=torch.uint8), limits, torch.tensor(0.0))
     numbers = [torch.full((B,), value) for value in (2, 0, 0)]
-    ids, sums = torch.zeros(B, 6, dtype=torch.int64), torch.zeros(B)
-    state = TokenState(ids, *numbers, sums, torch.zeros(B, 1, dtype=torch.int64), torch.zeros(B, dtype=torch.int64))
+    ids = torch.zeros(B, 6, dtype=torch.int64)
+    state = TokenState(ids, *numbers, torch.zeros(B, 1, dtype=torch.int64), torch.zeros(B, dtype=torch.int64))
     return {"logits": torch.randn(B, V)} | rules._asdict() | state._asdict()
 
 
