@@ -12,6 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,6 +61,25 @@ def measure(calls: Sequence[Callable[[], object]], replays: int = 30) -> tuple[f
     return time_graph(capture(calls), len(calls), replays)
 
 
+def time_calls(calls: Sequence[Callable[[], object]], rounds: int = 20, warm_up: int = 3) -> tuple[float, float]:
+    """(median, spread) in microseconds of one of `calls`, each launched by the host, which waits for the device once a round.
+
+    The wall clock, host included; on a CPU too. `warm_up` rounds go ahead: `reduce-overhead` compiles, warms up and records.
+    """
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times = []
+    for _ in range(warm_up + rounds):
+        synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        synchronize()
+        times.append(1e6 * (time.perf_counter() - start) / len(calls))
+    times = sorted(times[warm_up:])
+    cut = rounds // 10
+    return statistics.median(times), (times[-1 - cut] - times[cut]) / 2
+
+
 def read_bandwidth() -> float:
     """GB/s of reading a 4 GB tensor once: the ceiling that a share of the bandwidth is stated against."""
     x = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
@@ -80,10 +100,10 @@ def check(name: str, out: torch.Tensor, exact: torch.Tensor, stock: torch.Tensor
 def clones(tensors: Sequence[torch.Tensor], touched: int | None = None, most_bytes: int = 16 << 30) -> list[list[torch.Tensor]]:
     """Copies of a call's large tensors, as many as rotate past the L2 when a call touches `touched` bytes of them (all).
 
-    Exits if that takes more than `most_bytes`: what would then be measured is the L2.
+    Two on a CPU, where nothing is measured. Exits if it takes more than `most_bytes`: what would then be measured is the L2.
     """
     size = sum(t.nbytes for t in tensors)
-    count = num_buffers(size if touched is None else touched)
+    count = num_buffers(size if touched is None else touched) if tensors[0].is_cuda else 2
     if count * size > most_bytes:
         raise SystemExit(f"{count} buffers of {size} bytes would be needed to pass the L2")
     return [[t.clone() for t in tensors] for _ in range(count)]
@@ -108,10 +128,12 @@ def print_table(rows: Sequence[dict[str, object]]) -> None:
     """Aligned columns, one line a row, numbers with three significant places at least."""
 
     def text(value: object) -> str:
+        if value is None:
+            return "-"
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, *([text(row.get(c, "-")) for c in columns] for row in rows)]
+    lines = [columns, *([text(row.get(c)) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

@@ -33,10 +33,10 @@ PROMPT, LENGTH, CALLS = 4, 64, 16
 BLOCKS = (512, 1024, 2048, 4096)
 
 
-def processors_for(timestamps: bool) -> LogitsProcessorList:
+def processors_for(timestamps: bool, device: str = "cuda") -> LogitsProcessorList:
     processors = [
-        SuppressTokensAtBeginLogitsProcessor([220, EOS], PROMPT, device="cuda"),
-        SuppressTokensLogitsProcessor(list(range(1, 89)), device="cuda"),
+        SuppressTokensAtBeginLogitsProcessor([220, EOS], PROMPT, device=device),
+        SuppressTokensLogitsProcessor(list(range(1, 89)), device=device),
     ]
     if timestamps:
         config = GenerationConfig(eos_token_id=EOS, no_timestamps_token_id=NO_TIMESTAMPS, max_initial_timestamp_index=50)
@@ -47,11 +47,11 @@ def processors_for(timestamps: bool) -> LogitsProcessorList:
 class Stock:
     """What `_sample` does with a step's logits, up to the flag that the host then waits for."""
 
-    def __init__(self, B: int, processors: LogitsProcessorList) -> None:
+    def __init__(self, B: int, processors: LogitsProcessorList, device: str = "cuda") -> None:
         self.processors = processors
-        self.criteria = StoppingCriteriaList([MaxLengthCriteria(448), EosTokenCriteria(torch.tensor([EOS], device="cuda"))])
-        self.ids = torch.randint(100, 50000, (B, LENGTH), device="cuda")
-        self.unfinished, self.pad = torch.ones(B, dtype=torch.int64, device="cuda"), torch.tensor(EOS, device="cuda")
+        self.criteria = StoppingCriteriaList([MaxLengthCriteria(448), EosTokenCriteria(torch.tensor([EOS], device=device))])
+        self.ids = torch.randint(100, 50000, (B, LENGTH), device=device)
+        self.unfinished, self.pad = torch.ones(B, dtype=torch.int64, device=device), torch.tensor(EOS, device=device)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         scores = self.processors(self.ids, logits.to(copy=True, dtype=torch.float32))

@@ -1,0 +1,245 @@
+"""What FlashAttention's layout costs a decode step with a static cache, against kernels that read the cache by its strides.
+
+    python benchmarks/flash_layout.py --model large-v3 --batch 1,8
+
+FlashAttention wants states and caches as (B, tokens, H, D); the static cache is (B, H, S, D). `flash` is PyTorch's own flash
+kernel called that way, on transposed caches. It takes neither a mask nor a length from the device: over a static cache it reads
+every slot, and is right only when the cache is full; or the host reads the length and hands over slices. Ours take strides and
+a length on the device. Equal for all: shapes, caches, query, fp16, one new token. Three costs, each in rows of its own:
+
+- `transposes`: attention alone, the cache full (self: 448 slots, cross: 1500 frames). `flash` reads transposed views; `flash,
+  copies` gets `.transpose(1, 2).contiguous()` keys and values; `SDPA flash` is the same kernel behind
+  scaled_dot_product_attention, which transposes within; `ours` is `decode_attention`.
+- `unread slots`: the same by the length in use. `flash, slices` gets the slots in use, as if the host knew their number for
+  nothing; over the whole static length it takes at any length what it takes at the longest.
+- `launches`: write and attend in a stack of 8 layers, each with its caches (18 MB in all at batch 1, so in the L2), a layer's
+  query the result of the one before. `flash` writes with `index_copy_` and reads all slots, which are full; `flash, slices` has
+  the host read the length once a step; `ours` is `append_attention`.
+
+How: `graph`, in a CUDA graph, but for the stack over buffers rotated past the L2 (a graph of slices holds for one length only);
+`eager`, launched by the host, by the wall clock; `compiled`, reduce-overhead, with its graph breaks; `compiled, first pass` and
+`second pass`, where the position advances as in `generate`: 16 lengths never seen before, then again; their spread is half the
+range. Microseconds a call, or a whole stack. A result is checked before it is timed: at most twice as far from float64 as
+SDPA's. Without a GPU SDPA stands in for flash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from harness import check, clones, measure, time_calls
+from questions import Shape, compiled, dtype_on, keep_still, parse_question, parser_for, report, shape_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from whisper_triton.kernels import append_attention, append_attention_reference, decode_attention, decode_attention_reference
+
+LAYERS, TOKENS = 8, 16
+LENGTHS = (20, 100, 200, 448)
+SCALE = 0.125
+Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (B, 1, H, D), two (B, H, S, D) to (B, 1, H, D)
+LIBRARY = torch.library.Library("whisper_triton_benchmarks", "FRAGMENT")
+
+
+def _flash(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    sizes = (query.shape[1], keys.shape[1])
+    return torch.ops.aten._flash_attention_forward(query, keys, values, None, None, *sizes, 0.0, False, False, scale=SCALE)[0]
+
+
+def _stand_in(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    states = (x.transpose(1, 2) for x in (query, keys, values))
+    return scaled_dot_product_attention(*states, scale=SCALE).transpose(1, 2).contiguous()
+
+
+# An op, as the flash-attn package's function is one: torch.compile takes it whole and hands it the strides that eager would.
+LIBRARY.define("flash(Tensor query, Tensor keys, Tensor values) -> Tensor", tags=torch.Tag.needs_exact_strides)
+LIBRARY.impl("flash", _flash, "CUDA")
+LIBRARY.impl("flash", _stand_in, "CPU")
+torch.library.register_fake(
+    "whisper_triton_benchmarks::flash", lambda query, keys, values: query.new_empty(query.shape), lib=LIBRARY
+)
+flash = torch.ops.whisper_triton_benchmarks.flash.default
+
+
+def sdpa(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(query.transpose(1, 2), keys, values, scale=SCALE).transpose(1, 2)
+
+
+def flash_views(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return flash(query, keys.transpose(1, 2), values.transpose(1, 2))
+
+
+def flash_copies(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return flash(query, keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous())
+
+
+def sdpa_flash(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if query.is_cuda else SDPBackend.MATH):
+        return sdpa(query, keys, values)
+
+
+def ours(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return decode_attention(query, keys, values, scale=SCALE)
+
+
+WAYS = {"flash": flash_views, "flash, copies": flash_copies, "SDPA flash": sdpa_flash, "ours": ours}
+
+
+class Inputs:
+    """Random states of one token; caches on demand."""
+
+    def __init__(self, shape: Shape, B: int, device: str) -> None:
+        self.shape, self.B, self.device, self.dtype = shape, B, device, dtype_on(device)
+        self.query, self.key, self.value = (self.randn(B, 1, shape.H, shape.D) for _ in range(3))
+
+    def randn(self, *size: int) -> torch.Tensor:
+        return torch.randn(*size, device=self.device, dtype=self.dtype)
+
+    def caches(self, slots: int) -> list[torch.Tensor]:
+        return [self.randn(self.B, self.shape.H, slots, self.shape.D) for _ in range(2)]
+
+
+def time_ways(ways: dict[str, Way], query: torch.Tensor, rotated: list[list[torch.Tensor]]) -> list[dict[str, object]]:
+    """A row a way, over rotated caches, in a CUDA graph."""
+    timer, how = (measure, "graph") if query.is_cuda else (time_calls, "eager")
+    times = {name: timer([lambda c=c, way=way: way(query, *c) for c in rotated]) for name, way in ways.items()}
+    return [row(name, how, time, times["ours"]) for name, time in times.items()]
+
+
+def row(way: str, how: str, time: tuple[float, float], ours: tuple[float, float]) -> dict[str, object]:
+    return {"way": way, "how": how, "us": time[0], "spread_us": time[1], "way/ours": time[0] / ours[0]}
+
+
+def bench_transposes(inputs: Inputs, slots: int) -> list[dict[str, object]]:
+    """Attention over full caches of `slots` keys."""
+    query, caches = inputs.query, inputs.caches(slots)
+    exact = decode_attention_reference(query.double(), *(c.double() for c in caches), scale=SCALE)
+    for name, way in WAYS.items():
+        check(name, way(query, *caches), exact, sdpa(query, *caches))
+    return time_ways(WAYS, query, clones(caches))
+
+
+def bench_unread(inputs: Inputs, length: int) -> list[dict[str, object]]:
+    """Ours by a length on the device, and flash on slices of that length."""
+    query, caches = inputs.query, inputs.caches(inputs.shape.S)
+    on_device = torch.tensor(length, device=inputs.device)
+    ways = {
+        "flash, slices": lambda query, keys, values: flash_views(query, keys[:, :, :length], values[:, :, :length]),
+        "ours": lambda query, keys, values: decode_attention(query, keys, values, on_device, scale=SCALE),
+    }
+    exact = decode_attention_reference(query.double(), *(c.double() for c in caches), on_device, scale=SCALE)
+    for name, way in ways.items():
+        check(name, way(query, *caches), exact, sdpa(query, *(c[:, :, :length] for c in caches)))
+    touched = 2 * inputs.B * inputs.shape.H * length * inputs.shape.D * query.element_size()
+    return time_ways(ways, query, clones(caches, touched))
+
+
+class Stack:
+    """Write and attend, layer after layer, at `position` (0-dim, on the device)."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.query, self.key, self.value = inputs.query, inputs.key, inputs.value
+        self.layers = [inputs.caches(inputs.shape.S) for _ in range(LAYERS)]
+        self.position = torch.tensor(inputs.shape.S - 1, device=inputs.device)
+        keep_still(self.query, self.key, self.value, self.position, *(cache for layer in self.layers for cache in layer))
+
+    def _written(self, keys: torch.Tensor, values: torch.Tensor, length: int | None) -> list[torch.Tensor]:
+        slots = self.position.view(1)
+        keys.index_copy_(2, slots, self.key.transpose(1, 2))
+        values.index_copy_(2, slots, self.value.transpose(1, 2))
+        return [cache if length is None else cache[:, :, :length] for cache in (keys, values)]
+
+    def _through(self, attend: Way, length: int | None = None) -> torch.Tensor:
+        query = self.query
+        for layer in self.layers:
+            query = attend(query, *self._written(*layer, length))
+        return query
+
+    def flash(self) -> torch.Tensor:
+        return self._through(flash_views)
+
+    def flash_slices(self, length: int | None = None) -> torch.Tensor:
+        return self._through(flash_views, int(self.position) + 1 if length is None else length)
+
+    def ours(self) -> torch.Tensor:
+        query = self.query
+        for layer in self.layers:
+            query = append_attention(query, self.key, self.value, *layer, self.position, scale=SCALE)
+        return query
+
+    def check(self, name: str, out: torch.Tensor) -> None:
+        exact, key, value = self.query.double(), self.key.double(), self.value.double()
+        for layer in self.layers:
+            caches = (cache.double() for cache in layer)
+            exact = append_attention_reference(exact, key, value, *caches, self.position, scale=SCALE)
+        check(name, out, exact, self._through(sdpa, int(self.position) + 1))
+
+
+def bench_launches(inputs: Inputs) -> list[dict[str, object]]:
+    """A stack at the last position, where the cache is full, and from there back over the positions before it."""
+    stack = Stack(inputs)
+    ways = {"flash": stack.flash, "flash, slices": stack.flash_slices, "ours": stack.ours}
+    times: dict[str, dict[str, tuple[float, float]]] = {}
+    breaks = {}
+    for name, way in ways.items():
+        stack.check(name, way())
+        times.setdefault("eager", {})[name] = time_calls([way])
+        if inputs.device == "cuda":
+            # While it captures the host cannot read the length.
+            fixed = partial(way, inputs.shape.S) if name == "flash, slices" else way
+            times.setdefault("graph", {})[name] = measure([fixed])
+        breaks[name] = torch._dynamo.explain(way)().graph_break_count
+        traced = compiled(way, inputs.device, fullgraph=breaks[name] == 0)
+        stack.check(f"{name}, compiled", traced())
+        times.setdefault("compiled", {})[name] = time_calls([traced])
+        if name != "flash":  # wrong before the cache is full
+            for which in ("first", "second"):
+                times.setdefault(f"compiled, {which} pass", {})[name] = advance(stack, traced)
+            stack.check(f"{name}, compiled, after {TOKENS} positions", traced())
+    return [
+        row(name, how, time, found["ours"]) | {"graph_breaks": breaks[name] if how.startswith("compiled") else None}
+        for how, found in times.items()
+        for name, time in found.items()
+    ]
+
+
+def advance(stack: Stack, step: Callable[[], torch.Tensor]) -> tuple[float, float]:
+    """(mean, half the range) in microseconds of a step over the TOKENS positions before the last, waiting after each."""
+    last, times = stack.inputs.shape.S - 1, []
+    for position in range(last - TOKENS, last):
+        stack.position.fill_(position)
+        times.append(time_calls([step], rounds=1, warm_up=0)[0])
+    stack.position.fill_(last)
+    return sum(times) / TOKENS, (max(times) - min(times)) / 2
+
+
+def bench(inputs: Inputs) -> Iterator[dict[str, object]]:
+    """All rows of one shape and batch."""
+    S, frames = inputs.shape.S, inputs.shape.frames
+    found = [
+        ("transposes", "self", S, bench_transposes(inputs, S)),
+        ("transposes", "cross", frames, bench_transposes(inputs, frames)),
+    ]
+    found += [("unread slots", "self", n, bench_unread(inputs, n)) for n in sorted({min(n, S) for n in LENGTHS})]
+    found += [("launches", "self", S, bench_launches(inputs))]
+    for cost, part, length, rows in found:
+        yield from ({"cost": cost, "part": part, "length": length} | row for row in rows)
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse_question(parser_for(__doc__, model="large-v3"))
+    rows = [
+        {"model": name, "B": B} | row
+        for name in args.models
+        for B in args.batches
+        for row in bench(Inputs(shape_of(name, args.device), B, args.device))
+    ]
+    report(args, rows, "flash_layout.jsonl")
+
+
+if __name__ == "__main__":
+    main()
