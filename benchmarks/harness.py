@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 L2_MULTIPLE = 6  # bytes touched a replay, in units of the L2: at most a sixth of a buffer can survive to the next replay
+ROUNDS = 20 if torch.cuda.is_available() else 2  # of what the host launches; without a GPU only to see that it runs
 
 
 def num_buffers(bytes_a_call: int) -> int:
@@ -61,7 +62,7 @@ def measure(calls: Sequence[Callable[[], object]], replays: int = 30) -> tuple[f
     return time_graph(capture(calls), len(calls), replays)
 
 
-def time_calls(calls: Sequence[Callable[[], object]], rounds: int = 20, warm_up: int = 3) -> tuple[float, float]:
+def time_calls(calls: Sequence[Callable[[], object]], rounds: int = ROUNDS, warm_up: int = 3) -> tuple[float, float]:
     """(median, spread) in microseconds of one of `calls`, each launched by the host, which waits for the device once a round.
 
     The wall clock, host included; on a CPU too. `warm_up` rounds go ahead: `reduce-overhead` compiles, warms up and records.

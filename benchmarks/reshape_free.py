@@ -126,13 +126,13 @@ def bench_stack(inputs: Inputs) -> list[dict[str, object]]:
             return stack(attention, query, layers, mask)
 
         check(f"stack of {attention.__name__}", run(), right, yardstick)
-        times.setdefault("eager", []).append(time_calls([run]))
+        times.setdefault("eager", []).append(time_calls([run] * 4))
         if inputs.device == "cuda":
             times.setdefault("graph", []).append(measure([run]))
         if query.shape[1] == 1:
             traced = compiled(run, inputs.device)
             check(f"stack of {attention.__name__}, compiled", traced(), right, yardstick)
-            times.setdefault("compiled", []).append(time_calls([traced]))
+            times.setdefault("compiled", []).append(time_calls([traced] * 4))
     return rows_of("stack", shape.layers, times)
 
 

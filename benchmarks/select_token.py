@@ -26,7 +26,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from whisper_triton.decode_loop import TokenSelection
 from whisper_triton.kernels import select_token
-from whisper_triton.token_rules import read_settings
+from whisper_triton.token_rules import Settings, read_settings
 
 V, EOS, NO_TIMESTAMPS = 51866, 50257, 50364
 PROMPT, LENGTH, CALLS = 4, 64, 16
@@ -59,6 +59,14 @@ class Stock:
         ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
         self.finished = (self.unfinished & ~self.criteria(ids, None)).max() == 0
         return tokens
+
+
+def selection_for(B: int, processors: LogitsProcessorList, device: str = "cuda") -> tuple[TokenSelection, Settings]:
+    """Ours, by the same rules. Rows go on for as many calls as are made here, so that each reads its logits."""
+    most = LENGTH + 1000 * CALLS
+    criteria = StoppingCriteriaList([MaxLengthCriteria(most)])
+    settings = read_settings(processors, criteria, GenerationConfig(do_sample=False), PROMPT, V)
+    return TokenSelection(B, most, V, torch.device(device)), settings
 
 
 def eager_us(call: Callable[[], object], repeats: int = 50) -> float:
@@ -95,11 +103,7 @@ def waits(call: Callable[[], object]) -> bool:
 def bench(B: int, timestamps: bool) -> dict[str, object]:
     processors = processors_for(timestamps)
     stock = Stock(B, processors)
-    # Rows that go on for as many calls as are made here, so that each reads its logits.
-    most = LENGTH + 1000 * CALLS
-    selection = TokenSelection(B, most, V, torch.device("cuda"))
-    criteria = StoppingCriteriaList([MaxLengthCriteria(most)])
-    settings = read_settings(processors, criteria, GenerationConfig(do_sample=False), PROMPT, V)
+    selection, settings = selection_for(B, processors)
     logits = [torch.randn(B, V, device="cuda").mul_(3).half() for _ in range(CALLS)]
     for one in logits:
         selection.begin(stock.ids, settings, None)

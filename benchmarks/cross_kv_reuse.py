@@ -1,0 +1,183 @@
+"""What it costs stock to recompute the cross keys and values at each step, instead of once a window (`is_updated`).
+
+    python benchmarks/cross_kv_reuse.py --model large-v3,distil-large-v3 --batch 1,8
+
+`reuse` is stock's decoder with its static caches as it is: a layer projects the encoder's states once and then reads the cross
+cache. `recompute`: before each step the flag of every layer is taken back, and the cross cache's position with it, so that each
+layer projects them again and writes them over what is there. Equal for both: the stock model, random weights in the published
+shapes, fp16, caches, a step at position 64; and each step's position is taken back after it, by one launch.
+
+How: `eager`, a step launched by the host, by the wall clock; `graph`, the same launches in a CUDA graph; `compiled`,
+reduce-overhead; `generate`, a whole call of 64 new tokens from features, the encoder included, static cache, compiled on a GPU;
+microseconds all. `--layers` cuts deeper decoders, and their encoders by the same factor, since compiling takes what it
+takes and layers are alike: what is left out of proportion is the LM head's share, which makes the ratio a little too small.
+
+A step's logits are checked first: at most twice as far from float64 as stock's without any cache. Of `generate` the tokens are
+compared: with random weights rounding may turn a near tie, so their share is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from generate import NEW_TOKENS, build_model
+from harness import check, measure, time_calls
+from questions import compiled, keep_still, parse_question, parser_for, report, side_by_side
+from select_token import waits
+from transformers import EncoderDecoderCache, GenerationConfig, StaticCache, WhisperConfig, WhisperForConditionalGeneration
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+POSITION = 64
+
+
+def tiny_model() -> WhisperForConditionalGeneration:
+    """What stands for a model on a CPU."""
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1, "decoder_start_token_id": 2, "vocab_size": 200}
+    config = WhisperConfig(**sizes, **heads, **ids, num_mel_bins=8, max_source_positions=40, max_target_positions=160)
+    model = WhisperForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=2,
+        eos_token_id=1,
+        pad_token_id=1,
+        no_timestamps_token_id=150,
+        is_multilingual=False,
+        max_length=160,
+    )
+    return model
+
+
+def cut(model: WhisperForConditionalGeneration, layers: int) -> None:
+    """Leaves at most `layers` of the decoder, and as large a part of the encoder."""
+    encoder, decoder, config = model.model.encoder, model.model.decoder, model.config
+    if len(decoder.layers) <= layers:
+        return
+    encoder.layers = encoder.layers[: -(-len(encoder.layers) * layers // len(decoder.layers))]
+    decoder.layers = decoder.layers[:layers]
+    config.encoder_layers, config.decoder_layers = len(encoder.layers), layers
+
+
+def forget(cache: EncoderDecoderCache) -> None:
+    """Has the next step compute again the cross keys and values that have been computed."""
+    if any(cache.is_updated.values()):
+        cache.is_updated.update(dict.fromkeys(cache.is_updated, False))
+        torch._foreach_zero_([layer.cumulative_length for layer in initialised(cache.cross_attention_cache)])
+
+
+def initialised(cache: Cache) -> list[CacheLayerMixin]:
+    """The decoder's layers; stock's cache lists as many as the encoder has."""
+    return [layer for layer in cache.layers if layer.is_initialized]
+
+
+class Step:
+    """A stock model that has decoded POSITION tokens over random states, and decodes the next one over and over."""
+
+    def __init__(self, model: WhisperForConditionalGeneration, B: int) -> None:
+        config, device = model.config, model.device
+        self.model = model
+        self.ids = torch.randint(2, 150, (B, POSITION + 1), device=device)
+        self.token = self.ids[:, POSITION:].clone()
+        self.states = torch.randn(B, config.max_source_positions, config.d_model, device=device, dtype=model.dtype)
+        lengths = (config.max_target_positions, config.max_source_positions)
+        self.cache = EncoderDecoderCache(*(StaticCache(config=config, max_cache_len=length) for length in lengths))
+        self._decode(model.forward, self.ids[:, :POSITION])
+        self.positions = [layer.cumulative_length for layer in initialised(self.cache.self_attention_cache)]
+        self.start = [position.clone() for position in self.positions]
+        keep_still(self.states, self.token)
+
+    def _decode(self, forward: Callable, ids: torch.Tensor) -> torch.Tensor:
+        kwargs = {"encoder_outputs": (self.states,), "decoder_input_ids": ids, "past_key_values": self.cache, "use_cache": True}
+        return forward(**kwargs).logits[:, -1]
+
+    def reuse(self, forward: Callable) -> torch.Tensor:
+        torch._foreach_copy_(self.positions, self.start)
+        return self._decode(forward, self.token)
+
+    def recompute(self, forward: Callable) -> torch.Tensor:
+        forget(self.cache)
+        return self.reuse(forward)
+
+    def without_cache(self) -> torch.Tensor:
+        states = self.states.to(self.model.dtype)
+        return self.model(encoder_outputs=(states,), decoder_input_ids=self.ids, use_cache=False).logits[:, -1]
+
+    def spoil(self) -> None:
+        """What of the cross cache is not computed again stays NaN."""
+        for layer in initialised(self.cache.cross_attention_cache):
+            layer.keys.fill_(torch.nan), layer.values.fill_(torch.nan)
+
+
+def bench_step(model: WhisperForConditionalGeneration, B: int) -> list[dict[str, object]]:
+    """A step, each way: first as it recomputes, from a spoilt cache, then as it reuses what that left."""
+    step, dtype, device = Step(model, B), model.dtype, model.device.type
+    stock = step.without_cache()
+    model.double()
+    exact = step.without_cache()
+    model.to(dtype)
+    times: dict[str, dict[str, tuple[float, float]]] = {}
+    for way in (step.recompute, step.reuse):
+        name = way.__name__
+        eager, traced = partial(way, model.forward), partial(way, compiled(model.forward, device))
+        for how, call in (("eager", eager), ("compiled", traced)):
+            if name == "recompute":
+                step.spoil()
+            check(f"{name}, {how}", call(), exact, stock)
+            times.setdefault(how, {})[name] = time_calls([call] * 4)
+        if device == "cuda" and not waits(eager):
+            times.setdefault("graph", {})[name] = measure([eager])
+    return [{"how": how} | side_by_side(**found) for how, found in times.items()]
+
+
+def bench_generate(model: WhisperForConditionalGeneration, B: int) -> dict[str, object]:
+    """A whole call. `prepare_inputs_for_generation` runs before each step, outside what is compiled."""
+    features = torch.randn(B, model.config.num_mel_bins, 2 * model.config.max_source_positions, device=model.device).to(
+        model.dtype
+    )
+    stock_prepare = model.prepare_inputs_for_generation
+
+    def prepare(*args: object, **kwargs: object) -> dict[str, object]:
+        inputs = stock_prepare(*args, **kwargs)
+        forget(inputs["past_key_values"])
+        return inputs
+
+    def generate() -> torch.Tensor:
+        tokens = NEW_TOKENS if model.device.type == "cuda" else 8
+        lengths = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+        return model.generate(features, cache_implementation="static", do_sample=False, **lengths)
+
+    def timed() -> tuple[torch.Tensor, tuple[float, float]]:
+        torch._dynamo.reset()
+        rounds, warm_up = (5, 2) if model.device.type == "cuda" else (1, 0)
+        return generate(), time_calls([generate], rounds, warm_up)
+
+    tokens, reuse = timed()
+    model.prepare_inputs_for_generation = prepare
+    again, recompute = timed()
+    del model.prepare_inputs_for_generation
+    equal = (tokens == again).float().mean().item()
+    return {"how": "generate"} | side_by_side(recompute=recompute, reuse=reuse) | {"equal_tokens": equal}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = parser_for(__doc__, model="large-v3,distil-large-v3")
+    parser.add_argument("--layers", type=int, default=8, help="of the decoder, at most")
+    args = parse_question(parser)
+    rows = []
+    for name in args.models:
+        model = build_model(name) if args.device == "cuda" else tiny_model()
+        cut(model, args.layers)
+        for B in args.batches:
+            start = {"model": name, "layers": len(model.model.decoder.layers), "B": B}
+            rows += [start | row for row in [*bench_step(model, B), bench_generate(model, B)]]
+        del model
+    report(args, rows, "cross_kv_reuse.jsonl")
+
+
+if __name__ == "__main__":
+    main()
