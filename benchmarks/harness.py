@@ -146,7 +146,10 @@ def environment() -> dict[str, object]:
     import triton
 
     def output_of(*command: str) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        except OSError:  # there is no such command
+            return "unknown"
         return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
 
     return {

@@ -50,7 +50,7 @@ class Bench:
         dtype, calls = (torch.float16, CALLS) if device == "cuda" else (torch.float32, 2)
         self.logits = [torch.randn(B, V, device=device).mul_(3).to(dtype) for _ in range(calls)]
         if device == "cpu":
-            self.stock.ids = self.stock.ids[:, : PROMPT + 4].contiguous()
+            self.stock.ids = self.stock.ids[:, : PROMPT + 2].contiguous()
 
     def alone(self, logits: torch.Tensor) -> torch.Tensor:
         return self.processors(self.stock.ids, logits.float())
