@@ -5,12 +5,12 @@
 `reuse` is stock's decoder with its static caches as it is: a layer projects the encoder's states once and then reads the cross
 cache. `recompute`: before each step the flag of every layer is taken back, and the cross cache's position with it, so that each
 layer projects them again and writes them over what is there. Equal for both: the stock model, random weights in the published
-shapes, fp16, caches, a step at position 64; and each step's position is taken back after it, by one launch.
+shapes, fp16, caches, a step at position 64; the position is put back before each step, by one launch.
 
-How: `eager`, a step launched by the host, by the wall clock; `graph`, the same launches in a CUDA graph; `compiled`,
-reduce-overhead; `generate`, a whole call of 64 new tokens from features, the encoder included, static cache, compiled on a GPU;
-microseconds all. `--layers` cuts deeper decoders, and their encoders by the same factor, since compiling takes what it
-takes and layers are alike: what is left out of proportion is the LM head's share, which makes the ratio a little too small.
+How: `eager`, a step launched by the host, by the wall clock; `graph`, the same launches in a CUDA graph, if none waits for the
+device; `compiled`, reduce-overhead; `generate`, a whole call of 64 new tokens from features, the encoder included, static
+cache, compiled on a GPU; microseconds all. `--layers` cuts deeper decoders, and their encoders by the same factor, since compiling
+takes long and layers are alike: only the LM head is out of proportion then, which makes the ratio a little too small.
 
 A step's logits are checked first: at most twice as far from float64 as stock's without any cache. Of `generate` the tokens are
 compared: with random weights rounding may turn a near tie, so their share is reported.
@@ -130,7 +130,7 @@ def bench_step(model: WhisperForConditionalGeneration, B: int) -> list[dict[str,
             times.setdefault(how, {})[name] = time_calls([call] * 4)
         if device == "cuda" and not waits(eager):
             times.setdefault("graph", {})[name] = measure([eager])
-    return [{"how": how} | side_by_side(**found) for how, found in times.items()]
+    return [{"how": how} | side_by_side(**found) for how, found in times.items() if len(found) == 2]
 
 
 def bench_generate(model: WhisperForConditionalGeneration, B: int) -> dict[str, object]:

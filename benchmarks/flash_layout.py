@@ -17,10 +17,10 @@ a length on the device. Equal for all: shapes, caches, query, fp16, one new toke
   `flash, slices` has the host read the length once a step; `ours` is `append_attention`.
 
 How: `graph`, in a CUDA graph, but for the stack over buffers rotated past the L2 (a graph of slices holds for one length only);
-`eager`, launched by the host, by the wall clock; `compiled`, reduce-overhead, with its graph breaks; `compiled, first pass` and
-`second pass`, where the position advances as in `generate`: 16 lengths never seen before, then again; their spread is half the
-range. Microseconds a call, or a whole stack. A result is checked before it is timed: at most twice as far from float64 as
-SDPA's. Without a GPU SDPA stands in for flash.
+`eager`, launched by the host, by the wall clock; `compiled`, reduce-overhead, with its graph breaks; `compiled, ... pass`, as
+the position advances like in `generate`: 16 lengths never seen before, again (they are recorded), and again (replayed); their
+spread is half the range. Microseconds a call, or a whole stack. A result is checked before it is timed: at most twice as far
+from float64 as SDPA's. Without a GPU SDPA stands in for flash.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from itertools import chain
 
 import torch
 from harness import check, clones, measure, time_calls
-from questions import Shape, compiled, dtype_on, keep_still, parse_question, parser_for, report, shape_of
+from questions import PASSES, Shape, compiled, dtype_on, keep_still, parse_question, parser_for, report, shape_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -203,7 +203,7 @@ def bench_launches(inputs: Inputs) -> list[dict[str, object]]:
         stack.check(f"{name}, compiled", traced)
         times.setdefault("compiled", {})[name] = time_calls([traced] * 4)
         if name != "flash":  # wrong before the cache is full
-            for which in ("first", "second"):
+            for which in PASSES:
                 times.setdefault(f"compiled, {which} pass", {})[name] = advance(stack, traced)
             stack.check(f"{name}, compiled, after {TOKENS} positions", traced)
     return [

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("reference_kernels")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 ENVIRONMENT = {"gpu", "driver", "torch", "triton", "transformers", "python", "revision", "date"}
 WAYS = ("flash", "flash, copies", "SDPA flash", "ours")
-TRACED = ("graph_breaks", "graphs", "why")
+PASSES = ("first", "second", "third")
+TRACED = ("is_whole", "why", "graphs")
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ class TestFlashLayout:
             "ours": 0,
         }
         passes = {(row["how"], row["way"]) for row in launches if "pass" in row["how"]}
-        assert passes == {(f"compiled, {n} pass", way) for n in ("first", "second") for way in ("flash, slices", "ours")}
+        assert passes == {(f"compiled, {n} pass", way) for n in PASSES for way in ("flash, slices", "ours")}
 
     @pytest.mark.parametrize("way", ["flash, copies", "ours"])
     def test_a_way_that_leaves_out_a_slot_is_refused(self, way, load, run, monkeypatch):
@@ -138,17 +139,19 @@ class TestLogitsProcessors:
         rows = run("logits_processors")
         assert_timed(rows, {"B", "timestamps", "what", "how", "us", "spread_us", "over_ours", "launches", *TRACED})
         choices = [row for row in rows if row["what"] == "choice"]
-        growing = ["growing, first pass", "growing, second pass"]
-        assert [row["how"] for row in choices] == ["stock", "compiled", *growing, "ours"] * 2
+        growing = [f"growing, {n} pass" for n in PASSES]
+        assert [row["how"] for row in choices] == ["stock", "compiled", *growing, "ours", "stock", "compiled", "ours"]
         assert [row["how"] for row in rows if row["what"] == "processors"] == ["stock", "compiled"] * 2
         assert all(row["over_ours"] > 0 for row in choices)
         for row in rows:
             if row["how"] not in ("stock", "ours"):  # only the rules of timestamps cannot be taken whole
-                assert (row["graph_breaks"] > 0) == ("tolist" in (row["why"] or "")) == row["timestamps"], row
+                assert row["is_whole"] != row["timestamps"], row
+                assert (row["graphs"] == 1) == (row["is_whole"] and row["how"] == "compiled"), row
+                assert ("timestamp" in (row["why"] or "") or "tolist" in (row["why"] or "")) == row["timestamps"], row
 
     def test_another_token_than_stocks_is_refused(self, load, run, monkeypatch):
         module = load("logits_processors")
-        monkeypatch.setattr(module, "compiled", lambda call, device, fullgraph: lambda logits: call(logits).roll(1, -1))
+        monkeypatch.setattr(module, "compiled", lambda call, device: lambda logits: call(logits).roll(1, -1))
         with pytest.raises(SystemExit, match="processors, compiled is wrong"):
             run("logits_processors")
 
