@@ -9,8 +9,8 @@ shapes, fp16, caches, a step at position 64; the position is put back before eac
 
 How: `eager`, a step launched by the host, by the wall clock; `graph`, the same launches in a CUDA graph, if none waits for the
 device; `compiled`, reduce-overhead; `generate`, a whole call of 64 new tokens from features, the encoder included, static
-cache, compiled on a GPU; microseconds all. `--layers` cuts deeper decoders, and their encoders by the same factor, since compiling
-takes long and layers are alike: only the LM head is out of proportion then, which makes the ratio a little too small.
+cache, compiled on a GPU; microseconds all. `--layers` cuts deeper decoders, and their encoders by the same factor, since
+compiling takes long and layers are alike: only the LM head is out of proportion then, which makes the ratio a little too small.
 
 A step's logits are checked first: at most twice as far from float64 as stock's without any cache. Of `generate` the tokens are
 compared: with random weights rounding may turn a near tie, so their share is reported.
