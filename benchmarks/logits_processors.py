@@ -51,7 +51,7 @@ class Bench:
         self.selection, self.settings = selection_for(shape, B, self.processors, place.device)
         self.logits = [place.randn(B, shape.vocabulary, scale=3) for _ in range(CALLS if place.is_gpu else 2)]
         if not place.is_gpu:
-            self.stock.ids = self.stock.ids[:, : PROMPT + 2].contiguous()
+            self.stock.ids = self.stock.ids[:, : PROMPT + 1].contiguous()
 
     def alone(self, logits: torch.Tensor) -> torch.Tensor:
         return self.processors(self.stock.ids, logits.float())
