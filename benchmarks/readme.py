@@ -22,9 +22,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compare import read_rows
-from plots import digest, plot, read_digest
-from readme_tables import TABLES, render_table
+from whisper_triton.benchmarks.compare import read_rows
+from whisper_triton.benchmarks.plots import digest, plot, read_digest
+from whisper_triton.benchmarks.readme_tables import TABLES, render_table
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- (rows|plot): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from plots import named, values
+from whisper_triton.benchmarks.plots import named, values
 
 OURS, STOCK, DYNAMIC = "accelerate", "stock static+compile", "stock dynamic"
 

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import compare
 import pytest
+
+from whisper_triton.benchmarks import compare
 
 WHERE = {"gpu": "GPU X", "torch": "2.11", "revision": "abc", "date": "2026-01-01"}
 

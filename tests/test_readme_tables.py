@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import plots
 import pytest
-import readme
-import readme_tables
+
+from whisper_triton.benchmarks import plots, readme, readme_tables
 
 MOST_BYTES = 60_000  # of a figure
 WHERE = {
