@@ -22,7 +22,9 @@ VERSIONS = ("gpu", "driver", "torch", "triton", "transformers", "python")
 ENVIRONMENT = (*VERSIONS, "revision", "date", "command", "source", "path")  # path: which code ran, which is no option
 MAIN_TIMES = ("ms", "us", "ours_ms", "ours_us", "step_ms")
 # A column is a measurement by its last word, as a rate or a ratio ("GB/s", "stock/ours"), or because it holds fractions.
-MEASURED = re.compile(r"(^|_)(us|ms|s|MB|GB|bytes|%|RTFx|rtfx|errors?|launches|waits|equal)$|/|^equal_|^spread")
+MEASURED = re.compile(
+    r"(^|_)(us|ms|s|MB|GB|bytes|%|RTFx|rtfx|errors?|launches|waits|equal|graphs|breaks|whole|why)$|/|^equal_|^spread"
+)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -74,6 +76,7 @@ def time_range(row: Row, column: str) -> tuple[float, float] | None:
     """Between what a time lay: least and greatest where the row has them, else the time and its spread about it."""
     unit = column[-2:]
     least, greatest, spread = (row.get(f"{name}_{unit}") for name in ("min", "max", "spread"))
+    spread = row.get(f"{column[:-2]}spread_{unit}", spread)  # a time's own, where it has one
     if least is not None and greatest is not None:
         return least, greatest
     return None if spread is None else (row[column] - spread, row[column] + spread)

@@ -77,17 +77,26 @@ def measure(calls: Sequence[Callable[[], object]], replays: int = 30) -> tuple[f
     return time_graph(capture(calls), len(calls), replays)
 
 
-def measure_on_cpu(calls: Sequence[Callable[[], object]], repeats: int = 3) -> tuple[float, float]:
-    """(median, spread) in microseconds of one of `calls` by the clock."""
-    for call in calls[:2]:
-        call()
+def time_calls(calls: Sequence[Callable[[], object]], rounds: int = 20, warm_up: int = 3) -> tuple[float, float]:
+    """(median, spread) in microseconds of one of `calls`, each launched by the host, which waits for the device once a round.
+
+    The wall clock, host included; on a CPU too. `warm_up` rounds go ahead: `reduce-overhead` compiles, warms up and records.
+    """
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     times = []
-    for _ in range(repeats):
+    for _ in range(warm_up + rounds):
+        synchronize()
         start = time.perf_counter()
         for call in calls:
             call()
+        synchronize()
         times.append(1e6 * (time.perf_counter() - start) / len(calls))
-    return median_and_spread(times)
+    return median_and_spread(times[warm_up:])
+
+
+def measure_on_cpu(calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
+    """As `time_calls`, in a few rounds: what runs on a CPU only proves that it runs."""
+    return time_calls(calls, rounds=3, warm_up=1)
 
 
 def read_bandwidth() -> float:
@@ -127,6 +136,10 @@ class Place(NamedTuple):
     def measure(self, calls: Sequence[Callable[[], object]], replays: int = 30) -> tuple[float, float]:
         """As `measure`; by the clock on a CPU."""
         return measure(calls, replays) if self.is_gpu else measure_on_cpu(calls)
+
+    def time(self, calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
+        """As `time_calls`, the host included; on a CPU the first two of `calls` stand for all."""
+        return time_calls(calls) if self.is_gpu else measure_on_cpu(calls[:2])
 
     def compile(self, function: Callable[..., object], **kwargs: object) -> Callable[..., object]:
         """`torch.compile`, whole and for the one shape; on a CPU traced only, which tells a graph break just as well."""
@@ -181,10 +194,12 @@ def print_table(rows: Sequence[Row]) -> None:
     """Aligned columns, one line a row, numbers with three significant places at least."""
 
     def text(value: object) -> str:
+        if value is None:
+            return "-"
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, *([text(row.get(c, "-")) for c in columns] for row in rows)]
+    lines = [columns, *([text(row.get(c)) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

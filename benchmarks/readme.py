@@ -10,8 +10,8 @@ README marks a table, and a figure, by the name of their row file; what stands b
     <!-- plot: decoder_step -->
     <!-- end -->
 
-A table needs its row file. A figure of a file that has no table stays empty until the file is there. By which command, where
-and when rows were measured is said from the rows.
+What has no rows is not marked, and what has some must be. By which command, where and when they were measured is said from
+the rows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compare import read_rows
-from plots import digest, plot, read_digest
-from readme_tables import TABLES, render_table
+from whisper_triton.benchmarks.compare import read_rows
+from whisper_triton.benchmarks.plots import digest, plot, read_digest
+from whisper_triton.benchmarks.readme_tables import TABLES, render_table
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- (rows|plot): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -42,11 +42,33 @@ FIGURES = {
 
 
 def load(root: Path, name: str) -> list[Row]:
-    """The rows of benchmarks/rows/NAME.jsonl; ValueError if there are none."""
-    rows = read_rows(root / "benchmarks" / "rows" / f"{name}.jsonl")
-    only = TABLES[name].benchmark if name in TABLES else None
+    """The rows of a table or figure, of benchmarks/rows/NAME.jsonl unless its table says otherwise; ValueError for none."""
+    table = TABLES.get(name)
+    file = (table and table.file) or name
+    rows = read_rows(root / "benchmarks" / "rows" / f"{file}.jsonl")
+    if table and table.benchmark:
+        # Before rows said their benchmark, a file held those of one.
+        own = TABLES[file].benchmark
+        rows = [row for row in rows if row.get("benchmark", own) == table.benchmark]
+        if not rows:
+            raise ValueError(f"{file}.jsonl: no rows of the benchmark {table.benchmark}")
     # Before rows said their dtype, every benchmark ran in fp16.
-    return [{"dtype": "fp16", **row} for row in rows if only is None or row.get("benchmark", only) == only]
+    return [{"dtype": "fp16", **row} for row in rows]
+
+
+def unmarked(root: Path) -> list[str]:
+    """The marks that README lacks of what there are rows of."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    marks = [f"<!-- {kind}: {name} -->" for kind, names in (("rows", TABLES), ("plot", FIGURES)) for name in names]
+    return [mark for mark in marks if mark not in text and has_rows(root, mark.split()[2])]
+
+
+def has_rows(root: Path, name: str) -> bool:
+    try:
+        load(root, name)
+    except ValueError:
+        return False
+    return True
 
 
 def render(root: Path) -> tuple[str, dict[str, list[Row]]]:
@@ -60,9 +82,6 @@ def render(root: Path) -> tuple[str, dict[str, list[Row]]]:
             raise ValueError(f"README.md: nothing is known of <!-- {kind}: {name} -->")
         if "<!-- " in old:
             raise ValueError(f"README.md: <!-- {kind}: {name} --> has no end of its own")
-        is_missing = not (root / "benchmarks" / "rows" / f"{name}.jsonl").exists()
-        if kind == "plot" and is_missing and name not in TABLES:
-            return start + end
         rows = load(root, name)
         if kind == "rows":
             return f"{start}{render_table(name, rows)}{end}"
@@ -81,6 +100,7 @@ def differences(root: Path) -> list[str]:
     old = (root / "README.md").read_text(encoding="utf-8")
     blocks = zip(BLOCK.finditer(old), BLOCK.finditer(new), strict=True)
     found = [f"README.md: {a[1].strip()} differs" for a, b in blocks if a[0] != b[0]]
+    found += [f"README.md: {mark} is missing" for mark in unmarked(root)]
     for name, rows in figures.items():
         if read_digest(root / "benchmarks" / "plots" / f"{name}.svg") != digest(rows, FIGURES[name]):
             found.append(f"benchmarks/plots/{name}.svg shows other rows or none")

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from plots import named, values
+from whisper_triton.benchmarks.plots import named, values
 
 OURS, STOCK, DYNAMIC = "accelerate", "stock static+compile", "stock dynamic"
 
@@ -51,6 +51,7 @@ def measured(header: str, column: str, spread: str | None = None, optional: bool
 
 
 MODEL, BATCH = Column("model", ("model",)), Column("batch", ("B",))
+TIMESTAMPS = Column("timestamps", ("timestamps",), lambda value: "with" if value else "without")
 STOCK_OVER_OURS = measured("stock / ours", "stock/ours")
 ALTERNATIVES = [
     measured("SDPA cuDNN", "cudnn_us", optional=True),
@@ -68,16 +69,26 @@ class Table(NamedTuple):
     columns: Sequence[Column] | Callable[[Sequence[Row]], list[Column]]
     prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
     benchmark: str | None = None  # only these, where rows of a file say of which benchmark they are
+    file: str | None = None  # that the rows are in, where the table has another name
 
 
-def by_variant(rows: Sequence[Row]) -> list[Row]:
-    """One row for all variants of a model and batch: their columns as "variant: column"."""
-    merged: dict[tuple[object, ...], Row] = {}
-    for row in rows:
-        same = {column: row.get(column) for column in ("gpu", "dtype", "model", "B")}
-        calls = {f"{row['variant']}: {column}": value for column, value in row.items() if column not in same}
-        merged.setdefault(tuple(same.values()), same).update(calls)
-    return list(merged.values())
+def pivot(key: str, *same: str) -> Callable[[Sequence[Row]], list[Row]]:
+    """Makes one row of those equal in GPU, dtype and the columns `same`: what they hold as "value of key: column"."""
+
+    def merge(rows: Sequence[Row]) -> list[Row]:
+        merged: dict[tuple[object, ...], Row] = {}
+        for row in rows:
+            kept = {column: row.get(column) for column in ("gpu", "dtype", *same)}
+            rest = {f"{row[key]}: {column}": value for column, value in row.items() if column not in kept}
+            merged.setdefault(tuple(kept.values()), kept).update(rest)
+        return list(merged.values())
+
+    return merge
+
+
+def of_each(names: Sequence[str], unit: str = "us") -> list[Column]:
+    """A column of times for each value of the key that a `pivot` was made by; all may be missing."""
+    return [measured(f"{name}, {unit}", f"{name}: {unit}", f"{name}: spread_{unit}", optional=True) for name in names]
 
 
 def calls_text(rate: float, ms: float, least: float, greatest: float) -> str:
@@ -99,10 +110,35 @@ def generate_columns(rows: Sequence[Row]) -> list[Column]:
     return [MODEL, BATCH, *rates, *gains, first]
 
 
+def link_columns(rows: Sequence[Row]) -> list[Column]:
+    def text(time: float, floor: float) -> str:
+        return f"{number(time)} ({number(floor)})"
+
+    links = values(rows, "link")
+    return [MODEL, BATCH, *(Column(f"{link}, us (floor)", (f"{link}: us", f"{link}: floor_us"), text) for link in links)]
+
+
+def reshaping_columns(rows: Sequence[Row]) -> list[Column]:
+    def text(older: float, newer: float) -> str:
+        return f"{number(older)} / {number(newer)} = {number(older / newer)}"
+
+    times = [
+        Column(
+            f"{how}, us: reshaping / reshape-free", tuple(f"{how}: {form}_us" for form in ("reshaping", "reshape_free")), text
+        )
+        for how in values(rows, "how")
+    ]
+    return [MODEL, BATCH, Column("tokens", ("T",)), Column("part", ("part",)), *times]
+
+
+BY_VARIANT = pivot("variant", "model", "B")
+FLASH_WAYS = ("flash", "flash, slices", "flash, copies", "SDPA flash", "ours")
+GROWING = ("growing, first pass", "growing, second pass", "growing, third pass")
+PROCESSOR_WAYS = ("stock", "compiled", *GROWING, "ours", "ours, graph")
 TABLES = {
-    "generate": Table("python benchmarks/generate.py", generate_columns, by_variant),
+    "generate": Table("python benchmarks/generate.py", generate_columns, BY_VARIANT),
     "generate_accelerate": Table(
-        'python benchmarks/generate.py --variants "stock static+compile;accelerate"', generate_columns, by_variant
+        'python benchmarks/generate.py --variants "stock static+compile;accelerate"', generate_columns, BY_VARIANT
     ),
     "decoder_step": Table(
         "python benchmarks/decoder_step.py",
@@ -117,6 +153,13 @@ TABLES = {
             measured("stock compiled / ours", "compiled/ours", optional=True),
         ],
         benchmark="step",
+    ),
+    "step_links": Table(
+        "python benchmarks/decoder_step.py",
+        link_columns,
+        pivot("link", "model", "B"),
+        benchmark="step_links",
+        file="decoder_step",
     ),
     "encoder": Table(
         "python benchmarks/encoder.py --compile none",
@@ -136,7 +179,7 @@ TABLES = {
         "python benchmarks/select_token.py",
         [
             BATCH,
-            Column("timestamps", ("timestamps",), lambda value: "with" if value else "without"),
+            TIMESTAMPS,
             measured("ours, us", "ours_us", "spread_us"),
             measured("ours sampling, us", "ours_sampling_us"),
             measured("ours top-k, us", "ours_top_k_us", optional=True),
@@ -180,6 +223,50 @@ TABLES = {
             measured("stock compiled", "compiled_us", optional=True),
             STOCK_OVER_OURS,
         ],
+    ),
+    "reshape_free": Table(
+        "python benchmarks/reshape_free.py", reshaping_columns, pivot("how", "model", "B", "T", "part", "layers")
+    ),
+    "flash_layout": Table(
+        "python benchmarks/flash_layout.py",
+        [
+            MODEL,
+            BATCH,
+            *(Column(name, (name,)) for name in ("cost", "part", "length", "how")),
+            *of_each(FLASH_WAYS),
+            measured("flash / ours", "flash: way/ours", optional=True),
+            measured("flash, slices / ours", "flash, slices: way/ours", optional=True),
+            Column("graph breaks: flash, slices", ("flash, slices: graph_breaks",), optional=True),
+            Column("graph breaks: ours", ("ours: graph_breaks",), optional=True),
+        ],
+        pivot("way", "model", "B", "cost", "part", "length", "how"),
+    ),
+    "cross_kv_reuse": Table(
+        "python benchmarks/cross_kv_reuse.py",
+        [
+            MODEL,
+            Column("layers", ("layers",)),
+            BATCH,
+            Column("how", ("how",)),
+            measured("recompute, us", "recompute_us", "recompute_spread_us"),
+            measured("reuse, us", "reuse_us", "reuse_spread_us"),
+            measured("recompute / reuse", "recompute/reuse"),
+            Column("equal tokens", ("equal_tokens",), lambda share: f"{100 * share:.0f} %", optional=True),
+        ],
+    ),
+    "logits_processors": Table(
+        "python benchmarks/logits_processors.py",
+        [
+            BATCH,
+            TIMESTAMPS,
+            Column("what", ("what",)),
+            *of_each(PROCESSOR_WAYS),
+            measured("stock / ours, graph", "stock: over_ours", optional=True),
+            measured("compiled / ours, graph", "compiled: over_ours", optional=True),
+            Column("compiled whole", ("compiled: is_whole",), lambda whole: "yes" if whole else "no"),
+            Column("stock's launches", ("stock: launches",), optional=True),
+        ],
+        pivot("how", "model", "B", "timestamps", "what"),
     ),
 }
 

@@ -9,7 +9,6 @@ included, and in a graph where they can be captured, which nothing can that wait
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -22,13 +21,13 @@ from transformers import (
     WhisperTimeStampLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
-from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, parse_args
+from whisper_triton.benchmarks.harness import Place, Row, parse_args
 from whisper_triton.benchmarks.models import SHAPES, Shape
 from whisper_triton.benchmarks.tasks import run, sweep
 
 from whisper_triton.decode_loop import TokenSelection
 from whisper_triton.kernels import select_token
-from whisper_triton.token_rules import read_settings
+from whisper_triton.token_rules import Settings, read_settings
 
 EOS, TIMESTAMPS = 50257, 1501  # a timestamp every 0.02 s: the last tokens of every Whisper's vocabulary
 PROMPT, LENGTH, CALLS = 4, 64, 16
@@ -64,15 +63,14 @@ class Stock:
         return tokens
 
 
-def eager_us(call: Callable[[], object], repeats: int = 50) -> float:
-    for _ in range(5):
-        call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats * 1e6
+def selection_for(
+    shape: Shape, B: int, processors: LogitsProcessorList, device: torch.device
+) -> tuple[TokenSelection, Settings]:
+    """Ours, by the same rules. Rows go on for as many calls as are made here, so that each reads its logits."""
+    most = LENGTH + 1000 * CALLS
+    criteria = StoppingCriteriaList([MaxLengthCriteria(most)])
+    settings = read_settings(processors, criteria, GenerationConfig(do_sample=False), PROMPT, shape.vocabulary)
+    return TokenSelection(B, most, shape.vocabulary, device), settings
 
 
 def count_launches(call: Callable[[], object]) -> int:
@@ -96,15 +94,10 @@ def waits(call: Callable[[], object]) -> bool:
 
 
 def bench_rules(place: Place, shape: Shape, B: int, timestamps: bool) -> Row:
-    V, device = shape.vocabulary, place.device
-    processors = processors_for(shape, timestamps, device)
-    stock = Stock(B, processors, device)
-    # Rows that go on for as many calls as are made here, so that each reads its logits.
-    most = LENGTH + 1000 * CALLS
-    selection = TokenSelection(B, most, V, device)
-    criteria = StoppingCriteriaList([MaxLengthCriteria(most)])
-    settings = read_settings(processors, criteria, GenerationConfig(do_sample=False), PROMPT, V)
-    logits = [place.randn(B, V, scale=3) for _ in range(CALLS if place.is_gpu else 1)]
+    processors = processors_for(shape, timestamps, place.device)
+    stock = Stock(B, processors, place.device)
+    selection, settings = selection_for(shape, B, processors, place.device)
+    logits = [place.randn(B, shape.vocabulary, scale=3) for _ in range(CALLS if place.is_gpu else 1)]
     for one in logits:
         selection.begin(stock.ids, settings, None)
         selection(one)
@@ -126,9 +119,9 @@ def bench_rules(place: Place, shape: Shape, B: int, timestamps: bool) -> Row:
     row["ours_us"], row["spread_us"] = ours(1024)
     row["ours_sampling_us"] = ours(1024, temperature=0.7)[0]
     row["ours_top_k_us"] = ours(1024, temperature=0.7, top_k=50)[0]
+    row["stock_eager_us"] = place.time([stock_step])[0]
     if not place.is_gpu:
-        return row | {"stock_eager_us": measure_on_cpu([stock_step])[0]}
-    row["stock_eager_us"] = eager_us(stock_step)
+        return row
     row["stock_waits"] = waits(lambda: stock(logits[0]))
     if not row["stock_waits"]:
         row["stock_graph_us"] = place.measure([lambda one=one: stock(one) for one in logits])[0]

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-import compare
 import pytest
+
+from whisper_triton.benchmarks import compare
 
 WHERE = {"gpu": "GPU X", "torch": "2.11", "revision": "abc", "date": "2026-01-01"}
 
@@ -84,6 +85,14 @@ def test_warns_of_another_gpu_and_versions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", [{"B": 1, "ours_us": 2.0, "stock_us": 9.0}, {"B": 1, "floor_us": 9.0, "flash_us": 2.0}])
 def test_main_time_of_a_kernel(tmp_path: Path, row: dict) -> None:
     assert "2 us" in lines(tmp_path, [row], [row])["B=1"]
+
+
+def test_a_time_has_its_own_spread_and_what_was_traced_does_not_identify(tmp_path: Path) -> None:
+    def row(us: float, graphs: int) -> dict:
+        return {"B": 1, "how": "eager", "a_us": us, "a_spread_us": 0.5, "b_us": 1.0, "b_spread_us": 9.0, "graphs": graphs}
+
+    assert lines(tmp_path, [row(2.0, 1)], [row(3.1, 2)])["B=1 how=eager"].endswith("slower")
+    assert not lines(tmp_path, [row(2.0, 1)], [row(2.9, 2)])["B=1 how=eager"].endswith("slower")
 
 
 def test_a_time_that_is_missing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ installed tree, from the root of the repository and from elsewhere, and must nev
 finds depends on what was imported before, so each case runs in a fresh process.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -204,6 +205,18 @@ def test_installed_files(installed: Path) -> None:
 def test_mapped_folders_are_no_packages(folder: str) -> None:
     # With an __init__.py, transformers would import our kernels as that package from the root of a checkout.
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_benchmarks_import_each_other_by_one_name() -> None:
+    # By its bare name, which a script's folder makes importable, a file would be there twice.
+    paths = list((ROOT / "benchmarks").glob("*.py"))
+    found = {}
+    for path in paths:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        found[path.name] = names & {other.stem for other in paths}
+    assert {name: names for name, names in found.items() if names} == {}
 
 
 def test_metadata_names_the_version(distribution: Message) -> None:

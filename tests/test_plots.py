@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import plots
 import pytest
 from matplotlib.figure import Figure
+
+from whisper_triton.benchmarks import plots
 
 WHERE = {"gpu": "GPU X", "dtype": "torch.float16"}
 MOST_BYTES = 60_000

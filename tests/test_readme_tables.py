@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import plots
 import pytest
-import readme
-import readme_tables
+
+from whisper_triton.benchmarks import plots, readme, readme_tables
 
 MOST_BYTES = 60_000  # of a figure
 WHERE = {
@@ -30,6 +29,10 @@ whatever stood here
 More.
 
 <!-- plot: decoder_step -->
+<!-- end -->
+"""
+LINKS = """
+<!-- rows: step_links -->
 <!-- end -->
 <!-- plot: step_links -->
 old
@@ -92,8 +95,6 @@ More.
 <!-- plot: decoder_step -->
 ![One decoding step: share of the memory's bandwidth by batch](benchmarks/plots/decoder_step.svg)
 <!-- end -->
-<!-- plot: step_links -->
-<!-- end -->
 """
     )
     assert readme.differences(root) == []
@@ -103,19 +104,32 @@ def test_differences(root: Path) -> None:
     every = [
         "README.md: <!-- rows: decoder_step --> differs",
         "README.md: <!-- plot: decoder_step --> differs",
-        "README.md: <!-- plot: step_links --> differs",
         "benchmarks/plots/decoder_step.svg shows other rows or none",
     ]
     assert readme.differences(root) == every
     readme.rewrite(root)
     write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.28})
-    assert readme.differences(root) == [every[0], every[3]]
-    # A figure of a file that has no table is wanted once the file is there.
-    write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.27, "odd": [1], "benchmark": "step"})
-    write(root, "step_links", {"model": "turbo", "B": 1, "link": "fc1", "us": 3.0, "floor_us": 2.0, **WHERE})
-    assert readme.differences(root) == [every[2], "benchmarks/plots/step_links.svg shows other rows or none"]
+    assert readme.differences(root) == [every[0], every[2]]
+
+
+def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
+    readme.rewrite(root)
+    links = [
+        {"benchmark": "step_links", "model": "turbo", "B": 1, "link": link, "us": us, "floor_us": 2.0, **WHERE}
+        for link, us in (("fc1", 3.0), ("fc2", 2.51))
+    ]
+    write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.27, "odd": [1], "benchmark": "step"}, *links)
+    # What there are rows of must be shown; the rows of steps are as they were.
+    marks = [f"README.md: <!-- {kind}: step_links --> is missing" for kind in ("rows", "plot")]
+    assert readme.differences(root) == marks
+    with (root / "README.md").open("a") as page:
+        page.write(LINKS)
+    assert len(readme.differences(root)) == 3  # the table, the figure, and what shows it
     readme.rewrite(root)
     assert readme.differences(root) == []
+    text = (root / "README.md").read_text()
+    assert "| model | batch | fc1, us (floor) | fc2, us (floor) |" in text
+    assert "| turbo | 1 | 3.00 (2.00) | 2.51 (2.00) |" in text
     assert plots.read_digest(root / "benchmarks" / "plots" / "step_links.svg")
 
 
@@ -157,12 +171,82 @@ def test_generate_has_a_line_a_batch() -> None:
     ]
 
 
+def sides(first: str, second: str, **more: object) -> dict:
+    """A row that compares two ways, the first taking 3 us and the second 2."""
+    times = {f"{first}_us": 3.0, f"{first}_spread_us": 0.1, f"{second}_us": 2.0, f"{second}_spread_us": 0.02}
+    return {"model": "tiny", "B": 1, **times, f"{first}/{second}": 1.5, **WHERE, **more}
+
+
+def way(key: str, name: str, us: float, **more: object) -> dict:
+    return {"model": "tiny", "B": 1, key: name, "us": us, "spread_us": 0.1, **WHERE, **more}
+
+
+STACK = {"cost": "launches", "part": "self", "length": 448, "how": "compiled"}
+CHOICE = {"timestamps": True, "what": "choice"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "header", "lines"),
+    [
+        (
+            "reshape_free",
+            [
+                sides("reshaping", "reshape_free", T=T, part="self", layers=1, how=h)
+                for T, h in ((1, "eager"), (1, "graph"), (4, "eager"))
+            ],
+            "model | batch | tokens | part | eager, us: reshaping / reshape-free | graph, us: reshaping / reshape-free",
+            ["tiny | 1 | 1 | self | 3.00 / 2.00 = 1.50 | 3.00 / 2.00 = 1.50", "tiny | 1 | 4 | self | 3.00 / 2.00 = 1.50 | -"],
+        ),
+        (
+            "flash_layout",
+            [
+                way("way", "flash, slices", 3.0, **{"way/ours": 1.5}, graph_breaks=1, **STACK),
+                way("way", "ours", 2.0, **{"way/ours": 1.0}, graph_breaks=0, **STACK),
+            ],
+            "model | batch | cost | part | length | how | flash, slices, us | ours, us | flash, slices / ours "
+            "| graph breaks: flash, slices | graph breaks: ours",
+            ["tiny | 1 | launches | self | 448 | compiled | 3.00 ± 0.10 | 2.00 ± 0.10 | 1.50 | 1 | 0"],
+        ),
+        (
+            "cross_kv_reuse",
+            [
+                sides("recompute", "reuse", layers=8, how="eager"),
+                sides("recompute", "reuse", layers=8, how="generate", equal_tokens=1.0),
+            ],
+            "model | layers | batch | how | recompute, us | reuse, us | recompute / reuse | equal tokens",
+            [
+                "tiny | 8 | 1 | eager | 3.00 ± 0.10 | 2.00 ± 0.02 | 1.50 | -",
+                "tiny | 8 | 1 | generate | 3.00 ± 0.10 | 2.00 ± 0.02 | 1.50 | 100 %",
+            ],
+        ),
+        (
+            "logits_processors",
+            [
+                way("how", "stock", 90.0, over_ours=30.0, launches=111, is_whole=None, **CHOICE),
+                way("how", "compiled", 60.0, over_ours=20.0, launches=None, is_whole=False, **CHOICE),
+                way("how", "ours, graph", 3.0, over_ours=1.0, launches=None, is_whole=None, **CHOICE),
+            ],
+            "batch | timestamps | what | stock, us | compiled, us | ours, graph, us "
+            "| stock / ours, graph | compiled / ours, graph | compiled whole | stock's launches",
+            ["1 | with | choice | 90.00 ± 0.10 | 60.00 ± 0.10 | 3.00 ± 0.10 | 30.0 | 20.0 | no | 111"],
+        ),
+    ],
+)
+def test_tables_of_the_open_questions(name: str, rows: list[dict], header: str, lines: list[str]) -> None:
+    found = readme_tables.render_table(name, rows).splitlines()
+    assert found[0].startswith(f"`python benchmarks/{name}.py` on GPU X")
+    assert found[2] == f"| {header} |"
+    assert found[4:] == [f"| {line} |" for line in lines]
+
+
 @pytest.mark.parametrize(
     ("page", "reason"),
     [
         ("<!-- rows: unheard_of -->\n<!-- end -->\n", "nothing is known of <!-- rows: unheard_of -->"),
         ("<!-- rows: encoder -->\n<!-- end -->\n", r"encoder\.jsonl: No such file"),
         ("<!-- plot: generate -->\n<!-- end -->\n", r"generate\.jsonl: No such file"),
+        ("<!-- plot: step_position -->\n<!-- end -->\n", r"step_position\.jsonl: No such file"),
+        ("<!-- rows: step_links -->\n<!-- end -->\n", r"decoder_step\.jsonl: no rows of the benchmark step_links"),
         ("<!-- rows: decoder_step -->\n<!-- plot: decoder_step -->\n<!-- end -->\n", "has no end of its own"),
         ("<!-- rows: decoder_step -->\n", "a mark has no <!-- end -->"),
         ("<!-- rows: decoder_step --> \n<!-- end -->\n", "a mark has no <!-- end -->"),

@@ -197,7 +197,7 @@ def measure(
     import torch
     import transformers
 
-    from whisper_triton.benchmarks.harness import Place
+    from whisper_triton.benchmarks.harness import Place, environment
     from whisper_triton.benchmarks.tasks import run, sweep
     from whisper_triton.checkpoints import CheckpointError
     from whisper_triton.runtime import choose_device, choose_dtype
@@ -227,7 +227,7 @@ def measure(
     if plot is not None:
         from whisper_triton.benchmarks.plots import plot as draw
 
-        draw(rows, plot)
+        draw([row | environment(where.type) for row in rows], plot)
 
 
 def command_of(ctx: click.Context) -> str:
