@@ -33,7 +33,7 @@ def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
         (samples,) float32 at 16 kHz, full scale 1; at least one sample.
 
     Raises:
-        AudioError: no such file, not audio, no samples, an impossible rate, or samples that are NaN, infinite or huge.
+        AudioError: no such file, not audio, no samples, an impossible rate, or samples NaN, infinite or beyond measure.
     """
     with _open(path) as file:
         parts = list(_resample(_mono_blocks(file), file.samplerate))
