@@ -308,8 +308,8 @@ CALLS = [
         if (dtype, D) != (DTYPES[0], HEAD_DIMS[0])
         for call in attention_calls(dtype, D)
     ),
-    *(call for dtype in DTYPES[1:] for call in project_calls(dtype)),
     *SELECT[2:],
+    *(call for dtype in DTYPES[1:] for call in project_calls(dtype)),
 ]
 
 
