@@ -171,8 +171,8 @@ def test_stocks_error_or_stocks_result(what: str, before: bool, device: torch.de
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("quantised", "a module of the decoder is Int8Linear"),
-        ("a quantised head", "a module of the decoder is Int8Linear"),
+        ("quantised", "in the decoder a module is Int8Linear"),
+        ("a quantised head", "in the decoder a module is Int8Linear"),
         ("weights of another class", "a weight of the decoder is "),
         ("device_map of one device", "has a forward pass of its own"),
         ("in training mode", "is in training mode"),

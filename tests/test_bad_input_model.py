@@ -198,7 +198,7 @@ def test_stocks_error_or_stocks_result(
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_cache_of_ours_for_another_batch_is_refused_and_left_alone(
-    models: tuple[Model, Model], good: tuple[Any, ...], batch_size: int, used: bool
+    models: tuple[Model, Model], good: tuple[Any, ...], batch_size: int, used: bool, eager_steps: None
 ) -> None:
     model = models[0]
     cache = build_static_cache(model, batch_size)

@@ -76,7 +76,8 @@ def fails(result: Result, exit_code: int, *messages: str) -> None:
 def run_process(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command as a shell would, without Triton's interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    paths = filter(None, (str(ROOT), env.get("PYTHONPATH")))
+    env |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
     arguments = [sys.executable, "-m", "whisper_triton", *map(str, args)]
     return subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=120)
 
@@ -95,7 +96,7 @@ def test_as_a_shell_runs_it(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     done = run_process("transcribe", SAMPLE, "--model", "demo")
-    assert done.stdout == TEXT + "\n"
+    assert done.stdout == TEXT + "\n", done.stderr
     assert f"cuda float16, Triton kernels on {torch.cuda.get_device_name()}" in done.stderr
     assert done.returncode == 0
 

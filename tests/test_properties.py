@@ -39,6 +39,9 @@ FLOATS = st.sampled_from([torch.float32, torch.float16])
 # `tl.dot` of two bfloat16 tiles is wrong in Triton's interpreter.
 ALL_FLOATS = FLOATS if _dispatch.INTERPRET else st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 PRESENT = st.booleans()
+# Relative error of a result of a few elements, of which PyTorch's may be exact by chance: on a GPU exp2 and rsqrt are
+# approximations of 2 ulp in fp32 (PTX ISA, ex2.approx and rsqrt.approx), and erf is another one than PyTorch's.
+FEW_ULP = 4 * torch.finfo(torch.float32).eps if torch.cuda.is_available() else 0.0
 
 
 def whole(*shape: int, dtype: torch.dtype, device: torch.device, most: int = 3) -> torch.Tensor:
@@ -91,7 +94,7 @@ def append_attention(draw: Draw, device: torch.device) -> None:
     inside = (slots >= 0) & (slots < shape.S) & (slots[:, :1] >= 0)
     if inside.any():
         exact = kernels.append_attention_reference(*[tensor.double() for tensor in expected], position, scale=0.25)
-        assert_close_as_pytorch(out[inside], exact[inside], reference[inside])
+        assert_close_as_pytorch(out[inside], exact[inside], reference[inside], least=FEW_ULP)
 
 
 def decode_attention(draw: Draw, device: torch.device) -> None:
@@ -109,7 +112,7 @@ def decode_attention(draw: Draw, device: torch.device) -> None:
     sees = exact.abs().amax(-1) > 0
     assert not out[~sees].any()  # a query that sees no key gives 0
     if sees.any():
-        assert_close_as_pytorch(out[sees], exact[sees], reference[sees])
+        assert_close_as_pytorch(out[sees], exact[sees], reference[sees], least=FEW_ULP)
 
 
 def linear(draw: Draw, device: torch.device) -> None:
@@ -177,7 +180,8 @@ def add_layer_norm(draw: Draw, device: torch.device) -> None:
     total, normed = kernels.add_layer_norm(x, residual, weight, bias, 1e-5, limit)
     assert torch.equal(total, (x + residual.repeat(times, 1)).clamp(-limit, limit))
     exact = torch.nn.functional.layer_norm(total.double(), (C,), weight.double(), bias.double(), 1e-5)
-    assert_close_as_pytorch(normed, exact, torch.nn.functional.layer_norm(total, (C,), weight, bias, 1e-5))
+    stock = torch.nn.functional.layer_norm(total, (C,), weight, bias, 1e-5)
+    assert_close_as_pytorch(normed, exact, stock, least=FEW_ULP)
     assert all(torch.equal(storage(a), b) for a, b in zip((x, residual), before, strict=True))
 
 
@@ -187,7 +191,7 @@ def bias_gelu(draw: Draw, device: torch.device) -> None:
     exact, stock = (torch.nn.functional.gelu(a + b) for a, b in ((x.double(), bias.double()), (x, bias)))
     around = twin(x)
     kernels.bias_gelu(x, bias)
-    assert_close_as_pytorch(x.clone(), exact, stock)
+    assert_close_as_pytorch(x.clone(), exact, stock, least=FEW_ULP)
     around.copy_(x)  # the same in the middle: what differs then lies around it
     assert torch.equal(storage(x), storage(around))
 
