@@ -79,18 +79,20 @@ def prepare(model: WhisperForConditionalGeneration, B: int) -> DecoderStep:
 
 
 @torch.no_grad()
-def time_step(model: WhisperForConditionalGeneration, step: DecoderStep, replays: int = 30) -> tuple[float, float]:
-    """(median, spread) in ms of a step as it is captured now; on a CPU of the chain through its references."""
+def time_step(
+    model: WhisperForConditionalGeneration, step: DecoderStep, place: int = POSITION, replays: int = 30
+) -> tuple[float, float]:
+    """(median, spread) in ms of a step around the position `place`, as it is captured now; on a CPU through the references."""
     ids = torch.full((step.encoder_states.shape[0], 1), min(1000, model.config.vocab_size - 1), device=model.device)
     position = step.cache.get_seq_length()
-    # Replays advance the position: start so that the timed ones lie around POSITION.
-    position.fill_(POSITION - 16)
+    first = max(0, place - replays // 2 - 3)  # replays advance the position: so that the timed ones lie around it
+    position.fill_(first)
     if model.device.type != "cuda":
         median, spread = measure_on_cpu([lambda: step._run(model, ids)])
     else:
         step.passes.clear()
         step(model, ids)
-        position.fill_(POSITION - 16)
+        position.fill_(first)
         median, spread = time_graph(step.graph, 1, replays)
     return median / 1000, spread / 1000
 
@@ -125,8 +127,12 @@ def without(model: WhisperForConditionalGeneration, link: str) -> Iterator[None]
         yield
 
 
-def stock_step(model: WhisperForConditionalGeneration, given: StepInput, compiler: Callable) -> Callable[[], torch.Tensor]:
-    """Stock's step after the prompt of `given`, compiled; each call decodes the prompt's last token at the next position."""
+def stock_step(
+    model: WhisperForConditionalGeneration, given: StepInput, compiler: Callable
+) -> tuple[Callable[[], torch.Tensor], EncoderDecoderCache]:
+    """Stock's step after the prompt of `given`, compiled, and its cache; each call decodes the prompt's last token at the next
+    position.
+    """
     config = model.config.get_text_config(decoder=True)
     cache = EncoderDecoderCache(
         StaticCache(config=config, max_cache_len=model.config.max_target_positions),
@@ -141,7 +147,7 @@ def stock_step(model: WhisperForConditionalGeneration, given: StepInput, compile
         torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
         return compiled(last)
 
-    return step
+    return step, cache
 
 
 @torch.no_grad()
@@ -149,7 +155,7 @@ def time_compiled(model: WhisperForConditionalGeneration, B: int, place: Place, 
     """(median, spread) in ms of stock's compiled step around POSITION; exits if it is wrong."""
     given = step_input(model, B)
     torch.compiler.reset()
-    step = stock_step(model, given, lambda function: place.compile(function, mode=mode))
+    step, _ = stock_step(model, given, lambda function: place.compile(function, mode=mode))
     check_logits("stock's compiled step", step()[:, -1].clone(), given, bound=4 if place.dtype == torch.float32 else 2)
     calls = POSITION - 16 - 5
     for _ in range(calls if place.is_gpu else 0):

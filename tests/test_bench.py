@@ -13,6 +13,8 @@ import torch
 from click.testing import CliRunner, Result
 from ctranslate2_writer import write_directory
 from whisper_models import tiny_whisper
+from whisper_triton.benchmarks.harness import Place
+from whisper_triton.benchmarks.models import get_model
 
 from whisper_triton import attention, bench, decode_loop, doctor, fused
 from whisper_triton.benchmarks import (
@@ -25,6 +27,7 @@ from whisper_triton.benchmarks import (
     plots,
     project_cross_kv,
     skinny_linear,
+    step_position,
     update_kv_cache,
 )
 from whisper_triton.benchmarks import generate as benchmark_of_generate
@@ -266,3 +269,12 @@ def test_rows_are_drawn_and_compared(command: Callable[..., Result], tmp_path: P
         assert "2 rows of both: 2 within the spread" in result.stdout
     (tmp_path / "none.jsonl").touch()
     refuses(CliRunner().invoke(main, ["bench", "--compare", str(rows), str(tmp_path / "none.jsonl")]), 1, "no rows")
+
+
+def test_a_step_by_position() -> None:
+    place = Place.on(torch.device("cpu"), torch.float32)
+    rows = step_position.bench(place, get_model("toy", torch.float32, "cpu"), 2, positions=(6, 10))
+    assert [(row["variant"], row["position"]) for row in rows] == [
+        (variant, position) for variant in (step_position.COMPILED, step_position.OURS) for position in (6, 10)
+    ]
+    assert all(row["ms"] > 0 and row["B"] == 2 for row in rows)
