@@ -23,6 +23,7 @@ from transformers import WhisperForConditionalGeneration
 from whisper_triton.benchmarks.decoder_step import POSITION
 from whisper_triton.benchmarks.harness import parse, time_graph, write_rows
 from whisper_triton.benchmarks.models import SHAPES, build_model
+from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.decode_attention import Tiles as AttentionTiles
 from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear
@@ -56,12 +57,15 @@ def step_ms(model: WhisperForConditionalGeneration, B: int) -> float:
     return time_graph(step.graph, 1, replays=20)[0] / 1000
 
 
-def linear_candidates(B: int, N: int, K: int, has_norm: bool) -> list[Tiles]:
+def linear_candidates(B: int, N: int, K: int, has_norm: bool, has_copies: bool) -> list[Tiles]:
     tiles = []
     if B == 1:  # rows of weights a warp, warps a program
         cuts = ((1, 2, 4), (2, 4, 8)) if K <= 2048 else ((1, 2), (1, 2, 4, 8))
         cuts = ((2, 4), (4, 8, 16)) if N > 16384 else cuts
         tiles += [Tiles(rows * warps, 1, warps) for rows, warps in itertools.product(*cuts)]
+        if has_copies and N <= 16384:
+            paced = itertools.product((1, 2, 4), (4, 8), (1, 2, 4, 8))
+            tiles += [Tiles(rows * warps, 1, warps, PACE=pace) for rows, warps, pace in paced if pace <= K // 256]
     else:
         splits = (1, 2, 4, 5) if K > 2048 and not has_norm else (1,)
         tiles += [Tiles(n, k, w, True) for n, k, w in itertools.product((16, 32, 64), splits, (4, 8))]
@@ -96,12 +100,12 @@ def candidates(link: Link, B: int) -> list[object]:
                 (64, 2, 2),
             ]
         return [AttentionTiles(keys, splits, warps, 2) for keys, splits, warps in cuts]
-    return linear_candidates(B, *link[1:3], link[4])
+    return linear_candidates(B, *link[1:3], *link[4:])
 
 
 def compile_linear(task: tuple[int, Link, Tiles]) -> None:
     """Compiles what `task` launches, as whisper_triton/fused.py would: Triton keeps it on the disk."""
-    B, (_, N, K, parts, has_norm), tiles = task
+    B, (_, N, K, parts, has_norm, _), tiles = task
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float16, device="cuda")
@@ -151,12 +155,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "tune_step.jsonl")
     args = parse(parser)
     batches = [int(B) for B in args.batch.split(",")]
-    tasks = []
+    tasks, has_copies = [], has_paced_copies(torch.device("cuda", 0), torch.float16)
     for name in args.model.split(","):
         C, vocabulary = SHAPES[name][0], SHAPES[name][5]
         links = [(C, C, 3, True), (C, C, 1, False), (C, C, 1, True), (4 * C, C, 1, True), (C, 4 * C, 1, False)]
         for B, link in itertools.product(batches, [*links, (vocabulary, C, 1, True)]):
-            tasks += [(B, ("linear", *link), tiles) for tiles in linear_candidates(B, link[0], link[1], link[3])]
+            tasks += [
+                (B, ("linear", *link, has_copies), tiles) for tiles in linear_candidates(B, *link[:2], link[3], has_copies)
+            ]
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count())) as pool:
         pool.map(compile_linear, tasks, chunksize=4)
     overridable(skinny, lambda B, *rest: ("linear", *rest))
