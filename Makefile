@@ -23,12 +23,10 @@ PIP = $(VENV)/bin/python $(PIP_INSTALL)
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
-# The kernels know nothing of transformers, nor do audio, output, the reader of CTranslate2's files and what reads row files; of
-# the model the chain takes forward passes and modules alone, which are the same; and the command has transformers through
-# modules tested here.
-SAME_WITH_ANY_TRANSFORMERS = $(patsubst kernels/%,tests/test_%,$(wildcard kernels/[!_]*.py)) \
-  $(patsubst %,tests/test_%.py,cross_compile dispatch packaging versions audio output ctranslate2 decoder cli \
-    compare plots readme_tables checkers)
+# What could come out otherwise with another transformers: its Whisper's modules, caches, generation and pipeline beside ours. The
+# kernels, the parsers, the benchmarks and what is done to a call from outside are the same with any.
+WITH_OLDEST = $(patsubst %,tests/test_%.py,attention cache checkpoints compile decode_loop encoded encoder parity patching \
+  prefill token_rules transcription undo)
 
 # An environment may forbid Python to keep its bytecode. The suite starts dozens of processes that import torch and
 # transformers, which takes more than twice as long where all of it is compiled anew.
@@ -52,7 +50,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/python $(PYTEST) $(ARGS)
 
 test-oldest: $(OLDEST_VENV)/.installed
-	$(OLDEST_VENV)/bin/python $(PYTEST) $(SAME_WITH_ANY_TRANSFORMERS:%=--ignore=%) $(ARGS)
+	$(OLDEST_VENV)/bin/python $(PYTEST) $(WITH_OLDEST) $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

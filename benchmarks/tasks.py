@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from whisper_triton.benchmarks.harness import Place, Row, print_table, write_rows
+from whisper_triton.kernels._dispatch import failed_gpus, why_reference
 
 Bench = Callable[[Place, Any, int], list[Row]]  # of a shape or a model, and a batch size
 Task = tuple[str, Callable[[], list[Row]]]
@@ -47,6 +48,8 @@ def run(tasks: Sequence[Task], output: Path | None, command: str | None = None, 
         for label, task in bar:
             bar.set_description(label)
             rows += task()
+            for gpu in failed_gpus():  # or references would be timed as kernels
+                raise SystemExit(f"{label}: {why_reference(torch.device('cuda', gpu))}")
             if output is not None:
                 write_rows(output, rows, command, device)
     for benchmark in dict.fromkeys(row["benchmark"] for row in rows):

@@ -66,6 +66,7 @@ __all__ = [
     "gdc_launch_dependents",
     "gdc_wait",
     "has_pdl",
+    "is_tritons",
     "pdl_handover",
     "pdl_options",
     "register",
@@ -108,13 +109,13 @@ def failed_gpus() -> tuple[int, ...]:
 
 def fall_back(op: str, device: torch.device, error: Exception) -> None:
     """From here on ops on `device` run as their references, and the log says so, if `error` came of a kernel's launch because
-    Triton cannot build, keep or load kernels there. Nothing was launched then.
+    Triton cannot build, keep or load kernels there. That kernel was not launched then.
 
     Raises:
         Exception: `error`, where it is anything else, such as a lack of memory, a fault of the GPU's or a mistake of ours; and
             inside a graph's capture, which references would break.
     """
-    if INTERPRET or not _is_tritons(error) or torch.cuda.is_current_stream_capturing():
+    if INTERPRET or not is_tritons(error) or torch.cuda.is_current_stream_capturing():
         raise error
     index = _index(device)
     if index in _FAILURES:  # another thread's launch failed too
@@ -130,7 +131,8 @@ def fall_back(op: str, device: torch.device, error: Exception) -> None:
 _UNLOADABLE = ("kernel image", "PTX", "device function", "not supported")
 
 
-def _is_tritons(error: Exception) -> bool:
+def is_tritons(error: Exception) -> bool:
+    """Whether `error` says that Triton cannot build, keep or load a kernel."""
     if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
         return False
     text = str(error)

@@ -12,9 +12,11 @@ Gluon is Triton's lower level: layouts and shared memory by name. It has no inte
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
-from ._dispatch import capability, triton
+from ._dispatch import capability, is_tritons, triton
 
 try:
     from triton.experimental import gluon
@@ -38,9 +40,26 @@ else:
 MIN_WIDTH = 1280
 
 
+logger = logging.getLogger(__name__)
+_given_up: list[str] = []  # why, once they have
+
+
 def has_paced_copies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these kernels are for `device`: compute capability 9.0, where they were measured, and 2-byte elements."""
-    return HAS_GLUON and dtype.itemsize == 2 and capability(device) == (9, 0)
+    return HAS_GLUON and dtype.itemsize == 2 and capability(device) == (9, 0) and not _given_up
+
+
+def give_up(error: Exception) -> None:
+    """From here on the plain kernels serve, if `error` came of a launch because Triton cannot build these: Gluon is young.
+
+    Raises:
+        Exception: `error`, where it is anything else, and inside a graph's capture.
+    """
+    if not is_tritons(error) or torch.cuda.is_current_stream_capturing():
+        raise error
+    if not _given_up:
+        _given_up.append(f"{type(error).__name__}: {error}")
+        logger.warning("paced kernels do not build here, the plain ones serve: %s", _given_up[0][:300])
 
 
 @gluon.jit
@@ -59,6 +78,7 @@ __all__ = [
     "async_copy_global_to_shared",
     "barrier",
     "commit_group",
+    "give_up",
     "gl",
     "gluon",
     "has_paced_copies",

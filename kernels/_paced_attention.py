@@ -146,16 +146,16 @@ ATTENTION_TILES = AttentionTiles(128, 4, 4)
 def covers_attention(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
     """Whether `_paced_attention_kernel` takes these and is the faster one; from shapes, strides and the device alone."""
     B, T, H, D = query.shape
-    starts = [key_cache.data_ptr(), value_cache.data_ptr()]
-    starts += [2 * stride for cache in (key_cache, value_cache) for stride in cache.stride()[:3]]
+    # Bytes of where they begin, elements of how they go on: Triton knows of either whether it is a multiple of 16.
+    numbers = [n for cache in (key_cache, value_cache) for n in (cache.data_ptr(), *cache.stride()[:3])]
     return (
         T == 1
         and B * H <= MAX_HEADS
         and H * D >= MIN_WIDTH
         and D in (32, 64, 128)
-        and key_cache.shape[2] > 512  # a self cache is shorter, and its kernel another
+        and 512 < key_cache.shape[2] <= 2048  # a self cache is shorter, and its kernel another; more have not been measured
         and has_paced_copies(query.device, query.dtype)
-        and all(start % 16 == 0 for start in starts)
+        and all(number % 16 == 0 for number in numbers)
     )
 
 

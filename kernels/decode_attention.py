@@ -31,6 +31,7 @@ from ._attend import (
 )
 from ._checks import check_attention, check_caches, check_counters, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
+from ._paced import give_up
 from ._paced_attention import covers_attention, paced_attention
 
 LOG2E = 1.4426950408889634
@@ -313,7 +314,10 @@ def _launch(
     S = key_cache.shape[2]
     joins = counters is not None and T == 1
     if joins and read_ahead and kv_length is None and tiles is None and covers_attention(query, key_cache, value_cache):
-        return paced_attention(query, key_cache, value_cache, scale * LOG2E, counters)
+        try:
+            return paced_attention(query, key_cache, value_cache, scale * LOG2E, counters)
+        except Exception as error:
+            give_up(error)
     tiles = tiles or choose_tiles(B, T, H, S, D, query.element_size(), joins)
     NUM_SPLITS = tiles.NUM_SPLITS
     tile = fit_registers(tiles.BLOCK_S, tiles.num_warps, query, key_cache, value_cache)

@@ -23,11 +23,10 @@ import torch
 
 from ._checks import check_dtype, check_tensors
 from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, register, register_options, tl, triton
-from ._paced import MIN_WIDTH, has_paced_copies
-from ._paced_linear import covers_linear, paced_linear
+from ._paced import MIN_WIDTH, give_up, has_paced_copies
+from ._paced_linear import MAX_CHUNK, covers_linear, paced_linear
 
 MAX_ROWS = 64
-MAX_CHUNK = 256  # elements of K: one warp's 16-byte loads of a row
 
 
 class LayerNorm(NamedTuple):
@@ -359,7 +358,11 @@ def _launch(
     BLOCK_N, SPLIT_K, num_warps, use_dot, PACE = tiles
     if PACE > 0:
         around = (norm_weight, norm_bias, eps, scale, gelu, residual)
-        return paced_linear(x, weights, biases, *around, BLOCK_N, num_warps, PACE)
+        try:
+            return paced_linear(x, weights, biases, *around, BLOCK_N, num_warps, PACE)
+        except Exception as error:
+            give_up(error)
+        BLOCK_N, SPLIT_K, num_warps, use_dot, _ = choose_tiles(B, N, K, len(weights), norm_weight is not None)
     pdl = pdl_options(x.device)
     if norm_weight is not None and use_dot:
         # Several rows in fp32 beside the weights do not fit a program's registers: a launch of its own is cheaper.

@@ -323,13 +323,17 @@ def can_run(number: int, target: str) -> bool:
 
 
 def selection() -> Iterator[tuple[str, int]]:
-    """The linear layers, the projection, the encoder's kernels, the choice of a token of large-v3 and all calls in fp16 with
+    """The linear layers, the projection, the encoder's kernels, the choice of a token of large-v3 and the calls in fp16 with
     Whisper's head dim for every target, the heavy ones of the rest for one.
     """
     whisper = len(FIRST)
     heavy = [number for number, call in enumerate(CALLS) if number >= whisper and call.is_heavy]
+    # Tiles of decode_attention differ by batch and were measured on sm_90: elsewhere a third of them will do, and the heaviest.
+    many = [number for number in range(whisper) if CALLS[number].name.startswith("decode B=") and not CALLS[number].is_heavy]
+    elsewhere = set(range(whisper)) - set(many) | set(many[::3])
     for i, target in enumerate(TARGETS):
-        yield from ((target, number) for number in range(whisper) if can_run(number, target))
+        numbers = range(whisper) if target == "sm_90" else sorted(elsewhere)
+        yield from ((target, number) for number in numbers if can_run(number, target))
         yield from ((target, number) for number in heavy[i :: len(TARGETS)])
 
 

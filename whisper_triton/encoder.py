@@ -101,6 +101,10 @@ class CapturedEncoder:
         self._done = torch.cuda.Event()
         self._lock = threading.Lock()
 
+    def wait(self) -> None:
+        """Waits for replays, which may be queued in any stream: before the graph is given up."""
+        self._done.synchronize()
+
     def fits(self, encoder: WhisperEncoder) -> bool:
         """Whether the graph still is what a pass of `encoder` would do."""
         return self.fingerprint == fingerprint(encoder)
@@ -191,13 +195,13 @@ def _captured(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder |
     with _LOCK:
         if self.config._attn_implementation != NAME or key not in graphs or not graphs[key].fits(self):
             for other in [other for other in graphs if not graphs[other].fits(self)]:
-                del graphs[other]  # before more memory is taken
+                graphs.pop(other).wait()  # before more memory is taken
             reason = why_not_captured(self)
             if reason is not None:
                 report_once(f"the encoder is launched one kernel at a time: {reason}")
                 return None
             while graphs and sum(graph.nbytes for graph in graphs.values()) > MAX_BYTES:
-                graphs.popitem(last=False)
+                graphs.popitem(last=False)[1].wait()
             try:
                 graphs[key] = CapturedEncoder(self, features)
             except (NotCaptured, torch.OutOfMemoryError) as error:

@@ -107,10 +107,10 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
     elif self.device.type == "cuda":
         report_once(f"{STOCKS_LOOP}: {reason}")
     attn_implementation = self.config._attn_implementation
-    if is_outermost:
-        state.owner = call
     outer, outer_encoded = _CALL.set(call), ENCODED.set(Encoded())
     try:
+        if is_outermost:
+            state.owner = call
         with _on_device(self.device, state):
             return _stock(self, "generate")(*args, **kwargs)
     finally:

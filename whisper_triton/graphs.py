@@ -4,6 +4,7 @@ captures and frees graphs, and what of a module no graph does.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
@@ -14,7 +15,8 @@ from torch import nn
 from .kernels import backend
 
 Result = TypeVar("Result")
-_LOCK = threading.Lock()  # a capture waits for the device, which none that is under way in another thread would survive
+# Held while a graph is recorded, which another thread's waiting for the device would end: who must wait for it takes this.
+CAPTURES = threading.RLock()
 
 
 class NotCaptured(Exception):
@@ -95,13 +97,13 @@ def capture(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda
     Raises:
         NotCaptured: nothing is kept, and the stream is the one that was current before.
     """
-    current = torch.cuda.current_stream(device)
+    current, handled = torch.cuda.current_stream(device), sys.exc_info()[1]
     # The stream, because torch leaves the graph's one current where it cannot end a recording.
-    with _LOCK, torch.cuda.device(device), torch.cuda.stream(current):
+    with CAPTURES, torch.cuda.device(device), torch.cuda.stream(current):
         try:
             return _capture(run, device)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error, handled):
                 raise
         raise NotCaptured("out of memory")
 
@@ -130,9 +132,12 @@ def _capture(run: Callable[[], Result], device: torch.device) -> tuple[torch.cud
     return graph, result, nbytes
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether `error` came of a lack of the GPU's memory: where a recording breaks off, torch raises another over it."""
-    while error is not None:
+def is_out_of_memory(error: BaseException | None, handled: BaseException | None = None) -> bool:
+    """Whether `error` came of a lack of the GPU's memory: where a recording breaks off, torch raises another over it.
+
+    `handled`: the error that the caller was at already, which is none of this one's reasons.
+    """
+    while error is not None and error is not handled:
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
             return True
         error = error.__cause__ or error.__context__

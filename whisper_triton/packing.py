@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .graphs import CAPTURES
+
 
 def pack(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packs layers of one input width; what is packed already stays where it is.
@@ -62,7 +64,8 @@ def _move(parameters: Sequence[nn.Parameter], places: Sequence[torch.Tensor]) ->
         place.copy_(parameter.data)
     if places[0].is_cuda:
         # What other streams have been given to do reads the old memory, which is free below, and what comes next the new.
-        torch.cuda.synchronize(places[0].device)
+        with CAPTURES:
+            torch.cuda.synchronize(places[0].device)
     for parameter, place in zip(parameters, places, strict=True):
         parameter.data = place
 
