@@ -167,8 +167,9 @@ def test_an_hour_of_silence_is_read_in_pieces(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.bad_input
 def test_an_hour_of_silence(tmp_path: Path, directory: Path, device: torch.device) -> None:
+    # Of five minutes with stock, which takes a second for each window of a model that never ends by itself.
+    is_stocks(directory, load_audio(silence(tmp_path / "part.flac", 5)), device)
     path = silence(tmp_path / "silence.flac", 60)
-    is_stocks(directory, load_audio(path), device)
     result = CliRunner().invoke(main, ["transcribe", str(path), "--model", str(directory)])
     assert result.exit_code == 0
     assert result.stderr.startswith("3600.0 s of audio in ")
