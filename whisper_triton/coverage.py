@@ -70,8 +70,9 @@ def why_not_our_cache(
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
     generation_mode: GenerationMode,
+    is_known: bool,
 ) -> str | None:
-    """What in a call of `generate` is not covered by a cache of ours, or None."""
+    """What in a call of `generate` is not covered by a cache of ours, or None; `is_known` as in `why_not_static`."""
     if model_kwargs.get("past_key_values") is not None:
         return "past_key_values is given"
     if generation_config.cache_implementation not in (None, "dynamic"):
@@ -86,11 +87,14 @@ def why_not_our_cache(
         return "the model is another's assistant"
     if generation_config.output_attentions or model.config.output_attentions:
         return "output_attentions=True"
-    return why_not_static(model)
+    return why_not_static(model, is_known)
 
 
-def why_not_static(model: WhisperForConditionalGeneration) -> str | None:
-    """Why the model cannot decode over a static cache of ours, or None."""
+def why_not_static(model: WhisperForConditionalGeneration, is_known: bool = False) -> str | None:
+    """Why the model cannot decode over a static cache of ours, or None.
+
+    `is_known`: a step of the model can be captured as it is, so that its decoder lies on one device; which takes long to ask.
+    """
     if STATE not in vars(model):
         return "a method kept from before `restore`"
     if model.config._attn_implementation != NAME:
@@ -100,6 +104,6 @@ def why_not_static(model: WhisperForConditionalGeneration) -> str | None:
     if [layer.self_attn.layer_idx for layer in decoder.layers] != list(range(model.config.decoder_layers)):
         return "decoder layers were taken out or put in"
     parameters = (p for module in modules_of(decoder) for p in module._parameters.values() if p is not None)
-    if any(parameter.device != device for parameter in parameters):
+    if not is_known and any(parameter.device != device for parameter in parameters):
         return "the decoder lies on several devices"
     return why_not_covered(model.dtype, model.config.d_model // model.config.decoder_attention_heads, device)

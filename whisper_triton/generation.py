@@ -201,10 +201,13 @@ def _prepare_cache_for_generation(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    reason = why_not_our_cache(self, generation_config, model_kwargs, generation_mode)
+    state: State | None = vars(self).get(STATE)  # None: a method kept from before `restore`
+    found = None if state is None else fingerprint(self)
+    is_known = state is not None and found == state.captured
+    reason = why_not_our_cache(self, generation_config, model_kwargs, generation_mode, is_known)
     if reason is None:
         frames = model_kwargs["encoder_outputs"][0]
-        model_kwargs["past_key_values"] = _cache_for(self, frames.shape[0], max_cache_length, frames.shape[1])
+        model_kwargs["past_key_values"] = _cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
         return
     if reason != "cache_implementation='static'":  # which ends in `_prepare_static_cache`
         _report_stocks_cache(reason)
@@ -218,11 +221,10 @@ def _report_stocks_cache(reason: str) -> None:
 
 
 def _cache_for(
-    self: WhisperForConditionalGeneration, batch_size: int, max_cache_len: int, num_frames: int
+    self: WhisperForConditionalGeneration, found: tuple[object, ...], batch_size: int, max_cache_len: int, num_frames: int
 ) -> StaticEncoderDecoderCache:
-    """The cache of a captured step, kept from call to call, or one for this call alone."""
+    """The cache of a captured step, kept from call to call, or one for this call alone; `found`: the model's fingerprint."""
     state: State = getattr(self, STATE)
-    found = fingerprint(self)
     reason = None if found == state.captured else why_not_captured(self)
     state.captured = found if reason is None else None
     if reason is not None and self.device.type == "cuda":

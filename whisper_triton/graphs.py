@@ -42,10 +42,10 @@ def is_recorder(hook: object) -> bool:
 def modules_of(*roots: nn.Module | None) -> Iterator[nn.Module]:
     """The modules below and with `roots`, in no order of note: a fraction of what `Module.modules` costs the host."""
     modules = [root for root in roots if root is not None]
-    while modules:
-        module = modules.pop()
+    for module in modules:  # which grows meanwhile
         yield module
-        modules += [child for child in module._modules.values() if child is not None]
+        if module._modules:
+            modules += [child for child in module._modules.values() if child is not None]
 
 
 def why_not_known(module: nn.Module, known: Collection[type[nn.Module]], is_wrapped: bool = False) -> str | None:
@@ -71,10 +71,12 @@ def why_not_known(module: nn.Module, known: Collection[type[nn.Module]], is_wrap
 
 def add_fingerprint(module: nn.Module, found: list[object], is_wrapped: bool = False) -> None:
     """Adds what `why_not_known` asks of, and where the module's own weights lie: a graph is captured for just these."""
-    found += (type(module), module.training, "forward" in vars(module))
-    for hooks in () if is_wrapped else (module._forward_pre_hooks, module._forward_hooks):
-        found += (id(hook) for hook in hooks.values() if not is_recorder(hook))
-    for parameter in module._parameters.values():
+    attributes = vars(module)  # this is asked of a thousand modules a call, with the GPU idle
+    found += (type(module), attributes["training"], "forward" in attributes)
+    if not is_wrapped and (attributes["_forward_pre_hooks"] or attributes["_forward_hooks"]):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            found += (id(hook) for hook in hooks.values() if not is_recorder(hook))
+    for parameter in attributes["_parameters"].values():
         if parameter is not None:
             found += (id(parameter), parameter.data_ptr(), parameter.dtype)
 
