@@ -39,6 +39,8 @@ FIGURES = {
     "decode_attention": "Cross-attention of a step, one layer: share of the memory's bandwidth by batch",
     "append_attention": "Self-attention of a step, one layer: time by the length of the cache",
 }
+# A panel for each model and batch: README shows those of the first model, the table all.
+OF_ONE_MODEL = ("step_links", "step_position")
 
 
 def load(root: Path, name: str) -> list[Row]:
@@ -85,7 +87,7 @@ def render(root: Path) -> tuple[str, dict[str, list[Row]]]:
         rows = load(root, name)
         if kind == "rows":
             return f"{start}{render_table(name, rows)}{end}"
-        figures[name] = rows
+        figures[name] = [r for r in rows if name not in OF_ONE_MODEL or r.get("model") == rows[0].get("model")]
         return f"{start}![{FIGURES[name]}](benchmarks/plots/{name}.svg)\n{end}"
 
     new = BLOCK.sub(block, text)
