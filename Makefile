@@ -25,8 +25,7 @@ INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
 # What could come out otherwise with another transformers: its Whisper's modules, caches, generation and pipeline beside ours. The
 # kernels, the parsers, the benchmarks and what is done to a call from outside are the same with any.
-WITH_OLDEST = $(patsubst %,tests/test_%.py,attention cache checkpoints compile decode_loop encoder parity patching prefill \
-  token_rules transcription)
+WITH_OLDEST = $(patsubst %,tests/test_%.py,attention cache compile decode_loop encoder parity patching token_rules)
 
 # An environment may forbid Python to keep its bytecode. The suite starts dozens of processes that import torch and
 # transformers, which takes more than twice as long where all of it is compiled anew.
