@@ -23,10 +23,11 @@ from whisper_models import mel, tiny_whisper
 from whisper_triton import accelerate, accelerated, decoder, doctor, encoder, generation, graphs, kernels, runtime
 from whisper_triton.attention import STATE
 from whisper_triton.graphs import NotCaptured
-from whisper_triton.kernels import _dispatch
+from whisper_triton.kernels import _dispatch, _paced
 
 pytest_plugins = ["whisper_fixtures"]
 ROOT = Path(__file__).parents[1]
+skinny = sys.modules["whisper_triton.kernels.skinny_linear"]
 GPU = torch.device("cuda", 0)
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79.19 GiB")
 
@@ -209,7 +210,7 @@ import torch
 import cross_compile
 from cross_compile import CompileOnly, GPUTarget, driver, knobs
 from whisper_triton import kernels
-from whisper_triton.kernels import _dispatch
+from whisper_triton.kernels import _dispatch, _paced
 
 torch.cuda.is_current_stream_capturing = lambda: False
 _dispatch._index = lambda device: 0
@@ -396,3 +397,50 @@ class TestOutOfMemoryOnAGpu:
             assert torch.equal(model.generate(features, max_new_tokens=20), stock)
             step = getattr(model, STATE).steps[2]
             assert [kept.graph is not None for kept in step._selecting.values()] == [True]
+
+
+class TestPacedKernels:
+    """Those of kernels/_paced.py, which are Gluon's: where they do not build, the plain ones serve; the log says so once."""
+
+    @pytest.fixture
+    def arguments(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+        monkeypatch.setattr(_paced, "_given_up", [])
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        x, weight, bias = torch.randn(1, 64), torch.randn(16, 64), torch.randn(16)
+        return x, [weight], [bias], None, None, 0.0, 1.0, False, None
+
+    def fails(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        def paced_linear(*args: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(skinny, "paced_linear", paced_linear)
+
+    def test_the_plain_ones_serve(
+        self, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        if not _dispatch.INTERPRET:
+            pytest.skip("the plain kernel runs in the interpreter")
+        self.fails(raised_in_triton(RuntimeError("PassManager::run failed")), monkeypatch)
+        plain = skinny._launch(*arguments, [4, 1, 4, 0, 0])
+        for _ in range(2):
+            assert torch.equal(skinny._launch(*arguments, [4, 1, 4, 0, 2]), plain)
+        assert [record.message for record in caplog.records if "paced" in record.message] == [
+            "paced kernels do not build here, the plain ones serve: RuntimeError: PassManager::run failed"
+        ]
+        monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
+        assert not _paced.has_paced_copies(GPU, torch.float16)
+        _paced._given_up.clear()
+        assert _paced.has_paced_copies(GPU, torch.float16)
+
+    def test_so_it_is_not_in_a_capture(self, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fails(raised_in_triton(RuntimeError("PassManager::run failed")), monkeypatch)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="PassManager"):
+            skinny._launch(*arguments, [4, 1, 4, 0, 2])
+        assert not _paced._given_up
+
+    def test_any_other_error_is_raised(self, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fails(ValueError("ours"), monkeypatch)
+        with pytest.raises(ValueError, match="ours"):
+            skinny._launch(*arguments, [4, 1, 4, 0, 2])
+        assert not _paced._given_up
