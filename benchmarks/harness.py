@@ -11,6 +11,7 @@ import argparse
 import datetime
 import functools
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -233,10 +234,10 @@ def environment(device: str = "cuda") -> Row:
 
 
 def command_line() -> str:
-    """How this script was called, without where it writes to."""
+    """How this script was called, as a shell takes it, without where it writes to."""
     words = iter([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     said = [word for word in words if not (word.startswith("--output") and ("=" in word or next(words, "")))]
-    return " ".join(["python", *said])
+    return shlex.join(["python", *said])
 
 
 def write_rows(path: Path, rows: Sequence[Row], command: str | None = None, device: str = "cuda") -> None:
