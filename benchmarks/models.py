@@ -87,6 +87,8 @@ def build_model(
         no_timestamps_token_id=50363,
         is_multilingual=False,
         max_length=448,
+        # Random weights choose timestamps too, after which `generate` may go on with a second window.
+        suppress_tokens=list(range(50364, shape.vocabulary)),
     )
     return model
 
