@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -494,3 +495,33 @@ class TestModelsThatAreNotAlone:
                 sizes.setdefault(name, []).append(model._previous_max_cache_length)
         assert sizes["ours"] == sizes["stock"]
         assert sizes["ours"][0] == sizes["ours"][1]
+
+
+class TestSettingsInTheModelsConfiguration:
+    """transformers refuses settings of `generate` there: looked for once, and again when the configuration has changed."""
+
+    def test_they_are_looked_for_once(self, device: torch.device) -> None:
+        model = accelerate(tiny_whisper(device))
+        features, before = mel(1, device), sorted(vars(model.config))
+        with mock.patch.object(type(model.config), "_get_generation_parameters", autospec=True, return_value={}) as look:
+            calls = []
+            for _ in range(3):
+                model.generate(features, max_new_tokens=2)
+                calls.append(look.call_count)
+        assert calls[0] >= 1
+        assert calls[0] == calls[1] == calls[2]
+        assert sorted(vars(model.config)) == before
+
+    def test_one_that_comes_later_is_refused_as_by_stock(self, device: torch.device) -> None:
+        model, stock = accelerate(tiny_whisper(device)), tiny_whisper(device)
+        features = mel(1, device)
+        expected = model.generate(features, max_new_tokens=2)
+        messages = []
+        for one in (model, stock):
+            one.config.top_p = 0.5
+            with pytest.raises(ValueError, match="top_p") as error:
+                one.generate(features, max_new_tokens=2)
+            messages.append(str(error.value))
+            del one.config.top_p
+        assert messages[0] == messages[1]
+        assert torch.equal(model.generate(features, max_new_tokens=2), expected)

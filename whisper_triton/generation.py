@@ -71,6 +71,9 @@ class State:
     owner: _Call | None = None  # the outermost call that is running: the one that the steps' caches belong to
     in_use: DecoderStep | None = field(default=None, repr=False)
     captured: tuple[object, ...] | None = field(default=None, repr=False)  # the fingerprint of what can be, as last seen
+    clean: tuple[tuple[str, bool], ...] | None = field(
+        default=None, repr=False
+    )  # the configuration without settings of `generate`
     done: torch.cuda.Event | None = field(default=None, repr=False)  # after all that calls have had the GPU do
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,6 +196,29 @@ def _is_replayed(self: WhisperForConditionalGeneration, step: DecoderStep, kwarg
     )
 
 
+def _prepare_generation_config(
+    self: WhisperForConditionalGeneration, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """Stock's, without its look for settings of `generate` in the model's configuration, where an earlier call had it and found none.
+
+    transformers 5.17 builds a whole default configuration for it, a millisecond a call before the GPU has anything to do. What
+    it finds depends on which attributes there are, and which are None.
+    """
+    state: State | None = vars(self).get(STATE)  # None: a method kept from before `restore`
+    prepare, attributes = _stock(self, "_prepare_generation_config"), vars(self.config)
+    found = tuple((name, value is None) for name, value in attributes.items())
+    if state is None or generation_config is not None or state.clean != found:
+        prepared = prepare(generation_config, *args, **kwargs)
+        if state is not None and generation_config is None:
+            state.clean = found
+        return prepared
+    attributes["_get_generation_parameters"] = dict  # it returns those found: an empty one
+    try:
+        return prepare(generation_config, *args, **kwargs)
+    finally:
+        del attributes["_get_generation_parameters"]
+
+
 def _prepare_cache_for_generation(
     self: WhisperForConditionalGeneration,
     generation_config: GenerationConfig,
@@ -308,6 +334,7 @@ def _save_pretrained(self: WhisperForConditionalGeneration, *args: Any, **kwargs
 OVERRIDES: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "generate": _generate,
+    "_prepare_generation_config": _prepare_generation_config,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_prepare_static_cache": _prepare_static_cache,
     "_postprocess_outputs": _postprocess_outputs,
