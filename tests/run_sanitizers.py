@@ -3,7 +3,8 @@
     python tests/run_sanitizers.py                # memcheck, racecheck and initcheck
     python tests/run_sanitizers.py racecheck --tests tests/test_select_token.py
 
-A checker makes kernels tens of times slower, so of each test function one case is run. PyTorch's allocator is off: within its
+Each test file has a process of its own, so that one that ends early, as after a fault, takes no other with it. A checker
+makes kernels tens of times slower, so of each test function one case is run. PyTorch's allocator is off: within its
 pools a kernel may read and write what is not its own, and nobody can tell. Graphs cannot be captured then, so tests of them
 are left out. Exits with 0 if every checker ran, all tests passed and nothing was found in a kernel of ours.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,12 +96,59 @@ def read(tool: str, output: str) -> Result:
     return Result(counts["passed"] + failed, failed, found - elsewhere, elsewhere)
 
 
+class Run(NamedTuple):
+    """One checker over one test file."""
+
+    file: str
+    result: Result
+    why: str | None  # it is not clean, if it is not
+    output: str
+
+
+def run(sanitizer: str, tool: str, file: str, limit: float) -> Run:
+    """Runs `tool` over the tests of `file`, for at most `limit` seconds."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": paths, SELECT: "1"}
+    process = subprocess.Popen(
+        command(sanitizer, tool, [file]),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+        status = process.returncode
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        status = None
+    result = read(tool, output)
+    if "Internal Sanitizer Error" in output:  # its summary counts this as found
+        why, result = "the checker broke down", result._replace(errors=None)
+    elif status is None:
+        why = f"stopped after {limit:.0f} s"
+    elif result.errors is None:
+        why = "no summary"
+    elif result.tests == 0:
+        why = "no test ran"
+    # The sanitizer exits with 99 for what it found in other kernels too.
+    elif result.failed or result.errors or status not in (0, 99 if result.elsewhere else 0):
+        why = f"{result.failed} failed, {result.errors} errors, exit status {status}"
+    else:
+        why = None
+    return Run(file, result, why, output)
+
+
 def main() -> int:
     """Runs the checkers; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}; all by default")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files or node ids for pytest")
-    parser.add_argument("--limit", type=float, default=1200, help="seconds for one checker")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one checker and file")
+    parser.add_argument("--jobs", type=int, default=1, help="files at a time")
     parser.add_argument("--logs", type=Path, help="a folder for the whole output of each")
     args = parser.parse_args()
     if unknown := set(args.tools) - set(TOOLS):
@@ -108,40 +157,25 @@ def main() -> int:
     if sanitizer is None:
         print("compute-sanitizer is not installed: it comes with the CUDA toolkit", file=sys.stderr)
         return 1
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": paths, SELECT: "1"}
     is_clean = True
     for tool in args.tools or TOOLS:
-        start, status = time.monotonic(), None
-        run = subprocess.Popen(
-            command(sanitizer, tool, args.tests),
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        try:
-            output, _ = run.communicate(timeout=args.limit)
-            status = run.returncode
-        except subprocess.TimeoutExpired:
-            run.kill()
-            output, _ = run.communicate()
-        result = read(tool, output)
-        if args.logs:
-            args.logs.mkdir(parents=True, exist_ok=True)
-            (args.logs / f"{tool}.log").write_text(output)
-        # The sanitizer exits with 99 for what it found in other kernels too.
-        passed = status in (0, 99 if result.elsewhere else 0) and result[:3] == (result.tests or 1, 0, 0)
-        errors = "no summary" if result.errors is None else f"{result.errors} errors"
-        others = f" ({result.elsewhere} in other kernels)" if result.elsewhere else ""
-        late = "" if status is not None else f", stopped after {args.limit:.0f} s"
+        start = time.monotonic()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            runs = list(pool.map(lambda file, tool=tool: run(sanitizer, tool, file, args.limit), args.tests))
+        tests, failed, elsewhere = (sum(getattr(one.result, name) for one in runs) for name in ("tests", "failed", "elsewhere"))
+        errors = sum(one.result.errors or 0 for one in runs)
+        others = f" ({elsewhere} in other kernels)" if elsewhere else ""
+        not_ended = sum(one.result.errors is None for one in runs)
+        late = f", {not_ended} of {len(runs)} files without a summary" if not_ended else ""
         seconds = time.monotonic() - start
-        print(f"{tool:<10} {result.tests} tests, {result.failed} failed, {errors}{others}{late}, {seconds:.0f} s", flush=True)
-        if not passed:
-            is_clean = False
-            print("\n".join(output.splitlines()[-60:]), file=sys.stderr)
+        print(f"{tool:<10} {tests} tests, {failed} failed, {errors} errors{others}{late}, {seconds:.0f} s", flush=True)
+        for one in runs:
+            if args.logs:
+                args.logs.mkdir(parents=True, exist_ok=True)
+                (args.logs / f"{tool}-{Path(one.file.partition('::')[0]).stem}.log").write_text(one.output)
+            if one.why is not None:
+                is_clean = False
+                print(f"{tool}, {one.file}: {one.why}", *one.output.splitlines()[-60:], sep="\n", file=sys.stderr)
     return 0 if is_clean else 1
 
 

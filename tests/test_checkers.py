@@ -33,6 +33,11 @@ echo "=========     at void at::native::vectorized_elementwise_kernel<4, float>(
 echo "========= ERROR SUMMARY: 1 error"
 exit 99
 """
+BROKEN = """
+echo "========= Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception."
+echo "========= ERROR SUMMARY: 1 error"
+exit 1
+"""
 OURS = ELSEWHERE.replace("void at::native::vectorized_elementwise_kernel<4, float>(float *)", "_decode_attention_kernel")
 
 
@@ -48,7 +53,9 @@ class TestSanitizers:
             monkeypatch.setattr(
                 run_sanitizers, "find_sanitizer", lambda: run_sanitizers.shutil.which("compute-sanitizer", path=tmp_path)
             )
-            monkeypatch.setattr(sys, "argv", ["run_sanitizers.py", *arguments])
+            files = arguments[arguments.index("--tests") + 1 :] if "--tests" in arguments else ["test_one.py"]
+            rest = arguments[: arguments.index("--tests")] if "--tests" in arguments else arguments
+            monkeypatch.setattr(sys, "argv", ["run_sanitizers.py", *rest, "--tests", *files])
             status = run_sanitizers.main()
             return status, [line.rpartition(",")[0] for line in capsys.readouterr().out.splitlines()]
 
@@ -66,12 +73,21 @@ class TestSanitizers:
             (FINE.replace("3 passed", "2 passed, 1 error"), 1, "3 tests, 1 failed, 0 errors"),
             (FINE.replace("3 passed, 40", "43"), 1, "0 tests, 0 failed, 0 errors"),
             (FINE + "exit 7", 1, "3 tests, 0 failed, 0 errors"),
-            ("echo Device not supported; exit 1", 1, "0 tests, 0 failed, no summary"),
-            ("exec sleep 60", 1, "0 tests, 0 failed, no summary, stopped after 1 s"),
+            ("echo Device not supported; exit 1", 1, "0 tests, 0 failed, 0 errors, 1 of 1 files without a summary"),
+            ("exec sleep 60", 1, "0 tests, 0 failed, 0 errors, 1 of 1 files without a summary"),
+            (BROKEN, 1, "0 tests, 0 failed, 0 errors, 1 of 1 files without a summary"),
         ],
     )
     def test_what_counts_as_clean(self, script: str, status: int, line: str, run) -> None:
         assert run(script, "initcheck", "--limit", "1") == (status, [f"initcheck  {line}"])
+
+    def test_a_file_that_ends_early_takes_no_other_with_it(self, run, tmp_path: Path) -> None:
+        script = 'case "$*" in *test_bad*) exit 1;; esac' + FINE
+        arguments = ("racecheck", "--jobs", "2", "--logs", str(tmp_path / "logs"))
+        line = "racecheck  6 tests, 0 failed, 0 errors, 1 of 3 files without a summary"
+        assert run(script, *arguments, "--tests", "test_good.py", "test_bad.py", "test_fine.py") == (1, [line])
+        logs = {path.name for path in (tmp_path / "logs").iterdir()}
+        assert logs == {f"racecheck-test_{name}.log" for name in ("good", "bad", "fine")}
 
     def test_hazards_and_errors_of_the_other_two_are_ours(self, run) -> None:
         found = ELSEWHERE.replace("ERROR SUMMARY: 1 error", "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)")

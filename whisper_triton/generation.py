@@ -73,7 +73,7 @@ class State:
     captured: tuple[object, ...] | None = field(default=None, repr=False)  # the fingerprint of what can be, as last seen
     clean: tuple[tuple[str, bool], ...] | None = field(
         default=None, repr=False
-    )  # the configuration without settings of `generate`
+    )  # a configuration without settings of `generate`
     done: torch.cuda.Event | None = field(default=None, repr=False)  # after all that calls have had the GPU do
 
     def __getstate__(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _is_replayed(self: WhisperForConditionalGeneration, step: DecoderStep, kwarg
 def _prepare_generation_config(
     self: WhisperForConditionalGeneration, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """Stock's, without its look for settings of `generate` in the model's configuration, where an earlier call had it and found none.
+    """Stock's, without its look for settings of `generate` in the model's configuration where an earlier call found none.
 
     transformers 5.17 builds a whole default configuration for it, a millisecond a call before the GPU has anything to do. What
     it finds depends on which attributes there are, and which are None.
