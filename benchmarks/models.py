@@ -84,7 +84,7 @@ def build_model(
         decoder_start_token_id=50258,
         eos_token_id=50257,
         pad_token_id=50257,
-        # Random weights would choose timestamps too, after which `generate` may go on with a second window: nothing is one.
+        # Random weights would choose timestamps too, after which `generate` may go on with a second window: so none is one.
         no_timestamps_token_id=shape.vocabulary - 1,
         is_multilingual=False,
         max_length=448,

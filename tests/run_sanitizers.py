@@ -151,6 +151,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="files at a time")
     parser.add_argument("--logs", type=Path, help="a folder for the whole output of each")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
     if unknown := set(args.tools) - set(TOOLS):
         parser.error(f"no such checker: {', '.join(sorted(unknown))}")
     sanitizer = find_sanitizer()
@@ -172,7 +174,8 @@ def main() -> int:
         for one in runs:
             if args.logs:
                 args.logs.mkdir(parents=True, exist_ok=True)
-                (args.logs / f"{tool}-{Path(one.file.partition('::')[0]).stem}.log").write_text(one.output)
+                name = re.sub(r"[^\w.-]+", "-", Path(one.file).name)  # of a node id too
+                (args.logs / f"{tool}-{name}.log").write_text(one.output)
             if one.why is not None:
                 is_clean = False
                 print(f"{tool}, {one.file}: {one.why}", *one.output.splitlines()[-60:], sep="\n", file=sys.stderr)

@@ -38,6 +38,7 @@ echo "========= Internal Sanitizer Error: The Sanitizer failed to handle a hardw
 echo "========= ERROR SUMMARY: 1 error"
 exit 1
 """
+WITHOUT = ", 1 of 1 files without a summary"
 OURS = ELSEWHERE.replace("void at::native::vectorized_elementwise_kernel<4, float>(float *)", "_decode_attention_kernel")
 
 
@@ -56,8 +57,9 @@ class TestSanitizers:
             files = arguments[arguments.index("--tests") + 1 :] if "--tests" in arguments else ["test_one.py"]
             rest = arguments[: arguments.index("--tests")] if "--tests" in arguments else arguments
             monkeypatch.setattr(sys, "argv", ["run_sanitizers.py", *rest, "--tests", *files])
-            status = run_sanitizers.main()
-            return status, [line.rpartition(",")[0] for line in capsys.readouterr().out.splitlines()]
+            status, printed = run_sanitizers.main(), capsys.readouterr()
+            self.complaints = printed.err
+            return status, [line.rpartition(",")[0] for line in printed.out.splitlines()]
 
         return run
 
@@ -65,21 +67,27 @@ class TestSanitizers:
         assert run(FINE) == (0, [f"{tool:<10} 3 tests, 0 failed, 0 errors" for tool in run_sanitizers.TOOLS])
 
     @pytest.mark.parametrize(
-        ("script", "status", "line"),
+        ("script", "line", "why"),
         [
-            (ELSEWHERE, 0, "3 tests, 0 failed, 0 errors (1 in other kernels)"),
-            (OURS, 1, "3 tests, 0 failed, 1 errors"),
-            (FINE.replace("3 passed", "1 failed, 2 passed"), 1, "3 tests, 1 failed, 0 errors"),
-            (FINE.replace("3 passed", "2 passed, 1 error"), 1, "3 tests, 1 failed, 0 errors"),
-            (FINE.replace("3 passed, 40", "43"), 1, "0 tests, 0 failed, 0 errors"),
-            (FINE + "exit 7", 1, "3 tests, 0 failed, 0 errors"),
-            ("echo Device not supported; exit 1", 1, "0 tests, 0 failed, 0 errors, 1 of 1 files without a summary"),
-            ("exec sleep 60", 1, "0 tests, 0 failed, 0 errors, 1 of 1 files without a summary"),
-            (BROKEN, 1, "0 tests, 0 failed, 0 errors, 1 of 1 files without a summary"),
+            (ELSEWHERE, "3 tests, 0 failed, 0 errors (1 in other kernels)", None),
+            (OURS, "3 tests, 0 failed, 1 errors", "0 failed, 1 errors, exit status 99"),
+            (
+                FINE.replace("3 passed", "1 failed, 2 passed"),
+                "3 tests, 1 failed, 0 errors",
+                "1 failed, 0 errors, exit status 0",
+            ),
+            (FINE.replace("3 passed", "2 passed, 1 error"), "3 tests, 1 failed, 0 errors", "1 failed, 0 errors, exit status 0"),
+            (FINE.replace("3 passed, 40", "43"), "0 tests, 0 failed, 0 errors", "no test ran"),
+            (FINE + "exit 7", "3 tests, 0 failed, 0 errors", "0 failed, 0 errors, exit status 7"),
+            ("echo Device not supported; exit 1", f"0 tests, 0 failed, 0 errors{WITHOUT}", "no summary"),
+            ("exec sleep 60", f"0 tests, 0 failed, 0 errors{WITHOUT}", "stopped after 1 s"),
+            (BROKEN, f"0 tests, 0 failed, 0 errors{WITHOUT}", "the checker broke down"),
         ],
     )
-    def test_what_counts_as_clean(self, script: str, status: int, line: str, run) -> None:
-        assert run(script, "initcheck", "--limit", "1") == (status, [f"initcheck  {line}"])
+    def test_what_counts_as_clean(self, script: str, line: str, why: str | None, run) -> None:
+        assert run(script, "initcheck", "--limit", "1") == (int(why is not None), [f"initcheck  {line}"])
+        said = self.complaints.splitlines()[:1]
+        assert said == ([] if why is None else [f"initcheck, test_one.py: {why}"])
 
     def test_a_file_that_ends_early_takes_no_other_with_it(self, run, tmp_path: Path) -> None:
         script = 'case "$*" in *test_bad*) exit 1;; esac' + FINE
@@ -87,7 +95,7 @@ class TestSanitizers:
         line = "racecheck  6 tests, 0 failed, 0 errors, 1 of 3 files without a summary"
         assert run(script, *arguments, "--tests", "test_good.py", "test_bad.py", "test_fine.py") == (1, [line])
         logs = {path.name for path in (tmp_path / "logs").iterdir()}
-        assert logs == {f"racecheck-test_{name}.log" for name in ("good", "bad", "fine")}
+        assert logs == {f"racecheck-test_{name}.py.log" for name in ("good", "bad", "fine")}
 
     def test_hazards_and_errors_of_the_other_two_are_ours(self, run) -> None:
         found = ELSEWHERE.replace("ERROR SUMMARY: 1 error", "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)")

@@ -113,15 +113,22 @@ class TestStocksTokens:
             monkeypatch.setattr(fused, name, spy)
         with accelerated(model):
             tokens = model.generate(features)
-            ends = [seen[-1] for seen in given.values()]
+            ends = [seen[-1].clone() for seen in given.values()]
             for seen in given.values():
                 seen.clear()
-            # All that this hands out is stock's for such rows too.
-            whole = model.generate(features, return_dict_in_generate=True).sequences
+            # All that this hands out is stock's for such rows too: as in a call that no other came before.
+            whole = model.generate(features, return_dict_in_generate=True, output_scores=True)
+            assert all(given.values())
             assert not any(end is not None for seen in given.values() for end in seen)
+            again = model.generate(features)
             single = model.generate(features[:1])
+        other = talkative(device, 4.0, dtype=torch.float16)
+        with accelerated(other):
+            wanted = other.generate(features, return_dict_in_generate=True, output_scores=True)
+        assert all(torch.equal(ours, first) for ours, first in zip(whole.scores, wanted.scores, strict=True))
+        assert torch.equal(again, tokens)
         assert (tokens != EOS).sum(1).unique().numel() > 2
-        assert torch.equal(tokens, whole[:, 2 : 2 + tokens.shape[1]])  # after the prompt
+        assert torch.equal(tokens, whole.sequences[:, 2 : 2 + tokens.shape[1]])  # after the prompt
         assert torch.equal(tokens[0, : single.shape[1]], single[0])
         assert all(end.all() for end in ends)
 

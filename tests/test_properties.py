@@ -18,6 +18,7 @@ from attention_cases import (
     canaries,
     lay_out,
     layouts,
+    relative_error,
     rounded,
     small_shapes,
     storage,
@@ -54,13 +55,15 @@ def double(value: object) -> object:
 
 
 def assert_close(result: torch.Tensor, exact: torch.Tensor, stock: torch.Tensor) -> None:
-    """What the kernels' own tests demand at Whisper's shapes; in fp32, where a few elements are drawn, twice that.
+    """What the kernels' own tests demand at Whisper's shapes; in fp32 a relative error of 8 times the dtype's epsilon will do.
 
-    There only the order of sums differs, and of a dozen numbers it is luck whose last bits are the nearer: on an H100 4 queries
-    over 25 keys came out 3.2 times as far off as PyTorch's, 12 elements of a layer norm 2.2 times. An index that is wrong is
-    off by a million times that.
+    There only the order of sums differs, and of the few numbers that are drawn here it is luck whose last bits are the nearer.
+    Seen on an H100: 7.1e-7 for 4 queries over 25 keys, 3.2 times PyTorch's, and 6.2e-8 for 12 elements of a layer norm, 2.2
+    times.
     """
-    assert_close_as_pytorch(result, exact, stock, factor=4 if result.dtype == torch.float32 else 2)
+    is_fp32 = result.dtype == stock.dtype == torch.float32 and result.shape == stock.shape
+    if not (is_fp32 and relative_error(result, exact) <= 8 * torch.finfo(torch.float32).eps):
+        assert_close_as_pytorch(result, exact, stock)
 
 
 def update_kv_cache(draw: Draw, device: torch.device) -> None:

@@ -131,7 +131,7 @@ class DecoderStep:
         self._takes: dict[int, bool] = {1: True}
         self._graph_bytes = 0
         self.selection: TokenSelection | None = None  # of the pass that `advance` replays
-        # By whether tokens are drawn from the most probable, and whether rows that have ended are decoded on.
+        # By whether tokens are drawn from the most probable, and whether rows that have ended are left alone.
         self._selecting: dict[tuple[bool, bool], CapturedPass] = {}
 
     @property
@@ -203,16 +203,17 @@ class DecoderStep:
         cache as it was but not the selection's state.
         """
         next_ids = selection.state.next_ids
-        # One row's end is the loop's. A flag that is read early, before the kernel that sets it has run, is read as 0: `begin`
-        # clears it by PyTorch's launches, which nothing overtakes.
-        ended = None if decodes_ended or next_ids.shape[0] == 1 else selection.state.ends
+        # With a single row the loop stops at its end. A flag that is read early, before the kernel that sets it has run, is
+        # read as 0: `begin` clears it by PyTorch's launches, which nothing overtakes.
+        skips = not decodes_ended and self.fused is not None and next_ids.shape[0] > 1
+        ended = selection.state.ends if skips else None
 
         def run() -> torch.Tensor:
             logits = self._run(model, next_ids, ended)[:, -1]
             selection(logits)
             return logits
 
-        key = (selection.top_k > 0, ended is None)
+        key = (selection.top_k > 0, skips)
         if key not in self._selecting:
             graph, replay = self._capture(run)
             self._selecting[key] = CapturedPass(graph, next_ids, replay)

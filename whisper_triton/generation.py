@@ -71,9 +71,8 @@ class State:
     owner: _Call | None = None  # the outermost call that is running: the one that the steps' caches belong to
     in_use: DecoderStep | None = field(default=None, repr=False)
     captured: tuple[object, ...] | None = field(default=None, repr=False)  # the fingerprint of what can be, as last seen
-    clean: tuple[tuple[str, bool], ...] | None = field(
-        default=None, repr=False
-    )  # a configuration without settings of `generate`
+    # The attributes of a configuration in which stock found no settings of `generate`, with whether each was None.
+    without_settings: tuple[tuple[str, bool], ...] | None = field(default=None, repr=False)
     done: torch.cuda.Event | None = field(default=None, repr=False)  # after all that calls have had the GPU do
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,27 +195,35 @@ def _is_replayed(self: WhisperForConditionalGeneration, step: DecoderStep, kwarg
     )
 
 
+class _StandIn:
+    """An object as another but for some attributes."""
+
+    def __init__(self, of: object, **attributes: object) -> None:
+        vars(self).update(attributes, _of=of)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+
 def _prepare_generation_config(
     self: WhisperForConditionalGeneration, generation_config: GenerationConfig | None, *args: Any, **kwargs: Any
 ) -> tuple[GenerationConfig, dict[str, Any]]:
     """Stock's, without its look for settings of `generate` in the model's configuration where an earlier call found none.
 
-    transformers 5.17 builds a whole default configuration for it, a millisecond a call before the GPU has anything to do. What
-    it finds depends on which attributes there are, and which are None.
+    transformers 5.17 builds a whole default configuration for it, a millisecond a call before the GPU has anything to do (5.23
+    does not). What it finds depends on which attributes there are, and which are None.
     """
     state: State | None = vars(self).get(STATE)  # None: a method kept from before `restore`
-    prepare, attributes = _stock(self, "_prepare_generation_config"), vars(self.config)
-    found = tuple((name, value is None) for name, value in attributes.items())
-    if state is None or generation_config is not None or state.clean != found:
-        prepared = prepare(generation_config, *args, **kwargs)
+    found = tuple((name, value is None) for name, value in vars(self.config).items())
+    own_look = "_get_generation_parameters" in vars(self.config)
+    if state is None or generation_config is not None or state.without_settings != found or own_look:
+        prepared = _stock(self, "_prepare_generation_config")(generation_config, *args, **kwargs)
         if state is not None and generation_config is None:
-            state.clean = found
+            state.without_settings = found
         return prepared
-    attributes["_get_generation_parameters"] = dict  # it returns those found: an empty one
-    try:
-        return prepare(generation_config, *args, **kwargs)
-    finally:
-        del attributes["_get_generation_parameters"]
+    # `dict`: called, it returns those found, none. The configuration itself may be others' at the same time.
+    model = _StandIn(self, config=_StandIn(self.config, _get_generation_parameters=dict))
+    return type(self)._prepare_generation_config(model, generation_config, *args, **kwargs)
 
 
 def _prepare_cache_for_generation(
