@@ -87,6 +87,15 @@ def check_positions(name: str, positions: torch.Tensor, batch_size: int, device:
         raise ValueError(f"{name} must be on {device}, got {positions.device}")
 
 
+def check_ended(ended: torch.Tensor | None, batch_size: int, device: torch.device) -> None:
+    """None, or a dense (B,) integer tensor on the states' device."""
+    if ended is None:
+        return
+    check_positions("ended", ended, batch_size, device)
+    if ended.shape != (batch_size,) or not ended.is_contiguous():
+        raise ValueError(f"ended must be ({batch_size},) and dense, got {tuple(ended.shape)} with strides {ended.stride()}")
+
+
 def check_counters(counters: torch.Tensor, count: int, device: torch.device) -> None:
     """Dense int32 on `device`, at least `count` of them."""
     check_tensors(counters=counters)

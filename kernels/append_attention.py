@@ -25,9 +25,9 @@ from ._attend import (
     merge_rows,
     normalise,
 )
-from ._checks import check_attention, check_caches, check_positions, check_states
+from ._checks import check_attention, check_caches, check_ended, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
-from .decode_attention import LOG2E, attend_reference
+from .decode_attention import LOG2E, attend_reference, forget_ended
 from .update_kv_cache import update_kv_cache_reference
 
 
@@ -41,11 +41,13 @@ def append_attention_reference(
     *,
     scale: float,
     read_ahead: bool = False,
+    ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `append_attention` computes, in PyTorch: `update_kv_cache`, then causal `decode_attention`."""
     update_kv_cache_reference(key, value, key_cache, value_cache, cache_position)
-    limit = cache_position.reshape(-1, 1) + torch.arange(1, query.shape[1] + 1, device=query.device)
-    return attend_reference(query, key_cache, value_cache, limit.expand(query.shape[0], -1), scale)
+    B, T = query.shape[:2]
+    limit = (cache_position.reshape(-1, 1) + torch.arange(1, T + 1, device=query.device)).expand(B, -1)
+    return attend_reference(query, key_cache, value_cache, forget_ended(limit, ended), scale)
 
 
 @triton.jit
@@ -56,6 +58,7 @@ def _append_attention_kernel(
     key_cache_ptr,  # (B, H, S, D)
     value_cache_ptr,  # (B, H, S, D)
     cache_position_ptr,  # () or (B,) int
+    ended_ptr,  # (B,) int; not read unless HAS_ENDED
     out_ptr,  # (B, T, H, D) contiguous
     qk_scale,
     stride_q_b,
@@ -77,6 +80,7 @@ def _append_attention_kernel(
     T,
     H,
     S,
+    HAS_ENDED: tl.constexpr,
     READ_AHEAD: tl.constexpr,  # position and cached tokens may be read before the previous kernel has finished
     USE_PDL: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -90,6 +94,8 @@ def _append_attention_kernel(
     i_b = tl.program_id(1).to(tl.int64)
     position = tl.load(cache_position_ptr + i_b * stride_cp_b).to(tl.int64)
     end = tl.minimum(tl.maximum(position, 0), S).to(tl.int32)  # of the keys that are in the cache already
+    if HAS_ENDED:
+        end = tl.where(tl.load(ended_ptr + i_b) == 0, end, 0)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
 
@@ -181,6 +187,7 @@ def _launch(
     out: torch.Tensor,
     scale: float,
     read_ahead: bool,
+    ended: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> None:
     B, T, H, D = query.shape
@@ -192,6 +199,7 @@ def _launch(
         key_cache_ptr=key_cache,
         value_cache_ptr=value_cache,
         cache_position_ptr=cache_position,
+        ended_ptr=cache_position if ended is None else ended,
         out_ptr=out,
         qk_scale=scale * LOG2E,
         stride_q_b=query.stride(0),
@@ -213,6 +221,7 @@ def _launch(
         T=T,
         H=H,
         S=key_cache.shape[2],
+        HAS_ENDED=ended is not None,
         READ_AHEAD=read_ahead,
         HEAD_DIM=D,
         BLOCK_T=1 if T == 1 else 16,
@@ -233,8 +242,9 @@ def _run_reference(
     out: torch.Tensor,
     scale: float,
     read_ahead: bool,
+    ended: torch.Tensor | None,
 ) -> None:
-    out.copy_(append_attention_reference(query, key, value, key_cache, value_cache, cache_position, scale=scale))
+    out.copy_(append_attention_reference(query, key, value, key_cache, value_cache, cache_position, scale=scale, ended=ended))
 
 
 def _fake(
@@ -247,6 +257,7 @@ def _fake(
     out: torch.Tensor,
     scale: float,
     read_ahead: bool,
+    ended: torch.Tensor | None,
 ) -> None:
     return None
 
@@ -254,7 +265,7 @@ def _fake(
 # The result is an argument: an op that mutates a cache returns nothing, so that Inductor can functionalise it.
 _op = register(
     "append_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
-    " Tensor cache_position, Tensor(c!) out, float scale, bool read_ahead) -> ()",
+    " Tensor cache_position, Tensor(c!) out, float scale, bool read_ahead, Tensor? ended) -> ()",
     kernel=_launch,
     reference=_run_reference,
     fake=_fake,
@@ -271,6 +282,7 @@ def append_attention(
     *,
     scale: float,
     read_ahead: bool = False,
+    ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Writes T new keys and values at `cache_position` and attends causally to all up to and with them, in one launch.
 
@@ -282,6 +294,8 @@ def append_attention(
         scale: multiplies the scores, in fp32. Whisper scales its query in the model's dtype and passes 1.0.
         read_ahead: promises that cache_position and the slots before it were written before the kernel that precedes this
             call was launched without dependent launch (as PyTorch's all are); see `decode_attention`.
+        ended: (B,) int64 or int32 on the same device: sequences whose number is not 0 have ended. They are written as the
+            others are, but none of their cached keys is read, and what is returned for them is not meaningful.
 
     A token that falls outside the S slots is not written (the position is on the device, where nothing can be raised),
     and what is returned for it is not meaningful.
@@ -300,6 +314,7 @@ def append_attention(
             f"query, key and value differ in shape: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
     check_positions("cache_position", cache_position, query.shape[0], query.device)
+    check_ended(ended, query.shape[0], query.device)
     out = query.new_empty(query.shape)
-    _op(query, key, value, key_cache, value_cache, cache_position, out, scale, read_ahead)
+    _op(query, key, value, key_cache, value_cache, cache_position, out, scale, read_ahead, ended)
     return out

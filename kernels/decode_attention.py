@@ -29,7 +29,7 @@ from ._attend import (
     normalise,
     safe_max,
 )
-from ._checks import check_attention, check_caches, check_counters, check_positions, check_states
+from ._checks import check_attention, check_caches, check_counters, check_ended, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 from ._paced import give_up
 from ._paced_attention import covers_attention, paced_attention
@@ -47,15 +47,22 @@ def decode_attention_reference(
     is_causal: bool = True,
     read_ahead: bool = False,
     counters: torch.Tensor | None = None,
+    ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `decode_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
     B, T, _, _ = query.shape
     S = key_cache.shape[2]
-    if kv_length is None and (T == 1 or not is_causal):
+    if kv_length is None and ended is None and (T == 1 or not is_causal):
         return attend_reference(query, key_cache, value_cache, None, scale)
     length = torch.full((B, 1), S, device=query.device) if kv_length is None else kv_length.reshape(-1, 1).expand(B, 1)
     tokens = torch.arange(T, device=query.device)
-    return attend_reference(query, key_cache, value_cache, length.clamp(max=S) + (tokens - (T - 1)) * is_causal, scale)
+    limit = length.clamp(max=S) + (tokens - (T - 1)) * is_causal
+    return attend_reference(query, key_cache, value_cache, forget_ended(limit, ended), scale)
+
+
+def forget_ended(limit: torch.Tensor, ended: torch.Tensor | None) -> torch.Tensor:
+    """Slots that queries see (B, T): none for sequences that have ended."""
+    return limit if ended is None else limit.masked_fill(ended[:, None] != 0, 0)
 
 
 def attend_reference(
@@ -106,6 +113,7 @@ def _decode_attention_kernel(
     key_cache_ptr,  # (B, H, S, D)
     value_cache_ptr,  # (B, H, S, D)
     kv_length_ptr,  # () or (B,) int; not read unless HAS_LENGTH
+    ended_ptr,  # (B,) int; not read unless HAS_ENDED
     out_ptr,  # (B, T, H, D), or partial (B, H, T, num_splits, D) fp32 if IS_SPLIT
     max_ptr,  # partial (B, H, T, num_splits) fp32; this and sum_ptr not used unless IS_SPLIT
     sum_ptr,  # partial (B, H, T, num_splits) fp32
@@ -127,6 +135,7 @@ def _decode_attention_kernel(
     S,
     num_splits,
     HAS_LENGTH: tl.constexpr,
+    HAS_ENDED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     JOINS: tl.constexpr,  # the last program of a head joins its splits, which are so many as a power of two or fewer; 0: none
@@ -149,6 +158,8 @@ def _decode_attention_kernel(
     length = S
     if HAS_LENGTH:
         length = tl.minimum(tl.load(kv_length_ptr + i_b * stride_l_b).to(tl.int64), S).to(tl.int32)
+    if HAS_ENDED:
+        length = tl.where(tl.load(ended_ptr + i_b) == 0, length, 0)
     chunk = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_S) * BLOCK_S
     start = i_split * chunk
     end = tl.minimum(start + chunk, length)
@@ -308,12 +319,14 @@ def _launch(
     is_causal: bool,
     read_ahead: bool,
     counters: torch.Tensor | None = None,
+    ended: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     B, T, H, D = query.shape
     S = key_cache.shape[2]
     joins = counters is not None and T == 1
-    if joins and read_ahead and kv_length is None and tiles is None and covers_attention(query, key_cache, value_cache):
+    is_whole = kv_length is None and ended is None
+    if joins and read_ahead and is_whole and tiles is None and covers_attention(query, key_cache, value_cache):
         try:
             return paced_attention(query, key_cache, value_cache, scale * LOG2E, counters)
         except Exception as error:
@@ -332,6 +345,7 @@ def _launch(
         key_cache_ptr=key_cache,
         value_cache_ptr=value_cache,
         kv_length_ptr=query if kv_length is None else kv_length,
+        ended_ptr=query if ended is None else ended,
         out_ptr=partial,
         max_ptr=maxima,
         sum_ptr=sums,
@@ -353,6 +367,7 @@ def _launch(
         S=S,
         num_splits=NUM_SPLITS,
         HAS_LENGTH=kv_length is not None,
+        HAS_ENDED=ended is not None,
         IS_CAUSAL=is_causal,
         IS_SPLIT=NUM_SPLITS > 1,
         JOINS=triton.next_power_of_2(NUM_SPLITS) if joins and NUM_SPLITS > 1 else 0,
@@ -392,8 +407,9 @@ def _run_reference(
     is_causal: bool,
     read_ahead: bool,
     counters: torch.Tensor | None,
+    ended: torch.Tensor | None,
 ) -> torch.Tensor:
-    return decode_attention_reference(query, key_cache, value_cache, kv_length, scale=scale, is_causal=is_causal)
+    return decode_attention_reference(query, key_cache, value_cache, kv_length, scale=scale, is_causal=is_causal, ended=ended)
 
 
 def _fake(
@@ -405,6 +421,7 @@ def _fake(
     is_causal: bool,
     read_ahead: bool,
     counters: torch.Tensor | None,
+    ended: torch.Tensor | None,
 ) -> torch.Tensor:
     return query.new_empty(query.shape)
 
@@ -412,7 +429,7 @@ def _fake(
 # Not declared as mutated: the counters are after a call what they were before it.
 _op = register(
     "decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor? kv_length, float scale, bool is_causal,"
-    " bool read_ahead, Tensor? counters) -> Tensor",
+    " bool read_ahead, Tensor? counters, Tensor? ended) -> Tensor",
     kernel=_launch,
     reference=_run_reference,
     fake=_fake,
@@ -429,6 +446,7 @@ def decode_attention(
     is_causal: bool = True,
     read_ahead: bool = False,
     counters: torch.Tensor | None = None,
+    ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attends from T new tokens to a static cache; nothing is mutated.
 
@@ -446,6 +464,8 @@ def decode_attention(
         counters: (B * H,) int32 zeros on the same device, or more of them. With them the splits of one token (T = 1) are
             joined by each head's last program instead of by a second launch. They are zeros again afterwards; two calls
             that may run at the same time must not share them.
+        ended: (B,) int64 or int32 on the same device: sequences whose number is not 0 have ended. None of their keys is
+            read, and what is returned for them is 0. With `read_ahead` it may be read as early as the caches.
 
     Returns:
         (B, T, H, D), contiguous, the query's dtype: what `out_proj` reads as (B, T, H * D). A query that sees no key
@@ -461,4 +481,5 @@ def decode_attention(
         check_positions("kv_length", kv_length, query.shape[0], query.device)
     if counters is not None:
         check_counters(counters, query.shape[0] * query.shape[2], query.device)
-    return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters)
+    check_ended(ended, query.shape[0], query.device)
+    return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters, ended)

@@ -134,6 +134,10 @@ def attention_calls(dtype: torch.dtype, D: int) -> Iterator[Call]:
         yield append_call(1, T, 20, 448, read_ahead=True)
         yield append_call(64, T, 20, 448, positions)
         yield append_call(1, T, 1, 1)
+        yield call("append", f"ended {T=}", partial(append_call(8, T, 20, 448).launch, ended=positions[:8].long()))
+        ended = {"counters": torch.zeros(160, dtype=torch.int32), "ended": positions[:8].long()}
+        launch = partial(decode_call(8, T, 20, 1500, read_ahead=True).launch, **ended)
+        yield call("decode", f"ended {T=}", launch, read_ahead=True)
         tensors = [odd(tensor) for tensor in (*(states(3, T, 6) for _ in range(3)), *caches(3, 6, 447))]
         out = torch.empty(3, T, 6, D, dtype=dtype)
         launch = partial(append._launch, *tensors, positions[1:4], out, 1.0, False)

@@ -310,7 +310,8 @@ def test_the_result_is_the_same_in_every_run(T: int, times: int, device: torch.d
 def test_the_op_keeps_the_rules_of_torch_library(device: torch.device) -> None:
     for dtype, T in ((torch.float16, 1), (torch.float32, 2)):
         call = arguments(SHAPE._replace(T=T), dtype, device)
-        torch.library.opcheck(OP, (*call.values(), torch.zeros_like(call["query"]), SCALE, T == 2))
+        ended = None if T == 1 else torch.zeros(SHAPE.B, dtype=torch.int64, device=device)
+        torch.library.opcheck(OP, (*call.values(), torch.zeros_like(call["query"]), SCALE, T == 2, ended))
 
 
 def assert_compiles(device: torch.device, **options: object) -> None:
@@ -470,6 +471,21 @@ def test_a_position_far_outside_writes_nothing(position: int, T: int, device: to
     append_attention(**call, scale=SCALE)
     for name, buffer in before.items():
         assert torch.equal(storage(call[name]), buffer), name
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_of_what_has_ended_no_key_is_read_and_all_is_written(T: int, device: torch.device) -> None:
+    call = arguments(SHAPE._replace(B=3, T=T, length=7), torch.float16, device)
+    other = {name: tensor.clone() for name, tensor in call.items()}
+    whole = append_attention(**call, scale=SCALE)
+    position = other["cache_position"].flatten()[0].item()
+    for cache in ("key_cache", "value_cache"):
+        other[cache][1, :, :position] = torch.nan
+    out = append_attention(**other, scale=SCALE, ended=torch.tensor([0, 1, 0], dtype=torch.int32, device=device))
+    assert torch.equal(bits(out[::2]), bits(whole[::2]))
+    assert out.isfinite().all()
+    for cache in ("key_cache", "value_cache"):
+        assert torch.equal(bits(other[cache][:, :, position : position + T]), bits(call[cache][:, :, position : position + T]))
 
 
 def test_a_token_before_slot_0_is_dropped_for_those_after_it_too(device: torch.device) -> None:

@@ -87,13 +87,19 @@ LAUNCHERS: dict[str, Launcher] = {
         kernels.update_kv_cache,
         lambda: {k: v for k, v in attention(cache_position=torch.tensor([3, 5])).items() if k != "query"},
     ),
-    "append_attention": (kernels.append_attention, lambda: attention(cache_position=torch.tensor([3, 5]), scale=1.0)),
+    "append_attention": (
+        kernels.append_attention,
+        lambda: attention(cache_position=torch.tensor([3, 5]), scale=1.0, ended=torch.zeros(B, dtype=torch.int64)),
+    ),
     "decode_attention": (
         kernels.decode_attention,
         lambda: {
             name: value
             for name, value in attention(
-                kv_length=torch.tensor([3, 5]), scale=1.0, counters=torch.zeros(B * H, dtype=torch.int32)
+                kv_length=torch.tensor([3, 5]),
+                scale=1.0,
+                counters=torch.zeros(B * H, dtype=torch.int32),
+                ended=torch.zeros(B, dtype=torch.int64),
             ).items()
             if name not in ("key", "value")
         },
@@ -139,6 +145,8 @@ FREE: dict[tuple[str, str], tuple[str, ...]] = {
     ("skinny_linear", "bias"): ("None",),
     ("skinny_linear", "residual"): ("None",),
     ("decode_attention", "counters"): ("None", "dim 0 longer", "one dim more"),
+    ("decode_attention", "ended"): ("None",),
+    ("append_attention", "ended"): ("None",),
     ("select_token", "logits"): ("float16",),
     ("select_token", "ids"): ("dim 1 longer",),
 }
@@ -202,6 +210,7 @@ SPECIAL: dict[str, list[Bad]] = {
         *OTHER_CACHES,
         several("no tokens", {"query": lambda t: t[:, :0]}, r"\(2, 0, 3, 32\)"),
         several("17 tokens", {"query": lambda t: t[:, :1].expand(B, 17, H, D)}, "at most 16 query tokens, got 17"),
+        several("every second end", {"ended": lambda t: t.new_zeros(2 * t.numel())[::2]}, "dense"),
         several("every second counter", {"counters": lambda t: t.new_zeros(2 * t.numel())[::2]}, "contiguous"),
     ],
     "skinny_linear": [

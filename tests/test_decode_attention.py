@@ -231,7 +231,7 @@ def launch(
     is_causal: bool = True,
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return module._launch(query, key_cache, value_cache, kv_length, SCALE, is_causal, False, counters, tiles)
+    return module._launch(query, key_cache, value_cache, kv_length, SCALE, is_causal, False, counters, tiles=tiles)
 
 
 @pytest.mark.parametrize("length", [1, 65, 200])
@@ -356,6 +356,29 @@ def test_the_other_sequences_of_a_batch_do_not_matter(T: int, splits: int, devic
         assert torch.equal(bits(launch(query, *caches, others, tiles=tiles)[1:2]), bits(expected))
 
 
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("with_length", [False, True])
+@pytest.mark.parametrize("T", [1, 3])
+def test_of_what_has_ended_nothing_is_read(T: int, with_length: bool, counted: bool, device: torch.device) -> None:
+    call = arguments(SPLIT_SHAPE._replace(B=3, T=T), torch.float16, device)
+    if not with_length:
+        call["kv_length"] = None
+    for cache in ("key_cache", "value_cache"):
+        call[cache] = call[cache].nan_to_num()  # of unused slots, which are read without a length
+    counters = torch.zeros(3 * SPLIT_SHAPE.H, dtype=torch.int32, device=device) if counted else None
+    whole = decode_attention(**call, scale=SCALE, is_causal=False, counters=counters)
+    for cache in ("key_cache", "value_cache"):
+        call[cache][1] = torch.nan
+    ended = torch.tensor([0, 7, 0], device=device)
+    out = decode_attention(**call, scale=SCALE, is_causal=False, counters=counters, ended=ended)
+    assert not out[1].any()
+    assert counters is None or not counters.any()
+    assert torch.equal(bits(out[::2]), bits(whole[::2]))
+    reference = decode_attention_reference(**call, scale=SCALE, is_causal=False, ended=ended)
+    assert not reference[1].any()
+    assert torch.equal(reference[::2], decode_attention_reference(**call, scale=SCALE, is_causal=False)[::2])
+
+
 @pytest.mark.parametrize("T", [1, 3])
 def test_reading_ahead_does_not_matter(T: int, device: torch.device) -> None:
     call = arguments(SHAPE._replace(T=T), torch.float16, device)
@@ -393,7 +416,9 @@ def test_the_op_keeps_the_rules_of_torch_library(device: torch.device) -> None:
     for dtype, T, has_length in ((torch.float16, 1, True), (torch.float32, 2, False)):
         query, *caches, length = arguments(SHAPE._replace(T=T), dtype, device).values()
         counters = torch.zeros(SHAPE.B * SHAPE.H, dtype=torch.int32, device=device) if has_length else None
-        torch.library.opcheck(OP, (query, *caches, length if has_length else None, SCALE, has_length, not has_length, counters))
+        ended = None if has_length else torch.zeros(SHAPE.B, dtype=torch.int64, device=device)
+        given = (length if has_length else None, SCALE, has_length, not has_length, counters, ended)
+        torch.library.opcheck(OP, (query, *caches, *given))
 
 
 def assert_compiles(device: torch.device, **options: object) -> None:

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, mel, tensors_of, tiny_whisper
 from whisper_triton.kernels.select_token import TokenLimits
 
-from whisper_triton import accelerated, decode_loop, decoder
+from whisper_triton import accelerated, decode_loop, decoder, fused
 from whisper_triton.coverage import why_not_our_loop
 from whisper_triton.decode_loop import STOCKS_LOOP
 from whisper_triton.token_rules import Settings
@@ -98,6 +98,39 @@ class TestStocksTokens:
         assert tokens.shape[1] == length
         assert (tokens != EOS).sum(1).unique().numel() > 2
         assert length - 1 <= loops[0] <= length + decode_loop.LOOK_EVERY
+
+    def test_of_rows_that_have_ended_no_keys_are_read(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decoder, "is_fusable", fused.is_fusable)
+        model, features = talkative(device, 4.0, dtype=torch.float16), mel(5, device).half()
+        given: dict[str, list[torch.Tensor | None]] = {"decode_attention": [], "append_attention": []}
+        for name, seen in given.items():
+            attend = getattr(fused, name)
+
+            def spy(*args: Any, attend: Callable[..., Any] = attend, seen: list[Any] = seen, **kwargs: Any) -> torch.Tensor:
+                seen.append(kwargs["ended"])
+                return attend(*args, **kwargs)
+
+            monkeypatch.setattr(fused, name, spy)
+        with accelerated(model):
+            tokens = model.generate(features)
+            ends = [seen[-1].clone() for seen in given.values()]
+            for seen in given.values():
+                seen.clear()
+            # All that this hands out is stock's for such rows too: as in a call that no other came before.
+            whole = model.generate(features, return_dict_in_generate=True, output_scores=True)
+            assert all(given.values())
+            assert not any(end is not None for seen in given.values() for end in seen)
+            again = model.generate(features)
+            single = model.generate(features[:1])
+        other = talkative(device, 4.0, dtype=torch.float16)
+        with accelerated(other):
+            wanted = other.generate(features, return_dict_in_generate=True, output_scores=True)
+        assert all(torch.equal(ours, first) for ours, first in zip(whole.scores, wanted.scores, strict=True))
+        assert torch.equal(again, tokens)
+        assert (tokens != EOS).sum(1).unique().numel() > 2
+        assert torch.equal(tokens, whole.sequences[:, 2 : 2 + tokens.shape[1]])  # after the prompt
+        assert torch.equal(tokens[0, : single.shape[1]], single[0])
+        assert all(end.all() for end in ends)
 
     @row("timestamps", "ours")
     def test_timestamps(self, device: torch.device, loops: list[int]) -> None:

@@ -167,7 +167,8 @@ def decode(
     logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1].contiguous()
     detect_no_speech(logits_processor, input_ids, logits)
     selection.top_k = settings.limits.top_k
-    advance = step.advance(model, selection)
+    # What `return_dict_in_generate` hands out is stock's for rows that have ended too: scores, logits, the cache.
+    advance = step.advance(model, selection, decodes_ended=bool(generation_config.return_dict_in_generate))
     selection.begin(input_ids, settings, generation_config._pad_token_tensor)
     selection(logits)
     prompt_length = input_ids.shape[1]

@@ -131,7 +131,8 @@ class DecoderStep:
         self._takes: dict[int, bool] = {1: True}
         self._graph_bytes = 0
         self.selection: TokenSelection | None = None  # of the pass that `advance` replays
-        self._selecting: dict[bool, CapturedPass] = {}  # by whether tokens are drawn from the most probable
+        # By whether tokens are drawn from the most probable, and whether rows that have ended are left alone.
+        self._selecting: dict[tuple[bool, bool], CapturedPass] = {}
 
     @property
     def graph(self) -> torch.cuda.CUDAGraph | None:
@@ -192,24 +193,31 @@ class DecoderStep:
         self._claim(T)
         return captured.replay().clone()
 
-    def advance(self, model: WhisperForConditionalGeneration, selection: TokenSelection) -> Callable[[], torch.Tensor]:
+    def advance(
+        self, model: WhisperForConditionalGeneration, selection: TokenSelection, decodes_ended: bool = True
+    ) -> Callable[[], torch.Tensor]:
         """What decodes the tokens that `selection`, the step's only one, has chosen, and has it choose the next, at each call.
 
-        It returns the logits (B, V), which the next call overwrites. Captures it if need be, which leaves the cache as it was
-        but not the selection's state.
+        It returns the logits (B, V), which the next call overwrites. Without `decodes_ended` those of rows that have ended mean
+        nothing, nor does what is cached of them, and their attention reads no keys. Captures it if need be, which leaves the
+        cache as it was but not the selection's state.
         """
         next_ids = selection.state.next_ids
+        # With a single row the loop stops at its end. A flag that is read early, before the kernel that sets it has run, is
+        # read as 0: `begin` clears it by PyTorch's launches, which nothing overtakes.
+        skips = not decodes_ended and self.fused is not None and next_ids.shape[0] > 1
+        ended = selection.state.ends if skips else None
 
         def run() -> torch.Tensor:
-            logits = self._run(model, next_ids)[:, -1]
+            logits = self._run(model, next_ids, ended)[:, -1]
             selection(logits)
             return logits
 
-        has_top_k = selection.top_k > 0
-        if has_top_k not in self._selecting:
+        key = (selection.top_k > 0, skips)
+        if key not in self._selecting:
             graph, replay = self._capture(run)
-            self._selecting[has_top_k] = CapturedPass(graph, next_ids, replay)
-        captured = self._selecting[has_top_k]
+            self._selecting[key] = CapturedPass(graph, next_ids, replay)
+        captured = self._selecting[key]
 
         def decode_one() -> torch.Tensor:
             self._claim(1)
@@ -236,9 +244,11 @@ class DecoderStep:
         layer.claim(new_tokens)
         layer.host_length += new_tokens
 
-    def _run(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor, ended: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.fused is not None:
-            return self.fused(input_ids, self.cache)
+            return self.fused(input_ids, self.cache, ended)
         hidden_states = model.model.decoder(
             input_ids=input_ids,
             encoder_hidden_states=self.encoder_states,

@@ -93,9 +93,12 @@ class FusedDecoder:
             for module in self.decoder.layers
         ]
 
-    def __call__(self, input_ids: torch.Tensor, cache: StaticEncoderDecoderCache) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, cache: StaticEncoderDecoderCache, ended: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Decodes `input_ids` (B, T) at the cache's position, which it advances; returns the last's logits (B, 1, vocabulary).
 
+        `ended`: (B,) int64 or None; of a sequence whose number is not 0 no cached key is read, and its logits mean nothing.
         B * T may be as many rows as `is_fusable` allows, and T as many queries as the attention kernels take.
         """
         T = input_ids.shape[1]
@@ -104,8 +107,8 @@ class FusedDecoder:
         for layer in self.layers:
             index = layer.module.self_attn.layer_idx
             own, cross = cache.self_attention_cache.layers[index], cache.cross_attention_cache.layers[index]
-            x = self._self_attention(x, layer, own, position, T)
-            x = self._cross_attention(x, layer, cross, T)
+            x = self._self_attention(x, layer, own, position, T, ended)
+            x = self._cross_attention(x, layer, cross, T, ended)
             fc1, fc2 = layer.module.fc1, layer.module.fc2
             y = skinny_linear(x, (fc1.weight,), (fc1.bias,), layer_norm=layer.final_norm, gelu=True)
             x = skinny_linear(y, (fc2.weight,), (fc2.bias,), residual=x)
@@ -114,7 +117,9 @@ class FusedDecoder:
         own.advance(T)  # PyTorch's launch waits for all before it: last, where nothing could overlap with it
         return logits
 
-    def _self_attention(self, x: torch.Tensor, layer: _Layer, cache: object, position: torch.Tensor, T: int) -> torch.Tensor:
+    def _self_attention(
+        self, x: torch.Tensor, layer: _Layer, cache: object, position: torch.Tensor, T: int, ended: torch.Tensor | None
+    ) -> torch.Tensor:
         attention: WhisperAttention = layer.module.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         qkv = skinny_linear(
@@ -125,10 +130,12 @@ class FusedDecoder:
             scale=attention.scaling,
         )
         query, key, value = qkv.view(-1, T, 3, attention.num_heads, attention.head_dim).unbind(2)
-        out = append_attention(query, key, value, cache.keys, cache.values, position, scale=1.0, read_ahead=True)
+        out = append_attention(query, key, value, cache.keys, cache.values, position, scale=1.0, read_ahead=True, ended=ended)
         return skinny_linear(out.view(x.shape), (attention.out_proj.weight,), (attention.out_proj.bias,), residual=x)
 
-    def _cross_attention(self, x: torch.Tensor, layer: _Layer, cache: object, T: int) -> torch.Tensor:
+    def _cross_attention(
+        self, x: torch.Tensor, layer: _Layer, cache: object, T: int, ended: torch.Tensor | None
+    ) -> torch.Tensor:
         attention: WhisperAttention = layer.module.encoder_attn
         query = skinny_linear(
             x,
@@ -138,6 +145,13 @@ class FusedDecoder:
             scale=attention.scaling,
         ).view(-1, T, attention.num_heads, attention.head_dim)
         out = decode_attention(
-            query, cache.keys, cache.values, scale=1.0, is_causal=False, read_ahead=True, counters=self.counters
+            query,
+            cache.keys,
+            cache.values,
+            scale=1.0,
+            is_causal=False,
+            read_ahead=True,
+            counters=self.counters,
+            ended=ended,
         )
         return skinny_linear(out.view(x.shape), (attention.out_proj.weight,), (attention.out_proj.bias,), residual=x)
