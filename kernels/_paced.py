@@ -21,6 +21,7 @@ from ._dispatch import capability, is_tritons, triton
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
     from triton.experimental.gluon.language.nvidia.ampere.async_copy import (
         async_copy_global_to_shared,
         commit_group,
@@ -31,7 +32,7 @@ try:
 except ImportError:
     HAS_GLUON = False
     gl = gluon = triton  # stands in for annotations and decorators: nothing here is launched then
-    async_copy_global_to_shared = barrier = commit_group = wait_group = None
+    async_copy_global_to_shared = barrier = commit_group = mma_v2 = wait_group = None
 else:
     HAS_GLUON = True
 
@@ -83,6 +84,7 @@ __all__ = [
     "gluon",
     "has_paced_copies",
     "launch_dependents",
+    "mma_v2",
     "wait_for_previous",
     "wait_group",
 ]

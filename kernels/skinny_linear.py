@@ -25,6 +25,7 @@ from ._checks import check_dtype, check_tensors
 from ._dispatch import gdc_launch_dependents, gdc_wait, pdl_options, register, register_options, tl, triton
 from ._paced import MIN_WIDTH, give_up, has_paced_copies
 from ._paced_linear import MAX_CHUNK, covers_linear, paced_linear
+from ._paced_rows import covers_rows, paced_rows
 
 MAX_ROWS = 64
 
@@ -341,6 +342,13 @@ def fits_tiles(width: int) -> bool:
     return width % 16 == 0 and width > 0 and tail & (tail - 1) == 0
 
 
+def covers(tiles: Tiles, N: int, K: int) -> bool:
+    """Whether paced copies serve these shapes in these tiles."""
+    if tiles.USE_DOT:
+        return covers_rows(K, tiles.SPLIT_K, tiles.num_warps)
+    return covers_linear(N, K, tiles.BLOCK_N)
+
+
 def _launch(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -353,16 +361,59 @@ def _launch(
     residual: torch.Tensor | None,
     tiles: list[int],
 ) -> torch.Tensor:
-    B, K = x.shape
-    N = weights[0].shape[0]
+    (B, K), N = x.shape, weights[0].shape[0]
     BLOCK_N, SPLIT_K, num_warps, use_dot, PACE = tiles
-    if PACE > 0:
-        around = (norm_weight, norm_bias, eps, scale, gelu, residual)
+    around = (norm_weight, norm_bias, eps, scale, gelu, residual)
+    out = x.new_empty(B, len(weights) * N)
+    sums = out if SPLIT_K == 1 else torch.empty(SPLIT_K, B, N, dtype=torch.float32, device=x.device)
+    if PACE == 0:
+        _launch_plain(x, weights, biases, *around, sums, BLOCK_N, SPLIT_K, num_warps, bool(use_dot))
+    else:
         try:
-            return paced_linear(x, weights, biases, *around, BLOCK_N, num_warps, PACE)
+            if use_dot:
+                paced_rows(x, weights, biases, *around, sums, BLOCK_N, SPLIT_K, num_warps, PACE)
+            else:
+                paced_linear(x, weights, biases, *around, out, BLOCK_N, num_warps, PACE)
         except Exception as error:
             give_up(error)
-        BLOCK_N, SPLIT_K, num_warps, use_dot, _ = choose_tiles(B, N, K, len(weights), norm_weight is not None)
+            plain = choose_tiles(B, N, K, len(weights), norm_weight is not None)
+            return _launch(x, weights, biases, *around, [int(number) for number in plain])
+    if SPLIT_K > 1:
+        _sum_splits_kernel[(triton.cdiv(N, 256), B)](
+            partial_ptr=sums,
+            bias_ptr=x if biases[0] is None else biases[0],
+            residual_ptr=x if residual is None else residual,
+            out_ptr=out,
+            B=B,
+            N=N,
+            SPLIT_K=SPLIT_K,
+            HAS_BIAS=biases[0] is not None,
+            HAS_RESIDUAL=residual is not None,
+            BLOCK_N=256,
+            num_warps=2,
+            **pdl_options(x.device),
+        )
+    return out
+
+
+def _launch_plain(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    eps: float,
+    scale: float,
+    gelu: bool,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    BLOCK_N: int,
+    SPLIT_K: int,
+    num_warps: int,
+    use_dot: bool,
+) -> None:
+    """Launches `_skinny_linear_kernel`. out: (B, len(weights) * N), or (SPLIT_K, B, N) fp32 sums, is written."""
+    (B, K), N = x.shape, weights[0].shape[0]
     pdl = pdl_options(x.device)
     if norm_weight is not None and use_dot:
         # Several rows in fp32 beside the weights do not fit a program's registers: a launch of its own is cheaper.
@@ -379,8 +430,6 @@ def _launch(
             **pdl,
         )
         x, norm_weight, norm_bias = normalised, None, None
-    out = x.new_empty(B, len(weights) * N)
-    partial = out if SPLIT_K == 1 else torch.empty(SPLIT_K, B, N, dtype=torch.float32, device=x.device)
     w, b = (weights * 3)[:3], (biases * 3)[:3]
     has_bias = sum((bias is not None) << i for i, bias in enumerate(biases))
     row_tiles = triton.cdiv(B, 16) if use_dot else 1
@@ -395,7 +444,7 @@ def _launch(
         norm_weight_ptr=x if norm_weight is None else norm_weight,
         norm_bias_ptr=x if norm_bias is None else norm_bias,
         residual_ptr=x if residual is None else residual,
-        out_ptr=partial,
+        out_ptr=out,
         scale=scale,
         eps=eps,
         B=B,
@@ -407,7 +456,7 @@ def _launch(
         HAS_NORM=norm_weight is not None,
         HAS_RESIDUAL=residual is not None and SPLIT_K == 1,
         GELU=gelu,
-        USE_DOT=bool(use_dot),
+        USE_DOT=use_dot,
         ROW_TILES=row_tiles,
         BLOCK_B=16,
         BLOCK_N=BLOCK_N,
@@ -418,22 +467,6 @@ def _launch(
         **register_options(x.device),
         **pdl,
     )
-    if SPLIT_K > 1:
-        _sum_splits_kernel[(triton.cdiv(N, 256), B)](
-            partial_ptr=partial,
-            bias_ptr=x if biases[0] is None else biases[0],
-            residual_ptr=x if residual is None else residual,
-            out_ptr=out,
-            B=B,
-            N=N,
-            SPLIT_K=SPLIT_K,
-            HAS_BIAS=biases[0] is not None,
-            HAS_RESIDUAL=residual is not None,
-            BLOCK_N=256,
-            num_warps=2,
-            **pdl,
-        )
-    return out
 
 
 def _run_reference(
@@ -499,8 +532,8 @@ def skinny_linear(
     if any(number < 1 or number & (number - 1) for number in (tiles.BLOCK_N, tiles.num_warps)) or tiles.SPLIT_K < 1:
         raise ValueError(f"BLOCK_N and num_warps must be powers of two, got {tiles}")
     SPLIT_K = tiles.SPLIT_K
-    if tiles.PACE > 0 and not (has_copies and B == 1 and covers_linear(N, K, tiles.BLOCK_N)):
-        raise ValueError(f"paced copies are for one row of whole tiles on an H100, got {tuple(x.shape)}, {N=} on {x.device}")
+    if tiles.PACE > 0 and not (has_copies and covers(tiles, N, K)):
+        raise ValueError(f"paced copies are for whole tiles on an H100, got {tuple(x.shape)}, {N=}, {tiles} on {x.device}")
     if B > 1 and (x.dtype == torch.float32 or not tiles.USE_DOT):
         raise ValueError(f"several rows, {B} here, take tensor cores, which would round {x.dtype} to tf32 if it is fp32")
     if K % SPLIT_K or not fits_tiles(K // SPLIT_K):

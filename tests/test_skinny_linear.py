@@ -152,6 +152,23 @@ def test_paced_copies(K, BLOCK_N, PACE, dtype, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_warps", "PACE"), [(4, 1), (4, 9), (8, 2), (16, 2)])
+@pytest.mark.parametrize(("B", "K", "BLOCK_N"), [(2, 256, 8), (8, 1280, 16), (16, 1280, 32), (17, 1024, 64), (64, 256, 16)])
+def test_paced_rows(B, K, BLOCK_N, num_warps, PACE, dtype, device):
+    tiles = LinearTiles(BLOCK_N, 1, num_warps, True, PACE)
+    if not has_paced_copies(device, dtype):
+        pytest.skip("not this GPU's")
+    for N in (48, 51):  # rows of weights that fill their tiles, and some that do not
+        x, weights, biases, norm, residual = make(B, K, N, 3, dtype, device)
+        check(x, weights, biases, tiles=tiles, layer_norm=norm, scale=0.125)
+        check(x, weights[:1], biases[:1], tiles=tiles, layer_norm=norm, gelu=True)
+        check(x, weights[:1], biases[:1], tiles=tiles, residual=residual)
+        check(x, weights[:1], biases[:1], tiles=tiles._replace(SPLIT_K=K // 256), residual=residual)
+        check(x, weights[:1], (None,), tiles=tiles, layer_norm=norm)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("B", "dtype"),
     [(1, torch.float32), *((B, dtype) for B in (1, 2, 8, 16) for dtype in (torch.float16, torch.bfloat16))],
