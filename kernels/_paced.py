@@ -1,11 +1,11 @@
 """Paced asynchronous copies (Gluon): what the kernels share that use them on Hopper, and when they are used.
 
-`_paced_linear.py` and `_paced_attention.py` compute what `skinny_linear` and `decode_attention` do, whose launchers choose them
-for one row where they are faster. What differs is how weights, keys and values come. There a program asks for all of them
-at once, into registers, before it waits for the kernel before it: registers bound how many programs wait beside those that
-work, and what the working ones ask for afterwards stands in line behind megabytes that nobody needs yet. Here they go to
-shared memory, otherwise unused, and a program asks for its next piece only when an earlier one has come (`PACE` pieces on
-their way). So later kernels begin early without being in the way. benchmarks/NOTES.md has the attempts.
+`_paced_linear.py`, `_paced_rows.py` and `_paced_attention.py` compute what `skinny_linear` and `decode_attention` do, whose
+launchers choose them where they are faster. What differs is how weights, keys and values come. There a program asks for
+all of them at once, into registers, before it waits for the kernel before it: registers bound how many programs wait
+beside those that work, and what the working ones ask for afterwards stands in line behind megabytes that nobody needs
+yet. Here they go to shared memory, otherwise unused, and a program asks for its next piece only when an earlier one has
+come (`PACE` pieces on their way). So later kernels begin early without being in the way. benchmarks/NOTES.md has the attempts.
 
 Gluon is Triton's lower level: layouts and shared memory by name. It has no interpreter, so these run on GPUs only.
 """
@@ -36,10 +36,10 @@ except ImportError:
 else:
     HAS_GLUON = True
 
-# Width of a decoder from which these kernels are faster, in its step at batch 1, measured on one H100 80GB HBM3, 2026-11-25:
-# large-v3 0.87 ms instead of 0.94, turbo 0.153 instead of 0.160; medium, of 1024 columns, 0.598 with them and without.
+# Width of a decoder from which these kernels are faster at any batch, in its step, measured on one H100 80GB HBM3,
+# 2026-11-25: large-v3 0.87 ms instead of 0.94 at batch 1, turbo 0.153 instead of 0.160; medium, of 1024 columns, 0.598
+# with them and without.
 MIN_WIDTH = 1280
-
 
 logger = logging.getLogger(__name__)
 _given_up: list[str] = []  # why, once they have

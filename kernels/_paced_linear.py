@@ -4,9 +4,32 @@ from __future__ import annotations
 
 import torch
 
+from ._linear_call import LinearCall
 from ._paced import async_copy_global_to_shared, commit_group, gl, gluon, launch_dependents, wait_for_previous, wait_group
 
 MAX_CHUNK = 256  # elements of K: one warp's 16-byte copies of a row
+
+
+@gluon.jit
+def part_of(i_part, part_0_ptr, part_1_ptr, part_2_ptr, NUM_PARTS: gl.constexpr):
+    """The pointer of a program's part."""
+    ptr = part_0_ptr
+    if NUM_PARTS == 3:
+        if i_part == 1:
+            ptr = part_1_ptr
+        if i_part == 2:
+            ptr = part_2_ptr
+        ptr = gl.multiple_of(ptr, 16)
+    return ptr
+
+
+@gluon.jit
+def finish(y, bias, residual, scale, GELU: gl.constexpr):
+    """What follows the product, in fp32."""
+    y = (y + bias) * scale
+    if GELU:
+        y = 0.5 * y * (1.0 + gl.erf(y * 0.7071067811865476))
+    return y + residual
 
 
 @gluon.jit
@@ -48,15 +71,10 @@ def _paced_linear_kernel(
     WARP_ROWS: gl.constexpr = BLOCK_N // NUM_WARPS
     i_part = gl.program_id(1)
     first_n = gl.program_id(0) * BLOCK_N
-    weight_ptr, bias_ptr = weight_0_ptr, bias_0_ptr
-    has_bias = (HAS_BIAS & 1) != 0
+    weight_ptr = part_of(i_part, weight_0_ptr, weight_1_ptr, weight_2_ptr, NUM_PARTS)
+    bias_ptr = part_of(i_part, bias_0_ptr, bias_1_ptr, bias_2_ptr, NUM_PARTS)
+    has_bias = ((HAS_BIAS >> i_part) & 1) != 0
     if NUM_PARTS == 3:
-        if i_part == 1:
-            weight_ptr, bias_ptr = weight_1_ptr, bias_1_ptr
-        if i_part == 2:
-            weight_ptr, bias_ptr = weight_2_ptr, bias_2_ptr
-        weight_ptr = gl.multiple_of(weight_ptr, 16)
-        has_bias = ((HAS_BIAS >> i_part) & 1) != 0
         scale = gl.where(i_part == 0, scale, 1.0)
 
     dtype: gl.constexpr = x_ptr.dtype.element_ty
@@ -120,11 +138,8 @@ def _paced_linear_kernel(
             added = added + (acc[i_n] + w * x_i,)  # noqa: RUF005
         acc = added
     for i_n in gl.static_range(WARP_ROWS):
-        y = (gl.sum(acc[i_n], axis=1) + biases[i_n]) * scale
-        if GELU:
-            y = 0.5 * y * (1.0 + gl.erf(y * 0.7071067811865476))
-        offs_n = first_n + i_n * NUM_WARPS + warps
-        gl.store(out_ptr + i_part * N + offs_n, (y + residuals[i_n]).to(dtype))
+        y = finish(gl.sum(acc[i_n], axis=1), biases[i_n], residuals[i_n], scale, GELU)
+        gl.store(out_ptr + i_part * N + first_n + i_n * NUM_WARPS + warps, y.to(dtype))
 
 
 def covers_linear(N: int, K: int, BLOCK_N: int) -> bool:
@@ -132,45 +147,12 @@ def covers_linear(N: int, K: int, BLOCK_N: int) -> bool:
     return N % BLOCK_N == 0 and K % 64 == 0
 
 
-def paced_linear(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-    scale: float,
-    gelu: bool,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    BLOCK_N: int,
-    num_warps: int,
-    PACE: int,
-) -> None:
-    """Launches `_paced_linear_kernel` on arguments that `skinny_linear` has checked. out: (1, len(weights) * N), is written."""
-    N, K = weights[0].shape
-    w, b = (weights * 3)[:3], [x if bias is None else bias for bias in (biases * 3)[:3]]
-    _paced_linear_kernel[(N // BLOCK_N, len(weights))](
-        x_ptr=x,
-        weight_0_ptr=w[0],
-        weight_1_ptr=w[1],
-        weight_2_ptr=w[2],
-        bias_0_ptr=b[0],
-        bias_1_ptr=b[1],
-        bias_2_ptr=b[2],
-        norm_weight_ptr=x if norm_weight is None else norm_weight,
-        norm_bias_ptr=x if norm_bias is None else norm_bias,
-        residual_ptr=x if residual is None else residual,
+def paced_linear(call: LinearCall, out: torch.Tensor, BLOCK_N: int, num_warps: int, PACE: int) -> None:
+    """Launches `_paced_linear_kernel`. out: (1, len(weights) * N), is written."""
+    N, K = call.weights[0].shape
+    _paced_linear_kernel[(N // BLOCK_N, len(call.weights))](
+        **call.arguments(),
         out_ptr=out,
-        scale=scale,
-        eps=eps,
-        N=N,
-        K=K,
-        NUM_PARTS=len(weights),
-        HAS_BIAS=sum((bias is not None) << i for i, bias in enumerate(biases)),
-        HAS_NORM=norm_weight is not None,
-        HAS_RESIDUAL=residual is not None,
-        GELU=gelu,
         PACE=PACE,
         BLOCK_N=BLOCK_N,
         BLOCK_K=min(MAX_CHUNK, K & -K),

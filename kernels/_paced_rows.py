@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._dispatch import triton
+from ._linear_call import LinearCall
 from ._paced import (
     async_copy_global_to_shared,
     commit_group,
@@ -15,8 +16,9 @@ from ._paced import (
     wait_for_previous,
     wait_group,
 )
+from ._paced_linear import finish, part_of
 
-BLOCK_B = 16  # rows of x a program: what a tensor core takes at least
+MAX_BLOCK_B = 32  # rows of x a program
 BLOCK_K = 256  # columns of a chunk, of which each warp has a share
 
 
@@ -52,17 +54,18 @@ def _paced_rows_kernel(
     NUM_WARPS: gl.constexpr,
 ):
     launch_dependents()
-    # (warp, row, column of its share): each warp multiplies its columns of K alone, and they are added at the very end.
+    # (warp, row of weights, column of its share): each warp multiplies its columns of K alone, and they are added at the end.
+    # Weights are the tensor cores' first operand, of 16 rows at least, so that x need not be padded to more than 8.
     # Columns may come in any order that x and weights share, so a thread takes as many neighbours of a row as it can.
     WARP_K: gl.constexpr = BLOCK_K // NUM_WARPS
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [NUM_WARPS, 1, 1], [1, 16, 8])
-    LAYOUT_X: gl.constexpr = gl.DotOperandLayout(0, MMA, WARP_K // 8)
-    LAYOUT_W: gl.constexpr = gl.DotOperandLayout(1, MMA, WARP_K // 8)
-    LAYOUT_XK: gl.constexpr = gl.SliceLayout(1, LAYOUT_X)
+    LAYOUT_W: gl.constexpr = gl.DotOperandLayout(0, MMA, WARP_K // 8)
+    LAYOUT_X: gl.constexpr = gl.DotOperandLayout(1, MMA, WARP_K // 8)
+    LAYOUT_XK: gl.constexpr = gl.SliceLayout(2, LAYOUT_X)
     # What warps have each a part of comes together through shared memory, all parts of an element to one thread.
-    JOIN: gl.constexpr = gl.BlockedLayout([NUM_WARPS, 1, 2], [1, 16 // NUM_WARPS, 2 * NUM_WARPS], [1, NUM_WARPS, 1], [2, 1, 0])
+    JOIN: gl.constexpr = gl.BlockedLayout([NUM_WARPS, 2, 1], [1, 16, 2], [1, 1, NUM_WARPS], [1, 2, 0])
     JOIN_MOMENTS: gl.constexpr = gl.BlockedLayout([NUM_WARPS, 1], [4, 8], [NUM_WARPS, 1], [0, 1])
-    MOMENTS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT_X))
+    MOMENTS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT_X))
     LAYOUT_OUT: gl.constexpr = gl.SliceLayout(0, JOIN)
     COPY: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // WARP_K, WARP_K // 8], [NUM_WARPS, 1, 1], [2, 1, 0])
     COPY_NORM: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WARP_K, WARP_K // 8], [NUM_WARPS, 1], [1, 0])
@@ -72,15 +75,10 @@ def _paced_rows_kernel(
     i_part, i_split = gl.program_id(1), gl.program_id(2)
     first_n = gl.program_id(0) // ROW_TILES * BLOCK_N
     first_k = i_split * (K // SPLIT_K)
-    weight_ptr, bias_ptr = weight_0_ptr, bias_0_ptr
-    has_bias = (HAS_BIAS & 1) != 0
+    weight_ptr = part_of(i_part, weight_0_ptr, weight_1_ptr, weight_2_ptr, NUM_PARTS)
+    bias_ptr = part_of(i_part, bias_0_ptr, bias_1_ptr, bias_2_ptr, NUM_PARTS)
+    has_bias = ((HAS_BIAS >> i_part) & 1) != 0
     if NUM_PARTS == 3:
-        if i_part == 1:
-            weight_ptr, bias_ptr = weight_1_ptr, bias_1_ptr
-        if i_part == 2:
-            weight_ptr, bias_ptr = weight_2_ptr, bias_2_ptr
-        weight_ptr = gl.multiple_of(weight_ptr, 16)
-        has_bias = ((HAS_BIAS >> i_part) & 1) != 0
         scale = gl.where(i_part == 0, scale, 1.0)
 
     dtype: gl.constexpr = x_ptr.dtype.element_ty
@@ -107,56 +105,55 @@ def _paced_rows_kernel(
             async_copy_global_to_shared(b, norm_bias_ptr + i * BLOCK_K + offs_norm)
             norm_weights, norm_biases = norm_weights + (g,), norm_biases + (b,)  # noqa: RUF005
         commit_group()
-    offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT_OUT))
-    bias = gl.zeros([BLOCK_N], gl.float32, layout=gl.SliceLayout(0, LAYOUT_OUT))
+    offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT_OUT))
+    bias = gl.zeros([BLOCK_N], gl.float32, layout=gl.SliceLayout(1, LAYOUT_OUT))
     if HAS_BIAS != 0 and SPLIT_K == 1:
         bias = gl.load(bias_ptr + offs_n, mask=(offs_n < N) & has_bias, other=0.0).to(gl.float32)
     wait_for_previous()  # all above is constant; x and the residual are the previous kernels' work
 
     first_b = gl.program_id(0) % ROW_TILES * BLOCK_B
-    x_b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT_X)))[None, :, None]
-    x_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT_X)))[:, None, None]
-    x_k = gl.arange(0, WARP_K, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT_X)))[None, None, :]
+    x_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT_XK))[:, None, None]
+    x_k = gl.arange(0, WARP_K, layout=gl.SliceLayout(0, LAYOUT_XK))[None, :, None]
+    x_b = first_b + gl.arange(0, BLOCK_B, layout=MOMENTS)[None, None, :]
     x_ptrs = x_ptr + x_b * K + first_k + x_w * WARP_K + x_k
     x = ()
     for i in gl.static_range(NUM_CHUNKS):
         x = x + (gl.load(x_ptrs + i * BLOCK_K, mask=x_b < B, other=0.0),)  # noqa: RUF005
-    offs_b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(1, LAYOUT_OUT))
-    mask = (offs_b < B)[:, None] & (offs_n < N)[None, :]
-    residual = gl.zeros([BLOCK_B, BLOCK_N], gl.float32, layout=LAYOUT_OUT)
+    offs_b = first_b + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, LAYOUT_OUT))
+    mask = (offs_n < N)[:, None] & (offs_b < B)[None, :]
+    residual = gl.zeros([BLOCK_N, BLOCK_B], gl.float32, layout=LAYOUT_OUT)
     if HAS_RESIDUAL:
-        residual = gl.load(residual_ptr + offs_b[:, None] * N + offs_n[None, :], mask=mask, other=0.0).to(gl.float32)
+        residual = gl.load(residual_ptr + offs_b[None, :] * N + offs_n[:, None], mask=mask, other=0.0).to(gl.float32)
     if HAS_NORM:
-        total = gl.zeros([NUM_WARPS, BLOCK_B, WARP_K], gl.float32, layout=LAYOUT_X)
-        squares = gl.zeros([NUM_WARPS, BLOCK_B, WARP_K], gl.float32, layout=LAYOUT_X)
+        total = gl.zeros([NUM_WARPS, WARP_K, BLOCK_B], gl.float32, layout=LAYOUT_X)
+        squares = gl.zeros([NUM_WARPS, WARP_K, BLOCK_B], gl.float32, layout=LAYOUT_X)
         for i in gl.static_range(NUM_CHUNKS):
-            total += x[i].to(gl.float32)
-            squares += x[i].to(gl.float32) * x[i].to(gl.float32)
+            x_i = x[i].to(gl.float32)
+            total += x_i
+            squares += x_i * x_i
         total_parts = gl.allocate_shared_memory(gl.float32, [NUM_WARPS, BLOCK_B], SHARED_NORM)
         squares_parts = gl.allocate_shared_memory(gl.float32, [NUM_WARPS, BLOCK_B], SHARED_NORM)
-        total_parts.store(gl.sum(total, axis=2))
-        squares_parts.store(gl.sum(squares, axis=2))
+        total_parts.store(gl.sum(total, axis=1))
+        squares_parts.store(gl.sum(squares, axis=1))
         mean = gl.sum(total_parts.load(JOIN_MOMENTS), axis=0) / K
         rstd = gl.rsqrt(gl.maximum(gl.sum(squares_parts.load(JOIN_MOMENTS), axis=0) / K - mean * mean, 0.0) + eps)
-        mean, rstd = gl.convert_layout(mean, MOMENTS), gl.convert_layout(rstd, MOMENTS)  # the same threads hold them
+        shift = gl.convert_layout(-mean * rstd, MOMENTS)[None, None, :]  # moves nothing: the same threads hold them
+        rstd = gl.convert_layout(rstd, MOMENTS)[None, None, :]
     wait_group(0)
-    acc = gl.zeros([NUM_WARPS, BLOCK_B, BLOCK_N], gl.float32, layout=MMA)
+    acc = gl.zeros([NUM_WARPS, BLOCK_N, BLOCK_B], gl.float32, layout=MMA)
     for i in gl.static_range(NUM_CHUNKS):
         x_i = x[i]
         if HAS_NORM:
-            g = norm_weights[i].load(LAYOUT_XK).to(gl.float32)[:, None, :]
-            b = norm_biases[i].load(LAYOUT_XK).to(gl.float32)[:, None, :]
-            x_i = ((x_i.to(gl.float32) - mean[None, :, None]) * rstd[None, :, None] * g + b).to(dtype)
-        acc = mma_v2(x_i, weights[i].permute((0, 2, 1)).load(LAYOUT_W), acc)
+            g = norm_weights[i].load(LAYOUT_XK).to(gl.float32)[:, :, None]
+            b = norm_biases[i].load(LAYOUT_XK).to(gl.float32)[:, :, None]
+            x_i = ((x_i.to(gl.float32) * rstd + shift) * g + b).to(dtype)
+        acc = mma_v2(weights[i].load(LAYOUT_W), x_i, acc)
     y = gl.sum(gl.convert_layout(acc, JOIN), axis=0)
     if SPLIT_K > 1:
-        gl.store(out_ptr + (i_split * B + offs_b[:, None]) * N + offs_n[None, :], y, mask=mask)
+        gl.store(out_ptr + (i_split * B + offs_b[None, :]) * N + offs_n[:, None], y, mask=mask)
     else:
-        y = (y + bias[None, :]) * scale
-        if GELU:
-            y = 0.5 * y * (1.0 + gl.erf(y * 0.7071067811865476))
-        out = out_ptr + (offs_b[:, None] * NUM_PARTS + i_part) * N + offs_n[None, :]
-        gl.store(out, (y + residual).to(dtype), mask=mask)
+        y = finish(y, bias[:, None], residual, scale, GELU)
+        gl.store(out_ptr + (offs_b[None, :] * NUM_PARTS + i_part) * N + offs_n[:, None], y.to(dtype), mask=mask)
 
 
 def covers_rows(K: int, SPLIT_K: int, num_warps: int) -> bool:
@@ -164,55 +161,19 @@ def covers_rows(K: int, SPLIT_K: int, num_warps: int) -> bool:
     return K % (SPLIT_K * BLOCK_K) == 0 and num_warps in (4, 8, 16)
 
 
-def paced_rows(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    eps: float,
-    scale: float,
-    gelu: bool,
-    residual: torch.Tensor | None,
-    out: torch.Tensor,
-    BLOCK_N: int,
-    SPLIT_K: int,
-    num_warps: int,
-    PACE: int,
-) -> None:
-    """Launches `_paced_rows_kernel` on arguments that `skinny_linear` has checked.
-
-    out: (B, len(weights) * N), or (SPLIT_K, B, N) fp32 for sums without bias and residual, is written.
-    """
-    (B, K), N = x.shape, weights[0].shape[0]
-    w, b = (weights * 3)[:3], [x if bias is None else bias for bias in (biases * 3)[:3]]
-    row_tiles = triton.cdiv(B, BLOCK_B)
-    _paced_rows_kernel[(triton.cdiv(N, BLOCK_N) * row_tiles, len(weights), SPLIT_K)](
-        x_ptr=x,
-        weight_0_ptr=w[0],
-        weight_1_ptr=w[1],
-        weight_2_ptr=w[2],
-        bias_0_ptr=b[0],
-        bias_1_ptr=b[1],
-        bias_2_ptr=b[2],
-        norm_weight_ptr=x if norm_weight is None else norm_weight,
-        norm_bias_ptr=x if norm_bias is None else norm_bias,
-        residual_ptr=x if residual is None else residual,
+def paced_rows(call: LinearCall, out: torch.Tensor, BLOCK_N: int, SPLIT_K: int, num_warps: int, PACE: int) -> None:
+    """Launches `_paced_rows_kernel`. out: (B, len(weights) * N), or (SPLIT_K, B, N) fp32 sums, is written."""
+    B, N = call.x.shape[0], call.weights[0].shape[0]
+    block_b = min(MAX_BLOCK_B, max(8, triton.next_power_of_2(B)))
+    row_tiles = triton.cdiv(B, block_b)
+    _paced_rows_kernel[(triton.cdiv(N, BLOCK_N) * row_tiles, len(call.weights), SPLIT_K)](
+        **call.arguments(SPLIT_K),
         out_ptr=out,
-        scale=scale,
-        eps=eps,
         B=B,
-        N=N,
-        K=K,
-        NUM_PARTS=len(weights),
         SPLIT_K=SPLIT_K,
-        HAS_BIAS=sum((bias is not None) << i for i, bias in enumerate(biases)),
-        HAS_NORM=norm_weight is not None,
-        HAS_RESIDUAL=residual is not None and SPLIT_K == 1,
-        GELU=gelu,
         ROW_TILES=row_tiles,
         PACE=PACE,
-        BLOCK_B=BLOCK_B,
+        BLOCK_B=block_b,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         NUM_WARPS=num_warps,

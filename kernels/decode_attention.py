@@ -325,10 +325,9 @@ def _launch(
     B, T, H, D = query.shape
     S = key_cache.shape[2]
     joins = counters is not None and T == 1
-    is_whole = kv_length is None and ended is None
-    if joins and read_ahead and is_whole and tiles is None and covers_attention(query, key_cache, value_cache):
+    if joins and read_ahead and kv_length is None and tiles is None and covers_attention(query, key_cache, value_cache):
         try:
-            return paced_attention(query, key_cache, value_cache, scale * LOG2E, counters)
+            return paced_attention(query, key_cache, value_cache, scale * LOG2E, counters, ended)
         except Exception as error:
             give_up(error)
     tiles = tiles or choose_tiles(B, T, H, S, D, query.element_size(), joins)

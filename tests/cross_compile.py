@@ -283,12 +283,14 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
 
 
 def paced_calls() -> Iterator[Call]:
-    """What a step of one row launches of `_paced.py`."""
-    yield from (call for call in linear_calls(1, has_copies=True) if call.name.startswith("linear"))
-    for D, H in ((64, 20), (128, 12)):
-        query, cache = torch.empty(1, 1, H, D, dtype=torch.float16), torch.empty(1, H, 1500, D, dtype=torch.float16)
-        launch = partial(decode._launch, query, cache, cache, None, 1.0, False, True, torch.zeros(H, dtype=torch.int32))
-        yield Call(f"decode paced {D=}", launch, read_ahead=True)
+    """What a step launches of `_paced.py`: of one row, and for each number of rows that a program may have."""
+    for B in (1, 8, 16, 32):
+        yield from (call for call in linear_calls(B, has_copies=True) if call.name.startswith("linear"))
+    for B, D, H in ((1, 64, 20), (8, 64, 20), (1, 128, 12)):
+        query, cache = torch.empty(B, 1, H, D, dtype=torch.float16), torch.empty(B, H, 1500, D, dtype=torch.float16)
+        counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.zeros(B, dtype=torch.int64) if B > 1 else None
+        launch = partial(decode._launch, query, cache, cache, None, 1.0, False, True, counters, ended)
+        yield Call(f"decode paced {B=} {D=}", launch, read_ahead=True)
 
 
 SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores

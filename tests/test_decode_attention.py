@@ -506,19 +506,29 @@ def test_a_captured_graph_follows_the_length_on_the_device(T: int, S: int, dtype
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
-@pytest.mark.parametrize(("D", "S"), [(64, 1500), (64, 513), (64, 1536), (128, 700)])
-def test_paced_copies(D: int, S: int, dtype: torch.dtype, device: torch.device) -> None:
-    shape = Shape(B=1, T=1, H=1280 // D, D=D, S=S, length=S)
+@pytest.mark.parametrize(
+    ("B", "D", "S"), [(1, 64, 1500), (1, 64, 513), (1, 64, 1536), (1, 128, 700), (8, 64, 1500), (3, 128, 600)]
+)
+def test_paced_copies(B: int, D: int, S: int, dtype: torch.dtype, device: torch.device) -> None:
+    shape = Shape(B=B, T=1, H=1280 // D, D=D, S=S, length=S)
     query, *caches = (arguments(shape, dtype, device)[name] for name in ("query", "key_cache", "value_cache"))
     if not covers_attention(query, *caches):
         pytest.skip("not this GPU's")
-    counters = torch.zeros(20, dtype=torch.int32, device=device)
+    counters = torch.zeros(B * shape.H, dtype=torch.int32, device=device)
     exact = decode_attention_reference(query.double(), *(c.double() for c in caches), scale=SCALE)
+    pytorch = sdpa(query, *caches, [S] * B, scale=SCALE)
     for _ in range(2):
         with poisoned_allocations():
             out = decode_attention(query, *caches, scale=SCALE, read_ahead=True, counters=counters)
-        assert_close_as_pytorch(out, exact, sdpa(query, *caches, [S], scale=SCALE), factor=gpu_factor(dtype))
+        assert_close_as_pytorch(out, exact, pytorch, factor=gpu_factor(dtype))
         assert not counters.any()
+    ended = torch.arange(B, device=device) % 2
+    for cache in caches:
+        cache[ended != 0] = float("nan")
+    with poisoned_allocations():
+        some = decode_attention(query, *caches, scale=SCALE, read_ahead=True, counters=counters, ended=ended)
+    assert torch.equal(some, out * (ended == 0)[:, None, None, None])
+    assert not counters.any()
 
 
 @pytest.mark.gpu
