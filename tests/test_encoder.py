@@ -164,7 +164,14 @@ class TestWhyNot:
         "change",
         [
             lambda e: setattr(e.layers[1].fc1.weight, "data", e.layers[1].fc1.weight.data.clone()),
+            lambda e: setattr(e.layers[1].fc1.weight, "data", e.layers[1].fc1.weight.data.view(torch.bfloat16)),
+            lambda e: setattr(e.layers[1].fc1, "weight", nn.Parameter(e.layers[1].fc1.weight.data)),
+            lambda e: setattr(e.layers[1].fc1, "bias", None),
+            lambda e: setattr(e.layers[1], "activation_fn", nn.ReLU()),
+            lambda e: setattr(e.layers[1], "activation_fn", None),
             lambda e: e.layers[0].fc1.register_forward_hook(lambda *args: None),
+            lambda e: e.layers[0].fc1.register_forward_pre_hook(lambda *args: None),
+            lambda e: e.train(),
             lambda e: e.layers[0].train(),
             lambda e: setattr(e, "layers", e.layers[:2]),
             lambda e: setattr(e.layers[0].fc1, "forward", lambda h: h),
@@ -177,6 +184,12 @@ class TestWhyNot:
         assert fingerprint(encoder) == before
         change(encoder)
         assert fingerprint(encoder) != before
+
+    def test_a_hook_on_the_encoder_itself_leaves_the_fingerprint(self):
+        encoder = tiny_whisper().model.encoder
+        before = fingerprint(encoder)
+        encoder.register_forward_hook(lambda *args: None)
+        assert fingerprint(encoder) == before
 
 
 @pytest.mark.usefixtures("reference_kernels")

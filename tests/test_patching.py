@@ -30,6 +30,7 @@ from whisper_models import assert_generates_as_stock, assert_same, mel, tensors_
 from whisper_triton import accelerate, accelerated, is_accelerated, restore
 from whisper_triton.attention import TritonAttention
 from whisper_triton.encoded import ENCODED
+from whisper_triton.generation import OVERRIDES
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")
@@ -441,6 +442,13 @@ def test_a_pipeline_transcribes_as_with_stock(
     assert "thousands of years" in ours["text"]
     if "return_timestamps" in kwargs:
         assert [chunk["text"].strip() for chunk in ours["chunks"]] == ours["text"].split()
+
+
+def test_the_models_methods_keep_their_signatures(device: torch.device) -> None:
+    model = tiny_whisper(device)
+    before = {name: inspect.signature(getattr(model, name)) for name in OVERRIDES}
+    accelerate(model)
+    assert {name: inspect.signature(getattr(model, name)) for name in OVERRIDES} == before
 
 
 class TestModelsThatAreNotAlone:

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from .decode_loop import TokenSelection
 
 # A graph replays kernels, not Python: modules whose forward pass we do not know might do something else a step.
-_KNOWN_MODULES = (
+_KNOWN_MODULES = frozenset((
     WhisperModel, WhisperDecoder, WhisperDecoderLayer, WhisperPositionalEmbedding, TritonAttention, GELUActivation,
     nn.ModuleList, nn.LayerNorm, nn.Linear, nn.Embedding,
-)  # fmt: skip
+))  # fmt: skip
 
 
 def why_not_captured(model: WhisperForConditionalGeneration) -> str | None:
@@ -71,9 +71,8 @@ def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
     Asked once a window, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
     """
     found: list[object] = [model.config._attn_implementation, global_hooks(), failed_gpus()]
-    for module in modules_of(model.model.decoder, model.proj_out):
-        add_fingerprint(module, found)
-    add_fingerprint(model.model, found)  # and not its encoder
+    # Of `model.model` itself too, and not of its encoder.
+    add_fingerprint((*modules_of(model.model.decoder, model.proj_out), model.model), found)
     return tuple(found)
 
 

@@ -53,14 +53,10 @@ def weights_of(encoder: nn.Module) -> tuple[int, ...]:
     Writes through `.data`, and those of inference mode into weights that were made in it, count no version: they go unnoticed
     until the next call of `generate`.
     """
-    found: list[int] = []
-    for module in modules_of(encoder):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                # Of quantised and sharded weights, tensors of other classes, some have no place of their own.
-                place = parameter.data_ptr() if type(parameter) is nn.Parameter else id(parameter)
-                found += (place, 0 if parameter.is_inference() else parameter._version)
-    return tuple(found)
+    weights = [p for module in modules_of(encoder) for p in module._parameters.values() if p is not None]
+    # Of quantised and sharded weights, tensors of other classes, some have no place of their own.
+    places = [weight.data_ptr() if type(weight) is nn.Parameter else id(weight) for weight in weights]
+    return (*places, *[0 if weight.is_inference() else weight._version for weight in weights])
 
 
 def _sums(features: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,10 @@ from .kernels._dispatch import failed_gpus
 MAX_BYTES = 8 << 30  # of memory kept for graphs, the shape in use always among them
 _LOCK = threading.Lock()
 # Modules whose forward pass we do not know might do something else a call, which a graph does not, nor states kept from before.
-_KNOWN_MODULES = (
+_KNOWN_MODULES = frozenset((
     WhisperEncoder, WhisperEncoderLayer, WhisperAttention, TritonAttention, GELUActivation,
     nn.ModuleList, nn.LayerNorm, nn.Linear, nn.Conv1d, nn.Embedding,
-)  # fmt: skip
+))  # fmt: skip
 
 
 def why_not_captured(encoder: WhisperEncoder) -> str | None:
@@ -79,8 +79,7 @@ def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
     Asked before every replay, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
     """
     found: list[object] = [global_hooks(), failed_gpus()]
-    for module in modules_of(encoder):
-        add_fingerprint(module, found, is_wrapped=module is encoder)
+    add_fingerprint(modules_of(encoder), found, wrapped=encoder)
     return tuple(found)
 
 

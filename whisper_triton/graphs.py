@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 import torch
@@ -39,13 +39,16 @@ def is_recorder(hook: object) -> bool:
     return getattr(hook, "__name__", "") == "output_capturing_hook"
 
 
-def modules_of(*roots: nn.Module | None) -> Iterator[nn.Module]:
+def modules_of(*roots: nn.Module | None) -> list[nn.Module]:
     """The modules below and with `roots`, in no order of note: a fraction of what `Module.modules` costs the host."""
     modules = [root for root in roots if root is not None]
     for module in modules:  # which grows meanwhile
-        yield module
-        if module._modules:
-            modules += [child for child in module._modules.values() if child is not None]
+        children = module._modules
+        if children:
+            for child in children.values():
+                if child is not None:
+                    modules.append(child)
+    return modules
 
 
 def why_not_known(module: nn.Module, known: Collection[type[nn.Module]], is_wrapped: bool = False) -> str | None:
@@ -55,30 +58,37 @@ def why_not_known(module: nn.Module, known: Collection[type[nn.Module]], is_wrap
         known: classes whose forward passes do the same each time.
         is_wrapped: what is around the pass is run all the same, hooks and a forward pass on the instance.
     """
-    name = type(module).__name__
-    if type(module) not in known:
-        return f"a module is {name}"
+    kind = type(module)
+    if kind not in known:
+        return f"a module is {kind.__name__}"
     if module.training:
-        return f"{name} is in training mode"
+        return f"{kind.__name__} is in training mode"
     if is_wrapped:
         return None
-    if "forward" in vars(module):
-        return f"{name} has a forward pass of its own"
+    if "forward" in module.__dict__:
+        return f"{kind.__name__} has a forward pass of its own"
     if module._forward_pre_hooks or not all(map(is_recorder, module._forward_hooks.values())):
-        return f"{name} has a forward hook"
+        return f"{kind.__name__} has a forward hook"
     return None
 
 
-def add_fingerprint(module: nn.Module, found: list[object], is_wrapped: bool = False) -> None:
-    """Adds what `why_not_known` asks of, and where the module's own weights lie: a graph is captured for just these."""
-    attributes = vars(module)  # this is asked of a thousand modules a call, with the GPU idle
-    found += (type(module), attributes["training"], "forward" in attributes)
-    if not is_wrapped and (attributes["_forward_pre_hooks"] or attributes["_forward_hooks"]):
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            found += (id(hook) for hook in hooks.values() if not is_recorder(hook))
-    for parameter in attributes["_parameters"].values():
-        if parameter is not None:
-            found += (id(parameter), parameter.data_ptr(), parameter.dtype)
+def add_fingerprint(modules: Iterable[nn.Module], found: list[object], wrapped: nn.Module | None = None) -> None:
+    """Adds what `why_not_known` asks of, and where the modules' own weights lie: a graph is captured for just these.
+
+    Args:
+        wrapped: of this one what is around the pass is run all the same.
+    """
+    for module in modules:  # hundreds a call, with the GPU idle: written for speed
+        attributes = module.__dict__
+        found += (type(module), attributes["training"], "forward" in attributes)
+        if (attributes["_forward_pre_hooks"] or attributes["_forward_hooks"]) and module is not wrapped:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                found += (id(hook) for hook in hooks.values() if not is_recorder(hook))
+        parameters = attributes["_parameters"]
+        if parameters:
+            for parameter in parameters.values():
+                if parameter is not None:
+                    found += (id(parameter), parameter.data_ptr(), parameter.dtype)
 
 
 def capture(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result, int]:

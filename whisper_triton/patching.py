@@ -8,6 +8,7 @@ encoder's instance those of `encoder.ENCODER_OVERRIDES`.
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -152,10 +153,14 @@ def _take_back(module: nn.Module, methods: dict[str, MethodType]) -> None:
 def _bind(model: nn.Module, name: str, function: Callable[..., Any]) -> MethodType:
     """`function` as a method of this instance, with the signature of what it overrides."""
 
-    @functools.wraps(getattr(type(model), name))  # of a function of its own: another model's class may differ
+    overridden = getattr(type(model), name)
+
+    @functools.wraps(overridden)  # of a function of its own: another model's class may differ
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
 
+    # Which `inspect` finds there by itself, but transformers asks for it six times a call.
+    method.__signature__ = inspect.signature(overridden)
     return MethodType(method, model)
 
 
