@@ -41,6 +41,7 @@ FIGURES = {
 }
 # A panel for each model and batch: README shows those of the first model, the table all.
 OF_ONE_MODEL = ("step_links", "step_position")
+LINK_BATCHES = (1, 8)  # of which README shows the links: its table would be the longest of all
 
 
 def load(root: Path, name: str) -> list[Row]:
@@ -54,6 +55,8 @@ def load(root: Path, name: str) -> list[Row]:
         rows = [row for row in rows if row.get("benchmark", own) == table.benchmark]
         if not rows:
             raise ValueError(f"{file}.jsonl: no rows of the benchmark {table.benchmark}")
+    if name == "step_links":
+        rows = [row for row in rows if row["B"] in LINK_BATCHES]
     # Before rows said their dtype, every benchmark ran in fp16.
     return [{"dtype": "fp16", **row} for row in rows]
 

@@ -390,7 +390,8 @@ def _launch(
             num_splits=NUM_SPLITS,
             HEAD_DIM=D,
             BLOCK_SPLITS=triton.next_power_of_2(NUM_SPLITS),
-            BLOCK_D=triton.next_power_of_2(D),
+            # At 32 the result would pass through shared memory, several threads writing an element there.
+            BLOCK_D=max(64, triton.next_power_of_2(D)),
             num_warps=1,
             **pdl,
         )
