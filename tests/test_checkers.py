@@ -20,6 +20,7 @@ SCRIPTS = Path(__file__).parent
 
 # What the checkers print, in short: the tool's name is their second argument.
 FINE = """
+echo "launched: _bias_gelu_kernel _anothers_kernel"
 echo "3 passed, 40 deselected in 1.23s"
 case $2 in
   racecheck) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)";;
@@ -38,6 +39,8 @@ echo "========= Internal Sanitizer Error: The Sanitizer failed to handle a hardw
 echo "========= ERROR SUMMARY: 1 error"
 exit 1
 """
+KERNELS = f"1 of {len(run_sanitizers.KERNELS)} kernels"
+NO_KERNELS = f"0 of {len(run_sanitizers.KERNELS)} kernels"
 WITHOUT = ", 1 of 1 files without a summary"
 OURS = ELSEWHERE.replace("void at::native::vectorized_elementwise_kernel<4, float>(float *)", "_decode_attention_kernel")
 
@@ -64,24 +67,28 @@ class TestSanitizers:
         return run
 
     def test_a_line_for_each_checker(self, run) -> None:
-        assert run(FINE) == (0, [f"{tool:<10} 3 tests, 0 failed, 0 errors" for tool in run_sanitizers.TOOLS])
+        assert run(FINE) == (0, [f"{tool:<10} 3 tests, {KERNELS}, 0 failed, 0 errors" for tool in run_sanitizers.TOOLS])
 
     @pytest.mark.parametrize(
         ("script", "line", "why"),
         [
-            (ELSEWHERE, "3 tests, 0 failed, 0 errors (1 in other kernels)", None),
-            (OURS, "3 tests, 0 failed, 1 errors", "0 failed, 1 errors, exit status 99"),
+            (ELSEWHERE, f"3 tests, {NO_KERNELS}, 0 failed, 0 errors (1 in other kernels)", None),
+            (OURS, f"3 tests, {NO_KERNELS}, 0 failed, 1 errors", "0 failed, 1 errors, exit status 99"),
             (
                 FINE.replace("3 passed", "1 failed, 2 passed"),
-                "3 tests, 1 failed, 0 errors",
+                f"3 tests, {KERNELS}, 1 failed, 0 errors",
                 "1 failed, 0 errors, exit status 0",
             ),
-            (FINE.replace("3 passed", "2 passed, 1 error"), "3 tests, 1 failed, 0 errors", "1 failed, 0 errors, exit status 0"),
-            (FINE.replace("3 passed, 40", "43"), "0 tests, 0 failed, 0 errors", "no test ran"),
-            (FINE + "exit 7", "3 tests, 0 failed, 0 errors", "0 failed, 0 errors, exit status 7"),
-            ("echo Device not supported; exit 1", f"0 tests, 0 failed, 0 errors{WITHOUT}", "no summary"),
-            ("exec sleep 60", f"0 tests, 0 failed, 0 errors{WITHOUT}", "stopped after 1 s"),
-            (BROKEN, f"0 tests, 0 failed, 0 errors{WITHOUT}", "the checker broke down"),
+            (
+                FINE.replace("3 passed", "2 passed, 1 error"),
+                f"3 tests, {KERNELS}, 1 failed, 0 errors",
+                "1 failed, 0 errors, exit status 0",
+            ),
+            (FINE.replace("3 passed, 40", "43"), f"0 tests, {KERNELS}, 0 failed, 0 errors", "no test ran"),
+            (FINE + "exit 7", f"3 tests, {KERNELS}, 0 failed, 0 errors", "0 failed, 0 errors, exit status 7"),
+            ("echo Device not supported; exit 1", f"0 tests, {NO_KERNELS}, 0 failed, 0 errors{WITHOUT}", "no summary"),
+            ("exec sleep 60", f"0 tests, {NO_KERNELS}, 0 failed, 0 errors{WITHOUT}", "stopped after 1 s"),
+            (BROKEN, f"0 tests, {NO_KERNELS}, 0 failed, 0 errors{WITHOUT}", "the checker broke down"),
         ],
     )
     def test_what_counts_as_clean(self, script: str, line: str, why: str | None, run) -> None:
@@ -92,15 +99,23 @@ class TestSanitizers:
     def test_a_file_that_ends_early_takes_no_other_with_it(self, run, tmp_path: Path) -> None:
         script = 'case "$*" in *test_bad*) exit 1;; esac' + FINE
         arguments = ("racecheck", "--jobs", "2", "--logs", str(tmp_path / "logs"))
-        line = "racecheck  6 tests, 0 failed, 0 errors, 1 of 3 files without a summary"
+        line = f"racecheck  6 tests, {KERNELS}, 0 failed, 0 errors, 1 of 3 files without a summary"
         assert run(script, *arguments, "--tests", "test_good.py", "test_bad.py", "test_fine.py") == (1, [line])
         logs = {path.name for path in (tmp_path / "logs").iterdir()}
         assert logs == {f"racecheck-test_{name}.py.log" for name in ("good", "bad", "fine")}
 
     def test_hazards_and_errors_of_the_other_two_are_ours(self, run) -> None:
         found = ELSEWHERE.replace("ERROR SUMMARY: 1 error", "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)")
-        assert run(found, "racecheck") == (1, ["racecheck  3 tests, 0 failed, 2 errors"])
-        assert run(ELSEWHERE, "memcheck") == (1, ["memcheck   3 tests, 0 failed, 1 errors"])
+        assert run(found, "racecheck") == (1, [f"racecheck  3 tests, {NO_KERNELS}, 0 failed, 2 errors"])
+        assert run(ELSEWHERE, "memcheck") == (1, [f"memcheck   3 tests, {NO_KERNELS}, 0 failed, 1 errors"])
+
+    def test_of_all_tests_every_kernel_must_be_launched(self, run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(run_sanitizers, "TESTS", ["test_one.py"])
+        monkeypatch.setattr(run_sanitizers, "KERNELS", ["_bias_gelu_kernel", "_other_kernel"])
+        line = "memcheck   3 tests, 1 of 2 kernels (without _other_kernel), 0 failed, 0 errors"
+        assert run(FINE, "memcheck") == (1, [line])
+        monkeypatch.setattr(run_sanitizers, "KERNELS", ["_bias_gelu_kernel"])
+        assert run(FINE, "memcheck") == (0, ["memcheck   3 tests, 1 of 1 kernels, 0 failed, 0 errors"])
 
     def test_without_compute_sanitizer_it_fails(self, run) -> None:
         assert run(None) == (1, [])
@@ -119,8 +134,9 @@ class TestSanitizers:
         with pytest.raises(pytest.exit.Exception, match="no GPU to check kernels on"):
             run_sanitizers.pytest_collection_modifyitems(request.config, [])
 
-    def test_of_each_test_one_case_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(run_sanitizers.SELECT, "1")
+    @pytest.mark.parametrize(("tool", "kept"), [("memcheck", (2,)), ("racecheck", (1, 2, 3))])
+    def test_of_each_test_few_cases_are_kept(self, tool: str, kept: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(run_sanitizers.SELECT, tool)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         ids = [
@@ -130,13 +146,34 @@ class TestSanitizers:
             "a.py::test_y",
             "b.py::test_x[1]",
             "b.py::test_a_graph[1]",
+            "b.py::test_large_models",
         ]
         items = [SimpleNamespace(nodeid=one, path=Path(one.partition("::")[0])) for one in ids]
         deselected: list[str] = []
         hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(item.nodeid for item in items))
         run_sanitizers.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
-        assert [item.nodeid for item in items] == ["a.py::test_x[2]", "a.py::test_y", "b.py::test_x[1]"]
-        assert sorted(deselected) == ["a.py::test_x[1]", "a.py::test_x[3]", "b.py::test_a_graph[1]"]
+        left_out = {f"a.py::test_x[{i}]" for i in (1, 2, 3) if i not in kept} | {"b.py::test_a_graph[1]"}
+        left_out |= {"b.py::test_large_models"} if tool == "racecheck" else set()
+        assert [item.nodeid for item in items] == [one for one in ids if one not in left_out]
+        assert set(deselected) == left_out
+
+    def test_what_is_launched_is_noted_and_racecheck_kept_from_much_shared_memory(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        compiler = pytest.importorskip("triton.compiler")
+        loaded: list[str] = []
+        monkeypatch.setattr(compiler.CompiledKernel, "_init_handles", lambda kernel: loaded.append(kernel.metadata.name))
+        monkeypatch.setattr(run_sanitizers, "_launched", set())
+        monkeypatch.setenv(run_sanitizers.SELECT, "racecheck")
+        run_sanitizers.pytest_configure(None)
+        first_launch = compiler.CompiledKernel._init_handles
+        first_launch(SimpleNamespace(metadata=SimpleNamespace(name="_small_kernel", shared=48 << 10)))
+        with pytest.raises(pytest.skip.Exception, match="_large_kernel has 65536 bytes"):
+            first_launch(SimpleNamespace(metadata=SimpleNamespace(name="_large_kernel", shared=64 << 10)))
+        assert run_sanitizers._launched == {"_small_kernel"} == set(loaded)
+        monkeypatch.setenv(run_sanitizers.SELECT, "memcheck")
+        first_launch(SimpleNamespace(metadata=SimpleNamespace(name="_large_kernel", shared=64 << 10)))
+        assert run_sanitizers._launched == {"_small_kernel", "_large_kernel"} == set(loaded)
 
 
 SUITE = """

@@ -274,8 +274,8 @@ class TestOnGpu:
         assert chi_square(tokens, expected) < 42.3
         assert (tokens == draws(select_token_reference, 4000, device, 0.7, top_k)[0]).double().mean() > 0.999
 
-    def test_the_host_reads_the_ends_from_its_own_memory(self, device):
-        """In a graph: rows that end at different lengths, and one that goes on until the greatest."""
+    def test_the_host_reads_the_ends_of_a_graph_from_its_own_memory(self, device):
+        """Rows that end at different lengths, and one that goes on until the greatest."""
         B, V = 3, 300
         rules = make_rules(V, device, timestamps=False, begin_length=NEVER, min_length=0, call=7)
         rules.flags.zero_()
