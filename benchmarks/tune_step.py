@@ -4,7 +4,8 @@
 
 A link timed alone says little: what counts is how it overlaps with its neighbours. So this takes one link after the other,
 tries its candidates in the captured step, and keeps the best before it goes on. The tables of `choose_tiles` in
-kernels/skinny_linear.py, decode_attention.py and append_attention.py are set from its output.
+kernels/skinny_linear.py, decode_attention.py and append_attention.py, and of `choose_attention_tiles` in
+_paced_attention.py, are set from its output.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from whisper_triton.benchmarks.decoder_step import POSITION
 from whisper_triton.benchmarks.harness import parse, time_graph, write_rows
 from whisper_triton.benchmarks.models import SHAPES, build_model
 from whisper_triton.kernels._paced import has_paced_copies
+from whisper_triton.kernels._paced_attention import AttentionTiles as PacedTiles
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.decode_attention import Tiles as AttentionTiles
 from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep
+from whisper_triton.kernels import _paced_attention
 
 append = sys.modules["whisper_triton.kernels.append_attention"]
 decode = sys.modules["whisper_triton.kernels.decode_attention"]
@@ -39,14 +42,14 @@ Link = tuple[object, ...]
 chosen: dict[Link, object] = {}
 
 
-def overridable(module: object, key: Callable[..., Link]) -> None:
-    """Makes a module's `choose_tiles` ask `chosen` first, by the link that `key` makes of its arguments."""
-    stock = module.choose_tiles
+def overridable(module: object, key: Callable[..., Link], name: str = "choose_tiles") -> None:
+    """Makes the function of a module that chooses tiles ask `chosen` first, by the link that `key` makes of its arguments."""
+    stock = getattr(module, name)
 
     def choose(*args: object) -> object:
         return chosen.setdefault(key(*args), stock(*args))
 
-    module.choose_tiles = choose
+    setattr(module, name, choose)
 
 
 def step_ms(model: WhisperForConditionalGeneration, B: int) -> float:
@@ -68,13 +71,20 @@ def linear_candidates(B: int, N: int, K: int, has_norm: bool, has_copies: bool) 
             tiles += [Tiles(rows * warps, 1, warps, PACE=pace) for rows, warps, pace in paced if pace <= K // 256]
     else:
         splits = (1, 2, 4, 5) if K > 2048 and not has_norm else (1,)
-        tiles += [Tiles(n, k, w, True) for n, k, w in itertools.product((16, 32, 64), splits, (4, 8))]
+        cuts = [*itertools.product((16, 32, 64), splits, (4, 8))]
+        tiles += [Tiles(n, k, w, True) for n, k, w in cuts]
+        if has_copies:
+            paced = itertools.product(cuts, (1, 2, 3, 4, 8))
+            tiles += [Tiles(n, k, w, True, pace) for (n, k, w), pace in paced if pace <= K // k // 256]
     return tiles
 
 
 def candidates(link: Link, B: int) -> list[object]:
     if link[0] == "append":
         return [AppendTiles(keys, warps, 2) for keys, warps in ((128, 4), (64, 4), (64, 2), (32, 2), (32, 1), (128, 8))]
+    if link[0] == "paced cross":
+        cuts = itertools.product((64, 96, 128, 160, 192, 256), (2, 4, 8), (1, 2, 3, 4))
+        return [PacedTiles(*cut) for cut in cuts if cut[0] % (_paced_attention.ROWS * cut[1]) == 0]
     if link[0] == "cross":
         cuts = [
             (256, 6, 8),
@@ -168,6 +178,7 @@ def main() -> None:
     overridable(skinny, lambda B, *rest: ("linear", *rest))
     overridable(append, lambda *args: ("append",))
     overridable(decode, lambda *args: ("cross",))
+    overridable(_paced_attention, lambda *args: ("paced cross",), "choose_attention_tiles")
     rows = []
     for name in args.model.split(","):
         model = whisper_triton.accelerate(build_model(name))
