@@ -36,31 +36,37 @@ except ImportError:
 else:
     HAS_GLUON = True
 
-# Width of a decoder from which these kernels are faster at any batch, in its step, measured on one H100 80GB HBM3,
-# 2026-11-25: large-v3 0.87 ms instead of 0.94 at batch 1, turbo 0.153 instead of 0.160; medium, of 1024 columns, 0.598
-# with them and without.
+# Widths of a decoder from which these kernels are faster, in whole steps on one H100 80GB HBM3, 2026-11-25
+# (benchmarks/NOTES.md, the decoder step, 18, 22 and 23). Batch 1: large-v3 0.87 ms instead of 0.94, medium, of 1024 columns,
+# 0.598 with them and without. Batch 2: large-v3 1.07 instead of 1.32, medium 0.742 instead of 0.764 with its attention alone.
+# Batch 8: medium 1.04 instead of 1.14.
 MIN_WIDTH = 1280
+MIN_WIDTH_OF_MANY = 1024  # attention of two sequences or more, linear layers of five rows or more
+
+# Bytes of shared memory that a program can have: CUDA C++ Programming Guide, compute capability 9.0.
+SHARED_MEMORY = 227 << 10
 
 logger = logging.getLogger(__name__)
-_given_up: list[str] = []  # why, once they have
+_given_up: dict[int, str] = {}  # why, by GPU, once they have
 
 
 def has_paced_copies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these kernels are for `device`: compute capability 9.0, where they were measured, and 2-byte elements."""
-    return HAS_GLUON and dtype.itemsize == 2 and capability(device) == (9, 0) and not _given_up
+    return HAS_GLUON and dtype.itemsize == 2 and capability(device) == (9, 0) and device.index not in _given_up
 
 
-def give_up(error: Exception) -> None:
-    """From here on the plain kernels serve, if `error` came of a launch because Triton cannot build these: Gluon is young.
+def give_up(error: Exception, device: torch.device) -> None:
+    """From here on the plain kernels serve on `device`, a tensor's, if `error` came of a launch because Triton cannot build
+    these: Gluon is young.
 
     Raises:
         Exception: `error`, where it is anything else, and inside a graph's capture.
     """
     if not is_tritons(error) or torch.cuda.is_current_stream_capturing():
         raise error
-    if not _given_up:
-        _given_up.append(f"{type(error).__name__}: {error}")
-        logger.warning("paced kernels do not build here, the plain ones serve: %s", _given_up[0][:300])
+    if device.index not in _given_up:
+        _given_up[device.index] = f"{type(error).__name__}: {error}"
+        logger.warning("paced kernels do not build here, the plain ones serve: %s", _given_up[device.index][:300])
 
 
 @gluon.jit
@@ -76,6 +82,8 @@ def wait_for_previous():
 __all__ = [
     "HAS_GLUON",
     "MIN_WIDTH",
+    "MIN_WIDTH_OF_MANY",
+    "SHARED_MEMORY",
     "async_copy_global_to_shared",
     "barrier",
     "commit_group",

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 
 from ._linear_call import LinearCall
-from ._paced import async_copy_global_to_shared, commit_group, gl, gluon, launch_dependents, wait_for_previous, wait_group
+from ._paced import (
+    SHARED_MEMORY,
+    async_copy_global_to_shared,
+    commit_group,
+    gl,
+    gluon,
+    launch_dependents,
+    wait_for_previous,
+    wait_group,
+)
 
 MAX_CHUNK = 256  # elements of K: one warp's 16-byte copies of a row
 
@@ -142,9 +151,10 @@ def _paced_linear_kernel(
         gl.store(out_ptr + i_part * N + first_n + i_n * NUM_WARPS + warps, y.to(dtype))
 
 
-def covers_linear(N: int, K: int, BLOCK_N: int) -> bool:
-    """Whether rows and columns fall into whole tiles, which is all that `_paced_linear_kernel` takes."""
-    return N % BLOCK_N == 0 and K % 64 == 0
+def covers_linear(N: int, K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, num_warps: int) -> bool:
+    """Whether `_paced_linear_kernel` takes these: whole tiles, in no more shared memory than there is, K in one part."""
+    nbytes = 2 * K * (BLOCK_N + 2 * has_norm)
+    return N % BLOCK_N == 0 and K % 64 == 0 and SPLIT_K == 1 and num_warps <= BLOCK_N and nbytes <= SHARED_MEMORY
 
 
 def paced_linear(call: LinearCall, out: torch.Tensor, BLOCK_N: int, num_warps: int, PACE: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from ._dispatch import triton
 from ._linear_call import LinearCall
 from ._paced import (
+    SHARED_MEMORY,
     async_copy_global_to_shared,
     commit_group,
     gl,
@@ -156,9 +157,11 @@ def _paced_rows_kernel(
         gl.store(out_ptr + (offs_b[None, :] * NUM_PARTS + i_part) * N + offs_n[:, None], y.to(dtype), mask=mask)
 
 
-def covers_rows(K: int, SPLIT_K: int, num_warps: int) -> bool:
-    """Whether K falls into whole chunks, which is all that `_paced_rows_kernel` takes."""
-    return K % (SPLIT_K * BLOCK_K) == 0 and num_warps in (4, 8, 16)
+def covers_rows(K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, num_warps: int) -> bool:
+    """Whether `_paced_rows_kernel` takes these: K in whole chunks, weights in tensor-core tiles and in shared memory."""
+    moments = 8 * num_warps * MAX_BLOCK_B  # what brings sums together otherwise takes the weights' place
+    nbytes = 2 * K // SPLIT_K * (BLOCK_N + 2 * has_norm) + moments
+    return K % (SPLIT_K * BLOCK_K) == 0 and BLOCK_N >= 16 and num_warps in (4, 8, 16) and nbytes <= SHARED_MEMORY
 
 
 def paced_rows(call: LinearCall, out: torch.Tensor, BLOCK_N: int, SPLIT_K: int, num_warps: int, PACE: int) -> None:

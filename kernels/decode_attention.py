@@ -329,7 +329,7 @@ def _launch(
         try:
             return paced_attention(query, key_cache, value_cache, scale * LOG2E, counters, ended)
         except Exception as error:
-            give_up(error)
+            give_up(error, query.device)
     tiles = tiles or choose_tiles(B, T, H, S, D, query.element_size(), joins)
     NUM_SPLITS = tiles.NUM_SPLITS
     tile = fit_registers(tiles.BLOCK_S, tiles.num_warps, query, key_cache, value_cache)

@@ -25,7 +25,7 @@ import torch
 from ._checks import check_dtype, check_tensors
 from ._dispatch import register
 from ._linear_call import LinearCall
-from ._paced import MIN_WIDTH, give_up, has_paced_copies
+from ._paced import MIN_WIDTH, MIN_WIDTH_OF_MANY, give_up, has_paced_copies
 from ._paced_linear import covers_linear, paced_linear
 from ._paced_rows import covers_rows, paced_rows
 from ._plain_linear import plain_linear, sum_splits
@@ -78,25 +78,27 @@ class Tiles(NamedTuple):
     SPLIT_K: int
     num_warps: int
     USE_DOT: bool = False  # tensor cores, from two rows on
-    PACE: int = 0  # chunks of K on their way at a time in `_paced_linear_kernel`; 0: all, in `_skinny_linear_kernel`
+    PACE: int = 0  # chunks of K on their way at a time, in the kernels with paced copies; 0: all, in the plain one
 
 
 def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies: bool = False) -> Tiles:
     """Tiles from shapes alone, and from what surrounds the product: `parts` weights at once, a layer norm before it.
 
     `has_copies`: paced copies are to be had, which some of these shapes take. K can be split where nothing but a bias and a
-    residual surrounds the product. Measured on one H100 80GB HBM3, large-v3, fp16, by benchmarks/tune_step.py, but for the
-    projections with a residual of one row, whose tile a search over neighbouring links found: one row 2026-11-24, several
-    2026-11-22 at batch 8.
+    residual surrounds the product. Those of the plain kernel were measured on one H100 80GB HBM3, large-v3, fp16, by
+    benchmarks/tune_step.py, but for the projections with a residual of one row, whose tile a search over neighbouring links
+    found: one row 2026-11-24, several 2026-11-22 at batch 8.
     """
     paced = choose_paced_tiles(B, N, K, parts, has_norm) if has_copies else None
-    if paced is not None and covers(paced, N, K):
+    if paced is not None and covers(paced, N, K, has_norm):
         return paced
     if B > 1:
         if N > 16384:
             return Tiles(32, 1, 4, True)
-        if K > 2048:
-            return Tiles(64, K // 1024 if K % 1024 == 0 else 1, 8, True)
+        if K > 2048 and K % 1024 == 0 and parts == 1 and not has_norm:
+            return Tiles(64, K // 1024, 8, True)
+        if K > 2048:  # wider than any Whisper: small enough for shared memory
+            return Tiles(16, 1, 8, True)
         return Tiles(64 if N > 2048 and parts == 1 else 32, 1, 8, True)
     if N > 16384:
         return Tiles(16, 1, 8)
@@ -112,31 +114,32 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies:
 def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles | None:
     """Tiles of the kernels with paced copies, or None where the plain one is as fast or nothing has been measured.
 
-    Measured in whole steps on one H100 80GB HBM3, fp16, 2026-11-25: large-v3 at batch 1, 2, 4, 8, 16, 32, medium at 1, 2, 8,
-    tiles and paces together. The LM head gains nothing.
+    Measured on one H100 80GB HBM3, fp16, 2026-11-25, as benchmarks/tune_step.py does, tiles and paces together: large-v3 at
+    batch 1, 8, 16 and 32, with what came out tried at 2 and 4, and in medium at 2 and 8. The LM head gains nothing.
     """
-    if N > 16384 or B > 32 or min(N, K) < (MIN_WIDTH if B <= 4 else 1024):
+    if N > 16384 or B > 32 or min(N, K) < (MIN_WIDTH if B <= 4 else MIN_WIDTH_OF_MANY):
         return None
     if B == 1:
         BLOCK_N, PACE = (4, 8) if K > 2048 else (16, 2) if parts == 3 or N > K else (8, 2)
         return Tiles(BLOCK_N, 1, 4, PACE=PACE)
-    is_wide = B > 16  # two tiles of rows
+    has_many_rows = B > 16
     if K > 2048:
-        return Tiles(32, 4, 4, True, 2)
+        return Tiles(32, 4, 4, True, 2) if parts == 1 and not has_norm else None
     if parts == 3:
-        return Tiles(64, 1, 8, True, 2) if is_wide else Tiles(32, 1, 4, True, 2)
+        return Tiles(64, 1, 8, True, 2) if has_many_rows else Tiles(32, 1, 4, True, 2)
     if N > K:
-        return Tiles(64, 1, 8 if is_wide else 4, True, 1)
+        return Tiles(64, 1, 8 if has_many_rows else 4, True, 1)
     if has_norm:
-        return None if is_wide else Tiles(16, 1, 4, True, 3)
+        return None if has_many_rows else Tiles(16, 1, 4, True, 3)
     return Tiles(32, 1, 4, True, 4)
 
 
-def covers(tiles: Tiles, N: int, K: int) -> bool:
-    """Whether paced copies serve these shapes in these tiles."""
-    if tiles.USE_DOT:
-        return covers_rows(K, tiles.SPLIT_K, tiles.num_warps)
-    return covers_linear(N, K, tiles.BLOCK_N)
+def covers(tiles: Tiles, N: int, K: int, has_norm: bool) -> bool:
+    """Whether the kernels with paced copies take these shapes in these tiles."""
+    BLOCK_N, SPLIT_K, num_warps, use_dot, _ = tiles
+    if use_dot:
+        return covers_rows(K, has_norm, BLOCK_N, SPLIT_K, num_warps)
+    return covers_linear(N, K, has_norm, BLOCK_N, SPLIT_K, num_warps)
 
 
 def fits_tiles(width: int) -> bool:
@@ -171,7 +174,7 @@ def _launch(
             else:
                 paced_linear(call, out, BLOCK_N, num_warps, PACE)
         except Exception as error:
-            give_up(error)
+            give_up(error, x.device)
             plain = choose_tiles(B, N, K, len(weights), norm_weight is not None)
             return _launch(*call, [int(number) for number in plain])
     if SPLIT_K > 1:
@@ -227,6 +230,7 @@ def skinny_linear(
         x: (B, K), B from 1 to 64, contiguous; fp16, bf16, or fp32 with B = 1.
         weights: one (N, K) weight or three, contiguous, in x's dtype; biases: (N,) or None for each.
         layer_norm: applied to x first. scale: multiplies the first weight's result. residual: (B, N), added last.
+        tiles: how the launch is cut, instead of as `choose_tiles` says.
 
     Returns:
         (B, N), or (B, 3 N) for three weights, in x's dtype.
@@ -238,19 +242,31 @@ def skinny_linear(
     _check(x, weights, biases, layer_norm, residual)
     (B, K), N = x.shape, weights[0].shape[0]
     has_copies = has_paced_copies(x.device, x.dtype)
-    tiles = tiles or choose_tiles(B, N, K, len(weights), layer_norm is not None, has_copies)
-    if any(number < 1 or number & (number - 1) for number in (tiles.BLOCK_N, tiles.num_warps)) or tiles.SPLIT_K < 1:
+    has_norm, is_plain = layer_norm is not None, not (gelu or scale != 1.0)
+    tiles = tiles or choose_tiles(B, N, K, len(weights), has_norm, has_copies)
+    _check_tiles(tiles, x, can_split=is_plain and not has_norm and len(weights) == 1)
+    if tiles.PACE > 0 and not (has_copies and (B == 1 or tiles.USE_DOT) and covers(tiles, N, K, has_norm)):
+        raise ValueError(
+            "paced copies are for whole tiles that fit an H100's shared memory (`covers_linear` in _paced_linear.py, on tensor"
+            f" cores `covers_rows` in _paced_rows.py), got {tuple(x.shape)}, {N=}, {tiles} on {x.device}"
+        )
+    return _op(x, list(weights), list(biases), *norm, scale, gelu, residual, [int(number) for number in tiles])
+
+
+def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool) -> None:
+    (B, K), SPLIT_K = x.shape, tiles.SPLIT_K
+    if any(number < 1 or number & (number - 1) for number in (tiles.BLOCK_N, tiles.num_warps)):
         raise ValueError(f"BLOCK_N and num_warps must be powers of two, got {tiles}")
-    SPLIT_K = tiles.SPLIT_K
-    if tiles.PACE > 0 and not (has_copies and covers(tiles, N, K)):
-        raise ValueError(f"paced copies are for whole tiles on an H100, got {tuple(x.shape)}, {N=}, {tiles} on {x.device}")
+    if SPLIT_K < 1 or tiles.PACE < 0:
+        raise ValueError(f"SPLIT_K must be at least 1 and PACE at least 0, got {tiles}")
+    if tiles.num_warps > 32 or (16 if tiles.USE_DOT else tiles.num_warps) > tiles.BLOCK_N:
+        raise ValueError(f"32 warps are the most, and BLOCK_N must be as many, or 16 for tensor cores, got {tiles}")
     if B > 1 and (x.dtype == torch.float32 or not tiles.USE_DOT):
         raise ValueError(f"several rows, {B} here, take tensor cores, which would round {x.dtype} to tf32 if it is fp32")
     if K % SPLIT_K or not fits_tiles(K // SPLIT_K):
         raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two from 16 on")
-    if SPLIT_K > 1 and (layer_norm is not None or gelu or scale != 1.0 or len(weights) == 3):
+    if SPLIT_K > 1 and not can_split:
         raise ValueError("only a plain linear layer can have its K split")
-    return _op(x, list(weights), list(biases), *norm, scale, gelu, residual, [int(number) for number in tiles])
 
 
 def _check(

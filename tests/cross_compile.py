@@ -152,8 +152,10 @@ def attention_calls(dtype: torch.dtype, D: int) -> Iterator[Call]:
     yield call("update", "odd", partial(update._launch, *tensors, position), is_odd=True)
 
 
-def linear_calls(B: int, has_copies: bool = False) -> Iterator[Call]:
-    """The embedding and linear layers of a decode step of B rows, as whisper_triton/fused.py launches them: large-v3, fp16."""
+def linear_calls(B: int, has_copies: bool = False, C: int = 1280) -> Iterator[Call]:
+    """The embedding and linear layers of a step of B rows, as whisper_triton/fused.py launches them, in fp16, for a decoder of C
+    columns (large-v3's by default).
+    """
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.float16)
@@ -164,19 +166,19 @@ def linear_calls(B: int, has_copies: bool = False) -> Iterator[Call]:
         tiles = [int(number) for number in linear.choose_tiles(B, N, K, parts, "layer_norm" in around, has_copies)]
         others = around.get("scale", 1.0), around.get("gelu", False), around.get("residual")
         launch = partial(linear._launch, x, weights, biases, *norm, *others, tiles)
-        return Call(f"linear {link} {B=} {has_copies=}", launch, read_ahead=True)  # of the weights, which no kernel writes
+        return Call(f"linear {link} {B=} {has_copies=} {C=}", launch, read_ahead=True)  # of the weights, which no kernel writes
 
-    norm = linear.LayerNorm(tensor(1280), tensor(1280), 1e-5)
-    x, residual = tensor(B, 1280), tensor(B, 1280)
-    yield linear_call("q/k/v", x, 1280, 1280, parts=3, layer_norm=norm, scale=0.125)
-    yield linear_call("out", x, 1280, 1280, residual=residual)
-    yield linear_call("cross query", x, 1280, 1280, layer_norm=norm, scale=0.125)
-    yield linear_call("fc1", x, 5120, 1280, layer_norm=norm, gelu=True)
-    yield linear_call("fc2", tensor(B, 5120), 1280, 5120, residual=residual)
-    yield linear_call("logits", x, 51866, 1280, bias=False, layer_norm=norm)
+    norm = linear.LayerNorm(tensor(C), tensor(C), 1e-5)
+    x, residual = tensor(B, C), tensor(B, C)
+    yield linear_call("q/k/v", x, C, C, parts=3, layer_norm=norm, scale=0.125)
+    yield linear_call("out", x, C, C, residual=residual)
+    yield linear_call("cross query", x, C, C, layer_norm=norm, scale=0.125)
+    yield linear_call("fc1", x, 4 * C, C, layer_norm=norm, gelu=True)
+    yield linear_call("fc2", tensor(B, 4 * C), C, 4 * C, residual=residual)
+    yield linear_call("logits", x, 51866, C, bias=False, layer_norm=norm)
     for T in (1, 4):
         ids = torch.zeros(B, T, dtype=torch.int64)
-        embeddings = tensor(51866, 1280), tensor(448, 1280)
+        embeddings = tensor(51866, C), tensor(448, C)
         yield Call(f"embed {B=} {T=}", partial(embed._launch, ids, *embeddings, torch.tensor(0)))
 
 
@@ -285,7 +287,8 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
 def paced_calls() -> Iterator[Call]:
     """What a step launches of `_paced.py`: of one row, and for each number of rows that a program may have."""
     for B in (1, 8, 16, 32):
-        yield from (call for call in linear_calls(B, has_copies=True) if call.name.startswith("linear"))
+        for C in (1280, 1024) if B == 8 else (1280,):
+            yield from (call for call in linear_calls(B, has_copies=True, C=C) if call.name.startswith("linear"))
     for B, D, H in ((1, 64, 20), (8, 64, 20), (1, 128, 12)):
         query, cache = torch.empty(B, 1, H, D, dtype=torch.float16), torch.empty(B, H, 1500, D, dtype=torch.float16)
         counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.zeros(B, dtype=torch.int64) if B > 1 else None

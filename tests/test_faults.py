@@ -404,16 +404,17 @@ class TestPacedKernels:
 
     @pytest.fixture
     def arguments(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
-        monkeypatch.setattr(_paced, "_given_up", [])
+        monkeypatch.setattr(_paced, "_given_up", {})
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         x, weight, bias = torch.randn(1, 64), torch.randn(16, 64), torch.randn(16)
         return x, [weight], [bias], None, None, 0.0, 1.0, False, None
 
     def fails(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-        def paced_linear(*args: Any) -> None:
+        def paced(*args: Any) -> None:
             raise error
 
-        monkeypatch.setattr(skinny, "paced_linear", paced_linear)
+        for name in ("paced_linear", "paced_rows"):
+            monkeypatch.setattr(skinny, name, paced)
 
     def test_the_plain_ones_serve(
         self, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -427,10 +428,20 @@ class TestPacedKernels:
         assert [record.message for record in caplog.records if "paced" in record.message] == [
             "paced kernels do not build here, the plain ones serve: RuntimeError: PassManager::run failed"
         ]
+        x, weights, biases, *around = arguments
+        rows, weights, biases = x.half().repeat(3, 1), [w.half() for w in weights], [b.half() for b in biases]
+        plain = skinny._launch(rows, weights, biases, *around, [32, 1, 8, 1, 0])
+        assert torch.equal(skinny._launch(rows, weights, biases, *around, [16, 4, 4, 1, 2]), plain)
+
+    def test_what_one_gpu_cannot_another_may(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_paced, "_given_up", {})
         monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
-        assert not _paced.has_paced_copies(GPU, torch.float16)
-        _paced._given_up.clear()
-        assert _paced.has_paced_copies(GPU, torch.float16)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+        assert _paced.has_paced_copies(first, torch.float16)
+        _paced.give_up(raised_in_triton(RuntimeError("PassManager::run failed")), first)
+        assert not _paced.has_paced_copies(first, torch.float16)
+        assert _paced.has_paced_copies(second, torch.float16)
 
     def test_so_it_is_not_in_a_capture(self, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         self.fails(raised_in_triton(RuntimeError("PassManager::run failed")), monkeypatch)

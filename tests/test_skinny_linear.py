@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels.skinny_linear import LayerNorm, fits_tiles, skinny_linear, skinny_linear_reference
 from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
 
+module = sys.modules["whisper_triton.kernels.skinny_linear"]
 DTYPES = (torch.float32, torch.float16)
 
 
@@ -127,6 +130,11 @@ def test_other_widths_are_refused(device):
         (lambda x, w, b, r: (x, w, b, {"residual": r[:, :-1]}), "residual"),
         (lambda x, w, b, r: (x, w, b, {"gelu": True, "tiles": LinearTiles(32, 2, 4)}), "split"),
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(16, 1, 4, PACE=2)}), "paced"),
+        (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(4, 1, 4, PACE=-1)}), "PACE at least 0"),
+        (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(4, 1, 8)}), "BLOCK_N must be as many"),
+        (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(8, 1, 4, True)}), "16 for tensor cores"),
+        (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(64, 1, 64)}), "32 warps are the most"),
+        (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(16, 0, 4)}), "SPLIT_K must be at least 1"),
     ],
 )
 def test_bad_input_is_refused_with_a_reason(change, message, device):
@@ -134,6 +142,51 @@ def test_bad_input_is_refused_with_a_reason(change, message, device):
     x, weights, biases, around = change(x, weights, biases, residual)
     with pytest.raises(ValueError, match=message):
         skinny_linear(x, weights, biases, **around)
+
+
+@pytest.mark.parametrize("has_copies", [False, True])
+@pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280, 2048, 3072, 4096])
+def test_the_tiles_of_every_link_are_allowed(width, has_copies, monkeypatch):
+    """On a GPU that has paced copies and on one that has none; an op that does nothing stands for the kernels."""
+    monkeypatch.setattr(module, "has_paced_copies", lambda device, dtype: has_copies)
+    seen = []
+    monkeypatch.setattr(module, "_op", lambda *arguments: seen.append((arguments[0].shape[0], LinearTiles(*arguments[-1]))))
+
+    def empty(*shape):
+        return torch.empty(*shape, dtype=torch.float16, device="meta")
+
+    norm = LayerNorm(empty(width), empty(width), 1e-5)
+    square, wide, narrow, head = (empty(*s) for s in ((width, width), (4 * width, width), (width, 4 * width), (51866, width)))
+    for B in (1, 2, 4, 5, 8, 16, 17, 32, 33, 64):
+        x, y = empty(B, width), empty(B, 4 * width)
+        skinny_linear(x, (square,) * 3, (None,) * 3, layer_norm=norm, scale=0.125)
+        skinny_linear(x, (square,), (None,), residual=x)
+        skinny_linear(x, (square,), (None,), layer_norm=norm, scale=0.125)
+        skinny_linear(x, (wide,), (None,), layer_norm=norm, gelu=True)
+        skinny_linear(y, (narrow,), (None,), residual=x)
+        skinny_linear(x, (head,), (None,), layer_norm=norm)
+    paced = {B for B, tiles in seen if tiles.PACE > 0}
+    whisper = {1024: {5, 8, 16, 17, 32}, 1280: {1, 2, 4, 5, 8, 16, 17, 32}}
+    assert paced == (whisper.get(width, paced if width > 1280 else set()) if has_copies else set())
+
+
+@pytest.mark.parametrize(
+    ("B", "K", "norm", "tiles"),
+    [
+        (1, 512, False, LinearTiles(4, 2, 4, PACE=2)),  # K in two parts
+        (1, 512, False, LinearTiles(32, 1, 4, PACE=2)),  # N = 48 in no whole tiles
+        (1, 8192, True, LinearTiles(16, 1, 4, PACE=2)),  # more than shared memory holds
+        (2, 256, False, LinearTiles(16, 1, 2, True, 2)),  # two warps
+        (2, 384, False, LinearTiles(16, 1, 4, True, 2)),  # K in no whole chunks
+        (2, 2048, True, LinearTiles(64, 1, 4, True, 1)),  # more than shared memory holds
+        (2, 256, False, LinearTiles(16, 1, 4, False, 2)),  # several rows without tensor cores
+    ],
+)
+def test_paced_tiles_that_do_not_fit_are_refused(B, K, norm, tiles, monkeypatch):
+    monkeypatch.setattr(module, "has_paced_copies", lambda device, dtype: True)
+    x, weights, biases, layer_norm, _ = make(B, K, 48, 1, torch.float16, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"paced copies are for whole tiles|several rows"):
+        skinny_linear(x, weights, biases, layer_norm=layer_norm if norm else None, tiles=tiles)
 
 
 @pytest.mark.gpu
@@ -171,7 +224,7 @@ def test_paced_rows(B, K, BLOCK_N, num_warps, PACE, dtype, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("B", "dtype"),
-    [(1, torch.float32), *((B, dtype) for B in (1, 2, 8, 16) for dtype in (torch.float16, torch.bfloat16))],
+    [(1, torch.float32), *((B, dtype) for B in (1, 2, 8, 16, 32) for dtype in (torch.float16, torch.bfloat16))],
 )
 class TestRealShapes:
     """large-v3's links at their size, in every dtype."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -50,6 +51,16 @@ def test_nothing_of_a_copy_is_the_configurations():
     assert plain(vars(one)) == plain(vars(before))
 
 
+def test_what_is_one_object_stays_one():
+    one = config()
+    one.me, one.same, one.inside = one, one.empty, [one.empty]
+    one.update = MethodType(lambda self, **kwargs: GenerationConfig.update(self, **kwargs), one)
+    for copied in (copy.deepcopy(stand_in(one)), copy.deepcopy(one)):
+        assert copied.me is copied
+        assert copied.same is copied.empty is copied.inside[0]
+        assert copied.update.__self__ is copied
+
+
 class Own(GenerationConfig):
     """A user's class, which may be copied in its own way."""
 
@@ -63,6 +74,12 @@ def test_a_configuration_with_a_method_of_its_own_stays_itself():
     one = GenerationConfig()
     assert isinstance(stand_in(one), ConfigStandIn)
     one.to_dict = dict
+    assert stand_in(one) is one
+
+
+def test_where_the_class_is_patched_it_is_asked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(GenerationConfig, "to_dict", lambda self: {})
+    one = GenerationConfig()
     assert stand_in(one) is one
 
 

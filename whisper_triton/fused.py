@@ -2,8 +2,9 @@
 
 A layer is eight launches for one row: layer norm and q/k/v; self-attention with the cache write; its output projection with
 bias and residual; layer norm and cross query; cross-attention, in which the last program of a head joins its splits; its output
-projection; layer norm, fc1 and GELU; fc2 and residual. For more rows the layer norms, and the joining of fc2's parts, are
-launches of their own. The kernels read the model's own parameters: nothing is packed or copied.
+projection; layer norm, fc1 and GELU; fc2 and residual. For more rows the joining of fc2's parts is a launch of its own, and
+so are layer norms where no weights come by paced copies. The kernels read the model's own parameters: nothing is packed or
+copied.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def _norm(module: nn.LayerNorm) -> LayerNorm:
     return LayerNorm(module.weight, module.bias, module.eps)
 
 
+MAX_WIDTH = 2048  # of a decoder: no Whisper has more than 1280 columns, and no tile has been tried beyond this
 # Bytes of shared memory that the tiles for several rows take: more than an RTX card gives a program.
 _SHARED_MEMORY = 128 << 10
 
@@ -57,6 +59,7 @@ def is_fusable(model: WhisperForConditionalGeneration, batch_size: int) -> bool:
         and batch_size <= max_rows(model.dtype, model.device)
         and config.d_model // config.decoder_attention_heads in HEAD_DIMS
         and config.activation_function == "gelu"
+        and config.d_model <= MAX_WIDTH
         and fits_tiles(config.d_model)
         and fits_tiles(config.decoder_ffn_dim)
         # Without these parts a module does something else than the chain.

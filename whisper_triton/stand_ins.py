@@ -29,35 +29,36 @@ class ConfigStandIn(StandIn):
 
     def to_dict(self) -> dict[str, Any]:
         """What the configuration's own returns."""
-        others, plain = _divide(self._of)
-        return plain | others.to_dict()
+        others, plain = GenerationConfig.__new__(GenerationConfig), {}
+        for name, value in vars(self._of).items():
+            is_stocks = name.startswith("_") or not (type(value) in _ATOMS or _is_plain(value))  # some are left out
+            (vars(others) if is_stocks else plain)[name] = value
+        return {name: value if type(value) in _ATOMS else value.copy() for name, value in plain.items()} | others.to_dict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GenerationConfig:
-        others, plain = _divide(self._of)
-        copied = copy.deepcopy(others, memo)
-        vars(copied).update(plain)
+        config = self._of
+        memo[id(config)] = copied = GenerationConfig.__new__(GenerationConfig)
+        for name, value in vars(config).items():
+            if type(value) in _ATOMS:
+                pass
+            elif id(value) not in memo and _is_plain(value):
+                memo[id(value)] = value = value.copy()
+            else:
+                value = copy.deepcopy(value, memo)
+            vars(copied)[name] = value
         return copied
+
+
+# Where somebody has put another in its place, it is to be called.
+_TO_DICT = GenerationConfig.to_dict
 
 
 def stand_in(config: Any) -> Any:
     """`config`, or a stand-in for it where nobody has given it other ways to be copied."""
-    own_ways = type(config) is not GenerationConfig or "to_dict" in vars(config) or "__deepcopy__" in vars(config)
-    return config if own_ways else ConfigStandIn(config)
-
-
-def _divide(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
-    """A configuration with some of the attributes of `config`, and copies of the others."""
-    others, plain = GenerationConfig.__new__(GenerationConfig), {}
-    for name, value in vars(config).items():
-        if name.startswith("_"):  # transformers' own, some of which `to_dict` leaves out
-            vars(others)[name] = value
-        elif type(value) in _ATOMS:
-            plain[name] = value
-        elif _is_plain(value):
-            plain[name] = value.copy()
-        else:
-            vars(others)[name] = value
-    return others, plain
+    kind = type(config)
+    is_stocks = kind is GenerationConfig and kind.to_dict is _TO_DICT and not hasattr(kind, "__deepcopy__")
+    is_own = is_stocks and not {"to_dict", "__deepcopy__"} & vars(config).keys()
+    return ConfigStandIn(config) if is_own else config
 
 
 def _is_plain(value: object) -> bool:
