@@ -153,7 +153,7 @@ def attention_calls(dtype: torch.dtype, D: int) -> Iterator[Call]:
 
 
 def linear_calls(B: int, has_copies: bool = False, C: int = 1280) -> Iterator[Call]:
-    """The embedding and linear layers of a step of B rows, as whisper_triton/fused.py launches them, in fp16, for a decoder of C
+    """The embedding and linear layers of a step of B rows, as whisper_triton/fused.py launches them, fp16, of a decoder of C
     columns (large-v3's by default).
     """
 
