@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bad_inputs import Arguments, Bad, assert_refused, expanded, replaced, undense, wrong_dtypes, wrong_kinds, wrong_shapes
-from whisper_triton.kernels.select_token import TokenLimits, TokenRules, TokenState
+from whisper_triton.kernels._rules import TokenLimits, TokenRules, TokenState
 from whisper_triton.kernels.skinny_linear import LayerNorm
 from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
 

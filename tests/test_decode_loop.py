@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, SuppressTokensLogitsProcessor, WhisperForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, mel, tensors_of, tiny_whisper
-from whisper_triton.kernels.select_token import TokenLimits
+from whisper_triton.kernels._rules import TokenLimits
 
 from whisper_triton import accelerated, decode_loop, decoder, fused
 from whisper_triton.coverage import why_not_our_loop

@@ -26,7 +26,7 @@ from attention_cases import (
 )
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from whisper_triton.kernels.select_token import FLAGS, TokenLimits, TokenRules, TokenState
+from whisper_triton.kernels._rules import FLAGS, TokenLimits, TokenRules, TokenState
 from whisper_triton.kernels.skinny_linear import skinny_linear, skinny_linear_reference
 
 from whisper_triton import kernels

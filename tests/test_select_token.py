@@ -8,16 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import TopKLogitsWarper
+from whisper_triton.kernels._rules import ENDS, NEVER, TokenLimits, TokenRules, TokenState
 from whisper_triton.kernels._sampling import keep_top_k, random_bits
-from whisper_triton.kernels.select_token import (
-    ENDS,
-    NEVER,
-    TokenLimits,
-    TokenRules,
-    TokenState,
-    select_token,
-    select_token_reference,
-)
+
+from whisper_triton.kernels import select_token, select_token_reference
 
 # The interpreter's NumPy warns of -inf - -inf and of log(0), whose results are not used.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -23,9 +23,10 @@ from transformers import (
     WhisperTimeStampLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+from whisper_triton.kernels._rules import TokenLimits, TokenState
 from whisper_triton.kernels._sampling import gumbel_reference
-from whisper_triton.kernels.select_token import TokenLimits, TokenState, select_token, select_token_reference
 
+from whisper_triton.kernels import select_token, select_token_reference
 from whisper_triton.token_rules import NotCovered, allocate_rules, read_settings, write_rules
 
 V, EOS, NO_TIMESTAMPS, L = 64, 40, 47, 24

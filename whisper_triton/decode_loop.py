@@ -19,8 +19,8 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateEnco
 from .attention import report_once
 from .decoder import DecoderStep
 from .kernels import select_token
+from .kernels._rules import TokenState, apply_rules
 from .kernels._sampling import keep_top_k
-from .kernels.select_token import TokenState, apply_rules
 from .token_rules import NotCovered, Settings, allocate_rules, read_settings, write_rules
 
 ROWS_AT_ONCE = 64  # whose scores are computed together, after the last token

@@ -26,8 +26,7 @@ from transformers import (
 from transformers.generation.logits_process import WhisperNoSpeechDetection
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from .kernels._sampling import MAX_TOP_K
-from .kernels.select_token import (
+from .kernels._rules import (
     ENDS,
     FLAGS,
     SUPPRESSED,
@@ -36,6 +35,7 @@ from .kernels.select_token import (
     TokenLimits,
     TokenRules,
 )
+from .kernels._sampling import MAX_TOP_K
 
 
 class NotCovered(Exception):
