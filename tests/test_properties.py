@@ -26,8 +26,9 @@ from attention_cases import (
 )
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels._rules import FLAGS, TokenLimits, TokenRules, TokenState
-from whisper_triton.kernels.skinny_linear import skinny_linear, skinny_linear_reference
+from whisper_triton.kernels.skinny_linear import Tiles, skinny_linear, skinny_linear_reference
 
 from whisper_triton import kernels
 from whisper_triton.kernels import _dispatch
@@ -129,16 +130,26 @@ def linear(draw: Draw, device: torch.device) -> None:
     dtype = draw(ALL_FLOATS)
     B = 1 if dtype == torch.float32 else draw(st.sampled_from([1, 2, 15, 16, 17, 33]))
     K, N = draw(st.sampled_from([16, 48, 64, 96, 160])), draw(st.integers(1, 70))
-    parts = draw(st.sampled_from([1, 3]))
+    parts, tiles = draw(st.sampled_from([1, 3])), None
+    if has_paced_copies(device, dtype) and draw(PRESENT):
+        pace, num_warps = draw(st.integers(1, 4)), draw(st.sampled_from([4, 8]))
+        if B == 1:  # whole tiles alone
+            K, N, tiles = 64 * draw(st.integers(1, 6)), 8 * draw(st.integers(1, 8)), Tiles(8, 1, num_warps, PACE=pace)
+        else:
+            splits = 1 if parts == 3 else draw(st.integers(1, 2))
+            K, tiles = (
+                256 * splits * draw(st.integers(1, 2)),
+                Tiles(draw(st.sampled_from([16, 32])), splits, num_warps, True, pace),
+            )
     options = {"dtype": dtype, "device": device}
     x, weights = whole(B, K, **options), tuple(whole(N, K, **options) for _ in range(parts))
     biases = tuple(whole(N, **options) if draw(PRESENT) else None for _ in range(parts))
-    around = {"scale": draw(st.sampled_from([1.0, 0.5, 4.0]))}
+    around = {"scale": 1.0 if tiles and tiles.SPLIT_K > 1 else draw(st.sampled_from([1.0, 0.5, 4.0]))}
     if parts == 1 and draw(PRESENT):
         around["residual"] = whole(B, N, **options)
     inputs = [t for t in (x, *weights, *biases, around.get("residual")) if t is not None]
     before = [storage(tensor) for tensor in inputs]
-    out = skinny_linear(x, weights, biases, **around)
+    out = skinny_linear(x, weights, biases, tiles=tiles, **around)
     exact = skinny_linear_reference(*map(double, (x, weights, biases)), **{k: double(v) for k, v in around.items()})
     assert torch.equal(out, rounded(exact, dtype).to(dtype))
     assert all(torch.equal(storage(a), b) for a, b in zip(inputs, before, strict=True))
