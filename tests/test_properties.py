@@ -137,10 +137,8 @@ def linear(draw: Draw, device: torch.device) -> None:
             K, N, tiles = 64 * draw(st.integers(1, 6)), 8 * draw(st.integers(1, 8)), Tiles(8, 1, num_warps, PACE=pace)
         else:
             splits = 1 if parts == 3 else draw(st.integers(1, 2))
-            K, tiles = (
-                256 * splits * draw(st.integers(1, 2)),
-                Tiles(draw(st.sampled_from([16, 32])), splits, num_warps, True, pace),
-            )
+            K, BLOCK_N = 256 * splits * draw(st.integers(1, 2)), draw(st.sampled_from([16, 32]))
+            tiles = Tiles(BLOCK_N, splits, num_warps, True, pace)
     options = {"dtype": dtype, "device": device}
     x, weights = whole(B, K, **options), tuple(whole(N, K, **options) for _ in range(parts))
     biases = tuple(whole(N, **options) if draw(PRESENT) else None for _ in range(parts))
