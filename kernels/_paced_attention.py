@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._arguments import cache_arguments
 from ._dispatch import triton
 from ._paced import (
     MIN_WIDTH,
@@ -195,8 +196,7 @@ def paced_attention(
     maxima, sums = torch.empty(2, B, H, splits * tiles.num_warps, dtype=torch.float32, device=query.device).unbind()
     _paced_attention_kernel[(splits, H, B)](
         query_ptr=query,
-        key_cache_ptr=key_cache,
-        value_cache_ptr=value_cache,
+        **cache_arguments(key_cache, value_cache),
         partial_ptr=partial,
         max_ptr=maxima,
         sum_ptr=sums,
@@ -206,12 +206,6 @@ def paced_attention(
         qk_scale=qk_scale,
         stride_q_b=query.stride(0),
         stride_q_h=query.stride(2),
-        stride_kc_b=key_cache.stride(0),
-        stride_kc_h=key_cache.stride(1),
-        stride_kc_s=key_cache.stride(2),
-        stride_vc_b=value_cache.stride(0),
-        stride_vc_h=value_cache.stride(1),
-        stride_vc_s=value_cache.stride(2),
         H=H,
         S=S,
         HAS_ENDED=ended is not None,

@@ -20,8 +20,7 @@ MAX_CHUNK = 256  # elements of K: one warp's 16-byte copies of a row
 
 
 @gluon.jit
-def part_of(i_part, part_0_ptr, part_1_ptr, part_2_ptr, NUM_PARTS: gl.constexpr):
-    """The pointer of a program's part."""
+def pointer_of(i_part, part_0_ptr, part_1_ptr, part_2_ptr, NUM_PARTS: gl.constexpr):
     ptr = part_0_ptr
     if NUM_PARTS == 3:
         if i_part == 1:
@@ -30,6 +29,16 @@ def part_of(i_part, part_0_ptr, part_1_ptr, part_2_ptr, NUM_PARTS: gl.constexpr)
             ptr = part_2_ptr
         ptr = gl.multiple_of(ptr, 16)
     return ptr
+
+
+@gluon.jit
+def part_of(i_part, weights, biases, scale, NUM_PARTS: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """What belongs to a program's part: its weight's and bias's pointers, whether it has a bias, its scale."""
+    weight_ptr = pointer_of(i_part, weights[0], weights[1], weights[2], NUM_PARTS)
+    bias_ptr = pointer_of(i_part, biases[0], biases[1], biases[2], NUM_PARTS)
+    if NUM_PARTS == 3:
+        scale = gl.where(i_part == 0, scale, 1.0)
+    return weight_ptr, bias_ptr, ((HAS_BIAS >> i_part) & 1) != 0, scale
 
 
 @gluon.jit
@@ -80,11 +89,9 @@ def _paced_linear_kernel(
     WARP_ROWS: gl.constexpr = BLOCK_N // NUM_WARPS
     i_part = gl.program_id(1)
     first_n = gl.program_id(0) * BLOCK_N
-    weight_ptr = part_of(i_part, weight_0_ptr, weight_1_ptr, weight_2_ptr, NUM_PARTS)
-    bias_ptr = part_of(i_part, bias_0_ptr, bias_1_ptr, bias_2_ptr, NUM_PARTS)
-    has_bias = ((HAS_BIAS >> i_part) & 1) != 0
-    if NUM_PARTS == 3:
-        scale = gl.where(i_part == 0, scale, 1.0)
+    weight_ptr, bias_ptr, has_bias, scale = part_of(
+        i_part, (weight_0_ptr, weight_1_ptr, weight_2_ptr), (bias_0_ptr, bias_1_ptr, bias_2_ptr), scale, NUM_PARTS, HAS_BIAS
+    )
 
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     warps = gl.arange(0, NUM_WARPS, layout=LAYOUT_N)

@@ -76,11 +76,9 @@ def _paced_rows_kernel(
     i_part, i_split = gl.program_id(1), gl.program_id(2)
     first_n = gl.program_id(0) // ROW_TILES * BLOCK_N
     first_k = i_split * (K // SPLIT_K)
-    weight_ptr = part_of(i_part, weight_0_ptr, weight_1_ptr, weight_2_ptr, NUM_PARTS)
-    bias_ptr = part_of(i_part, bias_0_ptr, bias_1_ptr, bias_2_ptr, NUM_PARTS)
-    has_bias = ((HAS_BIAS >> i_part) & 1) != 0
-    if NUM_PARTS == 3:
-        scale = gl.where(i_part == 0, scale, 1.0)
+    weight_ptr, bias_ptr, has_bias, scale = part_of(
+        i_part, (weight_0_ptr, weight_1_ptr, weight_2_ptr), (bias_0_ptr, bias_1_ptr, bias_2_ptr), scale, NUM_PARTS, HAS_BIAS
+    )
 
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     copy_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, COPY)))[:, None, None]

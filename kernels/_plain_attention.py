@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ._arguments import cache_arguments
 from ._attend import attend_few, attend_one, fit_registers, load_keys_values, merge_rows, normalise, safe_max
 from ._dispatch import pdl_handover, pdl_options, tl, triton
 
@@ -212,8 +213,7 @@ def plain_attention(
         maxima, sums = torch.empty((2, B, H, T, NUM_SPLITS), dtype=torch.float32, device=query.device).unbind()
     _decode_attention_kernel[(NUM_SPLITS, H, B)](
         query_ptr=query,
-        key_cache_ptr=key_cache,
-        value_cache_ptr=value_cache,
+        **cache_arguments(key_cache, value_cache),
         kv_length_ptr=query if kv_length is None else kv_length,
         ended_ptr=query if ended is None else ended,
         out_ptr=partial,
@@ -225,12 +225,6 @@ def plain_attention(
         stride_q_b=query.stride(0),
         stride_q_t=query.stride(1),
         stride_q_h=query.stride(2),
-        stride_kc_b=key_cache.stride(0),
-        stride_kc_h=key_cache.stride(1),
-        stride_kc_s=key_cache.stride(2),
-        stride_vc_b=value_cache.stride(0),
-        stride_vc_h=value_cache.stride(1),
-        stride_vc_s=value_cache.stride(2),
         stride_l_b=kv_length.stride(0) if kv_length is not None and kv_length.dim() else 0,
         T=T,
         H=H,

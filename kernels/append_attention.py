@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._arguments import cache_arguments, position_arguments
 from ._attend import (
     attend_few,
     attend_one,
@@ -196,9 +197,8 @@ def _launch(
         query_ptr=query,
         key_ptr=key,
         value_ptr=value,
-        key_cache_ptr=key_cache,
-        value_cache_ptr=value_cache,
-        cache_position_ptr=cache_position,
+        **cache_arguments(key_cache, value_cache),
+        **position_arguments(cache_position),
         ended_ptr=cache_position if ended is None else ended,
         out_ptr=out,
         qk_scale=scale * LOG2E,
@@ -211,13 +211,6 @@ def _launch(
         stride_v_b=value.stride(0),
         stride_v_t=value.stride(1),
         stride_v_h=value.stride(2),
-        stride_kc_b=key_cache.stride(0),
-        stride_kc_h=key_cache.stride(1),
-        stride_kc_s=key_cache.stride(2),
-        stride_vc_b=value_cache.stride(0),
-        stride_vc_h=value_cache.stride(1),
-        stride_vc_s=value_cache.stride(2),
-        stride_cp_b=cache_position.stride(0) if cache_position.dim() else 0,
         T=T,
         H=H,
         S=key_cache.shape[2],

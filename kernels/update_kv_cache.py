@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from ._arguments import cache_arguments, position_arguments
 from ._checks import check_caches, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
@@ -91,22 +92,14 @@ def _launch(
     _update_kv_cache_kernel[(H, triton.cdiv(T, BLOCK_T), B)](
         key_ptr=key,
         value_ptr=value,
-        key_cache_ptr=key_cache,
-        value_cache_ptr=value_cache,
-        cache_position_ptr=cache_position,
+        **cache_arguments(key_cache, value_cache),
+        **position_arguments(cache_position),
         stride_k_b=key.stride(0),
         stride_k_t=key.stride(1),
         stride_k_h=key.stride(2),
         stride_v_b=value.stride(0),
         stride_v_t=value.stride(1),
         stride_v_h=value.stride(2),
-        stride_kc_b=key_cache.stride(0),
-        stride_kc_h=key_cache.stride(1),
-        stride_kc_s=key_cache.stride(2),
-        stride_vc_b=value_cache.stride(0),
-        stride_vc_h=value_cache.stride(1),
-        stride_vc_s=value_cache.stride(2),
-        stride_cp_b=cache_position.stride(0) if cache_position.dim() else 0,
         T=T,
         S=key_cache.shape[2],
         HEAD_DIM=D,

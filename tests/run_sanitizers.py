@@ -7,7 +7,8 @@ Each test file has a process of its own, so that one that ends early, as after a
 makes kernels tens of times slower, so of each test function one case is run, for racecheck three. PyTorch's allocator is off:
 within its pools a kernel may read and write what is not its own, and nobody can tell. Graphs cannot be captured then, so
 tests of them are left out, and those of large tensors but for memcheck. racecheck itself breaks down at kernels with much
-shared memory: a test that launches one is skipped. Each line says how many kernels of ours were launched, and which were not.
+shared memory: a test that launches one is skipped, and counted. Each line says how many kernels of ours were launched, and
+which were not.
 
 Exits with 0 if every checker ran, all tests passed, every kernel was launched and nothing was found in one.
 """
@@ -98,6 +99,7 @@ class Result(NamedTuple):
 
     tests: int
     failed: int
+    skipped: int
     errors: int | None  # in kernels of ours; None: the checker did not get to its summary
     elsewhere: int  # in kernels of PyTorch's and its libraries'
     launched: frozenset[str]  # kernels of ours
@@ -123,18 +125,20 @@ def command(sanitizer: str, tool: str, tests: list[str]) -> list[str]:
 def read(tool: str, output: str) -> Result:
     """What the output of a checker and of pytest under it says."""
     ended = re.search(r"^.*\b(?:passed|failed|errors?)\b.* in [\d.]+s\b.*$", output, re.M)
-    counts = Counter({word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", ended[0] if ended else "")})
+    counts = Counter(
+        {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", ended[0] if ended else "")}
+    )
     failed = counts["failed"] + counts["error"]
     summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", output)
     line = re.search(r"^launched: (.*)$", output, re.M)
     launched = frozenset(KERNELS).intersection(line[1].split() if line else ())
     if summary is None:
-        return Result(counts["passed"] + failed, failed, None, 0, launched)
+        return Result(counts["passed"] + failed, failed, counts["skipped"], None, 0, launched)
     found = int(summary[1] or summary[2])
     # Every report of initcheck says where, "at <kernel>+0x...". The other two are asked about ours alone.
     places = re.findall(r"^=+ +at (\S+)", output, re.M)
     elsewhere = min(found, sum(not place.startswith(tuple(KERNELS)) for place in places)) if tool == "initcheck" else 0
-    return Result(counts["passed"] + failed, failed, found - elsewhere, elsewhere, launched)
+    return Result(counts["passed"] + failed, failed, counts["skipped"], found - elsewhere, elsewhere, launched)
 
 
 class Run(NamedTuple):
@@ -205,7 +209,8 @@ def main() -> int:
         start = time.monotonic()
         with ThreadPoolExecutor(args.jobs) as pool:
             runs = list(pool.map(lambda file, tool=tool: run(sanitizer, tool, file, args.limit), args.tests))
-        tests, failed, elsewhere = (sum(getattr(one.result, name) for one in runs) for name in ("tests", "failed", "elsewhere"))
+        names = ("tests", "failed", "skipped", "elsewhere")
+        tests, failed, skipped, elsewhere = (sum(getattr(one.result, name) for one in runs) for name in names)
         errors = sum(one.result.errors or 0 for one in runs)
         others = f" ({elsewhere} in other kernels)" if elsewhere else ""
         not_ended = sum(one.result.errors is None for one in runs)
@@ -216,7 +221,8 @@ def main() -> int:
         kernels = f"{len(KERNELS) - len(missing)} of {len(KERNELS)} kernels"
         without = f" (without {', '.join(missing)})" if missing and args.tests == TESTS else ""
         print(
-            f"{tool:<10} {tests} tests, {kernels}{without}, {failed} failed, {errors} errors{others}{late}, {seconds:.0f} s",
+            f"{tool:<10} {tests} tests, {kernels}{without}, {failed} failed, {skipped} skipped,"
+            f" {errors} errors{others}{late}, {seconds:.0f} s",
             flush=True,
         )
         for one in runs:

@@ -67,28 +67,36 @@ class TestSanitizers:
         return run
 
     def test_a_line_for_each_checker(self, run) -> None:
-        assert run(FINE) == (0, [f"{tool:<10} 3 tests, {KERNELS}, 0 failed, 0 errors" for tool in run_sanitizers.TOOLS])
+        assert run(FINE) == (
+            0,
+            [f"{tool:<10} 3 tests, {KERNELS}, 0 failed, 0 skipped, 0 errors" for tool in run_sanitizers.TOOLS],
+        )
 
     @pytest.mark.parametrize(
         ("script", "line", "why"),
         [
-            (ELSEWHERE, f"3 tests, {NO_KERNELS}, 0 failed, 0 errors (1 in other kernels)", None),
-            (OURS, f"3 tests, {NO_KERNELS}, 0 failed, 1 errors", "0 failed, 1 errors, exit status 99"),
+            (ELSEWHERE, f"3 tests, {NO_KERNELS}, 0 failed, 0 skipped, 0 errors (1 in other kernels)", None),
+            (OURS, f"3 tests, {NO_KERNELS}, 0 failed, 0 skipped, 1 errors", "0 failed, 1 errors, exit status 99"),
             (
                 FINE.replace("3 passed", "1 failed, 2 passed"),
-                f"3 tests, {KERNELS}, 1 failed, 0 errors",
+                f"3 tests, {KERNELS}, 1 failed, 0 skipped, 0 errors",
                 "1 failed, 0 errors, exit status 0",
             ),
             (
                 FINE.replace("3 passed", "2 passed, 1 error"),
-                f"3 tests, {KERNELS}, 1 failed, 0 errors",
+                f"3 tests, {KERNELS}, 1 failed, 0 skipped, 0 errors",
                 "1 failed, 0 errors, exit status 0",
             ),
-            (FINE.replace("3 passed, 40", "43"), f"0 tests, {KERNELS}, 0 failed, 0 errors", "no test ran"),
-            (FINE + "exit 7", f"3 tests, {KERNELS}, 0 failed, 0 errors", "0 failed, 0 errors, exit status 7"),
-            ("echo Device not supported; exit 1", f"0 tests, {NO_KERNELS}, 0 failed, 0 errors{WITHOUT}", "no summary"),
-            ("exec sleep 60", f"0 tests, {NO_KERNELS}, 0 failed, 0 errors{WITHOUT}", "stopped after 1 s"),
-            (BROKEN, f"0 tests, {NO_KERNELS}, 0 failed, 0 errors{WITHOUT}", "the checker broke down"),
+            (FINE.replace("3 passed, 40", "43"), f"0 tests, {KERNELS}, 0 failed, 0 skipped, 0 errors", "no test ran"),
+            (FINE.replace("3 passed", "3 passed, 2 skipped"), f"3 tests, {KERNELS}, 0 failed, 2 skipped, 0 errors", None),
+            (FINE + "exit 7", f"3 tests, {KERNELS}, 0 failed, 0 skipped, 0 errors", "0 failed, 0 errors, exit status 7"),
+            (
+                "echo Device not supported; exit 1",
+                f"0 tests, {NO_KERNELS}, 0 failed, 0 skipped, 0 errors{WITHOUT}",
+                "no summary",
+            ),
+            ("exec sleep 60", f"0 tests, {NO_KERNELS}, 0 failed, 0 skipped, 0 errors{WITHOUT}", "stopped after 1 s"),
+            (BROKEN, f"0 tests, {NO_KERNELS}, 0 failed, 0 skipped, 0 errors{WITHOUT}", "the checker broke down"),
         ],
     )
     def test_what_counts_as_clean(self, script: str, line: str, why: str | None, run) -> None:
@@ -99,23 +107,23 @@ class TestSanitizers:
     def test_a_file_that_ends_early_takes_no_other_with_it(self, run, tmp_path: Path) -> None:
         script = 'case "$*" in *test_bad*) exit 1;; esac' + FINE
         arguments = ("racecheck", "--jobs", "2", "--logs", str(tmp_path / "logs"))
-        line = f"racecheck  6 tests, {KERNELS}, 0 failed, 0 errors, 1 of 3 files without a summary"
+        line = f"racecheck  6 tests, {KERNELS}, 0 failed, 0 skipped, 0 errors, 1 of 3 files without a summary"
         assert run(script, *arguments, "--tests", "test_good.py", "test_bad.py", "test_fine.py") == (1, [line])
         logs = {path.name for path in (tmp_path / "logs").iterdir()}
         assert logs == {f"racecheck-test_{name}.py.log" for name in ("good", "bad", "fine")}
 
     def test_hazards_and_errors_of_the_other_two_are_ours(self, run) -> None:
         found = ELSEWHERE.replace("ERROR SUMMARY: 1 error", "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)")
-        assert run(found, "racecheck") == (1, [f"racecheck  3 tests, {NO_KERNELS}, 0 failed, 2 errors"])
-        assert run(ELSEWHERE, "memcheck") == (1, [f"memcheck   3 tests, {NO_KERNELS}, 0 failed, 1 errors"])
+        assert run(found, "racecheck") == (1, [f"racecheck  3 tests, {NO_KERNELS}, 0 failed, 0 skipped, 2 errors"])
+        assert run(ELSEWHERE, "memcheck") == (1, [f"memcheck   3 tests, {NO_KERNELS}, 0 failed, 0 skipped, 1 errors"])
 
     def test_of_all_tests_every_kernel_must_be_launched(self, run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(run_sanitizers, "TESTS", ["test_one.py"])
         monkeypatch.setattr(run_sanitizers, "KERNELS", ["_bias_gelu_kernel", "_other_kernel"])
-        line = "memcheck   3 tests, 1 of 2 kernels (without _other_kernel), 0 failed, 0 errors"
+        line = "memcheck   3 tests, 1 of 2 kernels (without _other_kernel), 0 failed, 0 skipped, 0 errors"
         assert run(FINE, "memcheck") == (1, [line])
         monkeypatch.setattr(run_sanitizers, "KERNELS", ["_bias_gelu_kernel"])
-        assert run(FINE, "memcheck") == (0, ["memcheck   3 tests, 1 of 1 kernels, 0 failed, 0 errors"])
+        assert run(FINE, "memcheck") == (0, ["memcheck   3 tests, 1 of 1 kernels, 0 failed, 0 skipped, 0 errors"])
 
     def test_without_compute_sanitizer_it_fails(self, run) -> None:
         assert run(None) == (1, [])

@@ -43,25 +43,6 @@ def _modules(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decoder, "is_fusable", lambda model, batch_size: False)
 
 
-@pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of steps taken for each window that our loop has decoded."""
-    steps: list[int] = []
-    run = decode_loop.run_until_ended
-
-    def counted(advance: Callable[[], None], selection: decode_loop.TokenSelection, most: int) -> int:
-        steps.append(0)
-
-        def step() -> None:
-            steps[-1] += 1
-            advance()
-
-        return run(step, selection, most)
-
-    monkeypatch.setattr(decode_loop, "run_until_ended", counted)
-    return steps
-
-
 def talkative(device: torch.device, eos_bias: float = 1.0, **config: Any) -> WhisperForConditionalGeneration:
     """A tiny model whose rows end at different lengths: `eos_bias` scales the end token's embedding, that is its logits."""
     model = tiny_whisper(device, seed=3, **config)

@@ -334,9 +334,24 @@ class TestLongForm:
         )
 
 
-@pytest.mark.usefixtures("reference_kernels")
+def sound(name: str, speech: np.ndarray) -> np.ndarray:
+    """As long as `speech`, 16 kHz: silence, white noise, chords that change twice a second, or two voices at once."""
+    time, random = np.arange(len(speech)) / 16000, np.random.default_rng(0)
+    if name == "silence":
+        return np.zeros_like(speech)
+    if name == "noise":
+        return 0.1 * random.standard_normal(len(speech)).astype(np.float32)
+    if name == "chords":
+        root = 220 * 2 ** (random.integers(0, 12, 60)[(2 * time).astype(int)] / 12)
+        phase = 2 * np.pi * np.cumsum(root) / 16000
+        return (0.1 * sum(np.sin(phase * ratio) for ratio in (1, 1.25, 1.5))).astype(np.float32)
+    other = np.interp(0.8 * np.arange(len(speech)), np.arange(len(speech)), speech)  # lower and slower
+    return (0.5 * (speech + np.roll(other, 16000))).astype(np.float32)
+
+
+@pytest.mark.usefixtures("reference_kernels", "eager_steps")
 class TestTinyEn:
-    """The real tiny.en on the spoken sample."""
+    """The real tiny.en on the spoken sample and on what is no speech, its tokens chosen in our loop but for beams."""
 
     def tokens(self, tiny_en: tuple, audio: list[np.ndarray], **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Ours and stock's."""
@@ -349,9 +364,10 @@ class TestTinyEn:
         with accelerated(model):
             return model.generate(**inputs, **kwargs), stock
 
-    def test_a_batch_of_different_lengths(self, tiny_en: tuple, speech: np.ndarray, speech_text: str) -> None:
+    def test_a_batch_of_different_lengths(self, tiny_en: tuple, speech: np.ndarray, speech_text: str, loops: list[int]) -> None:
         ours, stock = self.tokens(tiny_en, [speech, speech[: 4 * 16000]])
         assert ours.tolist() == stock.tolist()
+        assert len(loops) == 1
         texts = tiny_en[1].batch_decode(ours, skip_special_tokens=True)
         assert texts[0].strip() == speech_text
         assert speech_text.startswith(texts[1].strip().rstrip(".").rstrip())
@@ -361,7 +377,7 @@ class TestTinyEn:
         assert ours.tolist() == stock.tolist()
         assert (ours >= tiny_en[0].generation_config.no_timestamps_token_id).any()
 
-    def test_forty_seconds_with_the_usual_thresholds(self, tiny_en: tuple, speech: np.ndarray) -> None:
+    def test_forty_seconds_with_the_usual_thresholds(self, tiny_en: tuple, speech: np.ndarray, loops: list[int]) -> None:
         ours, stock = self.tokens(
             tiny_en,
             [np.tile(speech, 4)],
@@ -373,8 +389,24 @@ class TestTinyEn:
             no_speech_threshold=0.6,
         )
         assert ours.tolist() == stock.tolist()
+        assert len(loops) > 1
         text = tiny_en[1].batch_decode(ours, skip_special_tokens=True)[0]
         assert text.count("quiet valley") == 4
+
+    @pytest.mark.parametrize("timestamps", [False, True])
+    @pytest.mark.parametrize("name", ["silence", "noise", "chords", "two speakers"])
+    def test_what_is_not_one_voice(
+        self, name: str, timestamps: bool, tiny_en: tuple, speech: np.ndarray, loops: list[int]
+    ) -> None:
+        ours, stock = self.tokens(
+            tiny_en, [sound(name, speech)], return_timestamps=timestamps, return_segments=True, max_new_tokens=60
+        )
+        assert ours["sequences"].tolist() == stock["sequences"].tolist()
+        assert len(loops) == 1
+        for mine, theirs in zip(ours["segments"], stock["segments"], strict=True):
+            assert [(float(s["start"]), float(s["end"]), s["tokens"].tolist()) for s in mine] == [
+                (float(s["start"]), float(s["end"]), s["tokens"].tolist()) for s in theirs
+            ]
 
     def test_logits(self, tiny_en: tuple, speech: np.ndarray) -> None:
         model, processor = tiny_en

@@ -414,11 +414,18 @@ def test_steps_that_no_graph_covers_say_so_once(device: torch.device, fallbacks:
     assert fallbacks() == said
 
 
+@pytest.mark.usefixtures("eager_steps")
 @pytest.mark.parametrize(
-    "kwargs", [{"chunk_length_s": 6}, {"return_timestamps": "word"}], ids=["chunks of six seconds", "words"]
+    ("kwargs", "windows"),
+    [
+        ({"chunk_length_s": 6}, 0),  # a pipeline searches with five beams unless it is told otherwise
+        ({"chunk_length_s": 6, "generate_kwargs": {"num_beams": 1}}, 2),
+        ({"return_timestamps": "word"}, 0),  # which takes attentions, and our loop has none
+    ],
+    ids=["chunks of six seconds", "chunks in a greedy search", "words"],
 )
 def test_a_pipeline_transcribes_as_with_stock(
-    tiny_en: tuple, speech: np.ndarray, device: torch.device, kwargs: dict[str, Any]
+    tiny_en: tuple, speech: np.ndarray, device: torch.device, loops: list[int], kwargs: dict[str, Any], windows: int
 ) -> None:
     model, processor = tiny_en
     transcribe = pipeline(
@@ -437,6 +444,7 @@ def test_a_pipeline_transcribes_as_with_stock(
     with accelerated(model):
         ours = transcribe({"raw": speech, "sampling_rate": 16000}, **kwargs)
     assert ours == stock
+    assert len(loops) == windows
     assert traces(model) == before
     assert "sun rises" in ours["text"]
     assert "thousands of years" in ours["text"]

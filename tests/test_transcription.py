@@ -18,7 +18,7 @@ from whisper_triton.checkpoints import load_model
 from whisper_triton.transcription import check_request, parse_language, transcribe
 
 pytest_plugins = ["whisper_fixtures"]
-pytestmark = pytest.mark.usefixtures("reference_kernels")
+pytestmark = pytest.mark.usefixtures("reference_kernels", "eager_steps")
 
 Loaded = tuple[WhisperForConditionalGeneration, WhisperProcessor]
 

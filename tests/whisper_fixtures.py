@@ -16,7 +16,7 @@ import soundfile
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from whisper_triton import attention, decoder, generation
+from whisper_triton import attention, decode_loop, decoder, generation
 from whisper_triton.checkpoints import DEMO, DEMO_PACKAGE, load_model
 from whisper_triton.graphs import NotCaptured
 from whisper_triton.kernels import _dispatch
@@ -70,6 +70,25 @@ def eager_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(generation, "why_not_captured", why_not_captured)
         monkeypatch.setattr(decoder, "capture", capture)
         monkeypatch.setattr(decoder, "report_once", lambda what: None)
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of steps taken for each window that our loop has decoded."""
+    steps: list[int] = []
+    run = decode_loop.run_until_ended
+
+    def counted(advance: Callable[[], None], selection: decode_loop.TokenSelection, most: int) -> int:
+        steps.append(0)
+
+        def step() -> None:
+            steps[-1] += 1
+            advance()
+
+        return run(step, selection, most)
+
+    monkeypatch.setattr(decode_loop, "run_until_ended", counted)
+    return steps
 
 
 @pytest.fixture(scope="session")
