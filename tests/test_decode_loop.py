@@ -327,6 +327,8 @@ class TestStocksLoop:
             ({"streamer": Streamer()}, "streamer is given"),
             ({"num_beams": 2}, "a search over beams, or another mode of generation"),
             ({"generation_config": GenerationConfig(num_beams=2)}, "a search over beams, or another mode of generation"),
+            ({"generation_config": GenerationConfig(num_beams=2), "num_beams": 1}, None),
+            ({"num_beams": "two"}, "a search over beams, or another mode of generation"),
         ],
         ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
     )

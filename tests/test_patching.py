@@ -418,11 +418,10 @@ def test_steps_that_no_graph_covers_say_so_once(device: torch.device, fallbacks:
 @pytest.mark.parametrize(
     ("kwargs", "windows"),
     [
-        ({"chunk_length_s": 6}, 0),  # a pipeline searches with five beams unless it is told otherwise
         ({"chunk_length_s": 6, "generate_kwargs": {"num_beams": 1}}, 2),
-        ({"return_timestamps": "word"}, 0),  # which takes attentions, and our loop has none
+        ({"return_timestamps": "word"}, 0),  # with five beams, as a pipeline searches unless it is told otherwise
     ],
-    ids=["chunks of six seconds", "chunks in a greedy search", "words"],
+    ids=["chunks of six seconds", "words"],
 )
 def test_a_pipeline_transcribes_as_with_stock(
     tiny_en: tuple, speech: np.ndarray, device: torch.device, loops: list[int], kwargs: dict[str, Any], windows: int

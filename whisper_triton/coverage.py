@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,13 +32,19 @@ def why_not_our_loop(model: WhisperForConditionalGeneration, args: tuple[Any, ..
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
     # Anything but a configuration is for stock to refuse.
     configs = [c for c in (config, model.generation_config) if c is not None]
-    if kwargs.get("num_beams") not in (None, 1) or not all(
-        isinstance(c, GenerationConfig) and c.get_generation_mode() in _MODES[:2] for c in configs
-    ):
+    if not all(isinstance(c, GenerationConfig) and _mode(c, kwargs.get("num_beams")) in _MODES[:2] for c in configs):
         return "a search over beams, or another mode of generation"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "torch.distributed is initialized"
     return None
+
+
+def _mode(config: GenerationConfig, num_beams: Any) -> GenerationMode:
+    """How `config` has tokens chosen where a call asks for so many beams; None: it leaves that to the configuration."""
+    if num_beams is not None:
+        config = copy.copy(config)
+        config.num_beams = num_beams
+    return config.get_generation_mode()
 
 
 # What `generate` passes to a step: the attention mask is of the frames, which Whisper ignores ...
