@@ -40,6 +40,9 @@ class TokenState(NamedTuple):
     """What a step reads and changes, on the device."""
 
     ids: torch.Tensor  # (B, L) int64, a row's tokens up to its length
+    # (B, L) fp32, of each token that was chosen its log-probability among those that the rules, and `top_k`, left, as
+    # transformers computes it for its `logprob_threshold`: without the temperature. 0 of pads.
+    logprobs: torch.Tensor
     lengths: torch.Tensor  # (B,) int64
     last_timestamps: torch.Tensor  # (B,) int64, a row's newest timestamp, 0 if it has none
     ends: torch.Tensor  # (B,) int64, the length at which a row ended, 0 while it goes on

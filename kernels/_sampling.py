@@ -81,6 +81,7 @@ def draw_from_top_k(
     groups,
     first_group,  # those before it are of tokens that may not be drawn
     k,  # at most MAX_TOP_K
+    temperature,
     seed,
     length,
     i_b,
@@ -90,7 +91,8 @@ def draw_from_top_k(
     GROUP: tl.constexpr,
     MAX_TOP_K: tl.constexpr,
 ):
-    """The token of the row that is drawn, 0 where there is none to draw."""
+    """The token of the row that is drawn, 0 where there is none to draw, and its log-probability among those kept, with the
+    scores as they were before they were divided by the temperature."""
     offs_g = tl.arange(0, BLOCK_G)
     maxima = tl.load(maxima_ptr + offs_g, mask=offs_g < groups, other=float("-inf"))
     is_left = (maxima > float("-inf")) & (offs_g >= first_group)
@@ -112,15 +114,21 @@ def draw_from_top_k(
     least = tl.maximum(least, _kth_greatest(_ordered(x), k))
 
     best, token = tl.full((), float("-inf"), tl.float32), tl.full((), 0, tl.int32)
+    top = tl.max(tl.where(is_left, maxima, float("-inf")), axis=0)
+    x_drawn, total = top, tl.full((), 0.0, tl.float32)
     # Once, but for ties beyond measure.
     for start in range(0, count, MAX_TOP_K):
         i = start + offs // GROUP
         group = tl.load(order_ptr + i, mask=i < count, other=0)
         x = tl.load(values_ptr + group * GROUP + offs % GROUP, mask=i < count, other=float("-inf"))
         tokens = group * GROUP + offs % GROUP + tl.where(group < text_groups, 0, time - text_groups * GROUP)
-        key = tl.where(_ordered(x) >= least, x + gumbel(seed, tokens, length, i_b), float("-inf"))
+        is_kept = _ordered(x) >= least
+        key = tl.where(is_kept, x + gumbel(seed, tokens, length, i_b), float("-inf"))
         best_here, i_best = tl.max(key, axis=0, return_indices=True)
-        token_here = tl.sum(tl.where(offs == i_best, tokens, 0), axis=0)
-        token = tl.where(best_here > best, token_here, token)
+        is_best = offs == i_best
+        is_better = best_here > best
+        token = tl.where(is_better, tl.sum(tl.where(is_best, tokens, 0), axis=0), token)
+        x_drawn = tl.where(is_better, tl.max(tl.where(is_best, x, float("-inf")), axis=0), x_drawn)
         best = tl.maximum(best, best_here)
-    return token
+        total += tl.sum(tl.where(is_kept, tl.exp((x - top) * temperature), 0.0), axis=0)
+    return token, (x_drawn - top) * temperature - tl.log(total)

@@ -4,6 +4,7 @@
         they come in pairs, do not decrease, the first is a timestamp of at most some index
     s = -inf for all text if  logsumexp(log_softmax(s)[timestamps]) > max(log_softmax(s)[text])
     token = argmax(s), or argmax(s / temperature + Gumbel noise), which draws from softmax(s / temperature)
+    logprob = log_softmax(s)[token]
 
 These are transformers' `SuppressTokens`, `SuppressTokensAtBegin`, `MinLength`, `MinNewTokens`, `WhisperTimeStamp` and
 `Temperature` processors in the order in which Whisper's `generate` applies them, and the end of `_sample`: a row that has ended
@@ -46,12 +47,15 @@ def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: Token
     noise = gumbel_reference(limits.seed, tokens, state.lengths[:, None], rows[:, None])
     keys = torch.where(rules.temperature > 0, divided + noise, scores)
     chosen = keys.argmax(-1)
+    left = divided * rules.temperature if top_k else scores
+    logprobs = left.log_softmax(-1).gather(1, chosen[:, None])[:, 0].float()
     running = state.ends == 0
-    chosen = torch.where(running, chosen, limits.pad_token)
+    chosen, logprobs = torch.where(running, chosen, limits.pad_token), torch.where(running, logprobs, 0.0)
 
     inside = (state.lengths >= 0) & (state.lengths < state.ids.shape[1])
     place = state.lengths.clamp(0, state.ids.shape[1] - 1)
-    state.ids[rows, place] = torch.where(inside, chosen, state.ids[rows, place])
+    for kept, new in ((state.ids, chosen), (state.logprobs, logprobs)):
+        kept[rows, place] = torch.where(inside, new, kept[rows, place])
     state.last_timestamps.copy_(torch.where(running & (chosen >= limits.timestamp_begin), chosen, state.last_timestamps))
     state.lengths.add_(1)
     done = ((rules.flags[chosen] & ENDS) != 0) | (state.lengths >= limits.max_length)
@@ -158,6 +162,8 @@ def join_chunks(mask, m_c, l_c, key_c, token_c):
 
 @triton.jit
 def _pick_token_kernel(
+    logits_ptr,  # (B, V) fp16/bf16/fp32
+    temperature_ptr,  # () fp32
     partial_ptr,  # as above
     partial_tokens_ptr,
     values_ptr,
@@ -171,7 +177,9 @@ def _pick_token_kernel(
     ends_ptr,  # (B,) int64
     next_ids_ptr,  # (B, 1) int64
     host_ends_ptr,  # (B,) int64
+    logprobs_ptr,  # (B, L) fp32
     stride_ids_b,
+    stride_lp_b,
     L,
     V,
     chunks,
@@ -209,19 +217,22 @@ def _pick_token_kernel(
     log_l, log_time = tl.log(l), tl.log(l_time)
     prefer = (tl.load(limits_ptr + 8) != 0) & (m_time - m - log_l + log_time > m_text - m - log_l)
     running = end == 0
-    chosen = tl.where(prefer | (key_time > key_text), time, text)
+    is_time = prefer | (key_time > key_text)
+    chosen = tl.where(is_time, time, text)
+    temperature = tl.load(temperature_ptr)
     if TOP_K:
         groups = chunks * (BLOCK_V // GROUP)
         text_end = tl.minimum(timestamp_begin.to(tl.int32), V)
         text_groups = tl.cdiv(text_end, BLOCK_V) * (BLOCK_V // GROUP)
         row = i_b.to(tl.int64) * groups
-        chosen = draw_from_top_k(
+        chosen, logprob = draw_from_top_k(
             values_ptr + row * GROUP,
             maxima_ptr + row,
             order_ptr + row,
             tl.where(running, groups, 0),
             tl.where(prefer, text_groups, 0),
             tl.load(limits_ptr + 10).to(tl.int32),
+            temperature,
             tl.load(limits_ptr + 9),
             length.to(tl.int32),
             i_b,
@@ -232,11 +243,18 @@ def _pick_token_kernel(
             MAX_TOP_K,
         )
         tl.debug_barrier()  # before one warp writes what another is to read
+    else:
+        s = tl.where(is_time, key_time, key_text)
+        if temperature > 0:  # then a key holds noise
+            s = tl.load(logits_ptr + i_b.to(tl.int64) * V + chosen, mask=running, other=0.0).to(tl.float32)
+        logprob = tl.where(prefer, s - m_time - log_time, s - m - log_l)
 
     token = tl.where(running, chosen.to(tl.int64), pad_token)
     # Of a row that has ended, `token` is whatever pads: it need not be in the vocabulary.
     is_last = (tl.load(flags_ptr + token, mask=running, other=0).to(tl.int32) & 8) != 0
-    tl.store(ids_ptr + i_b * stride_ids_b + length, token, mask=(length >= 0) & (length < L))
+    is_inside = (length >= 0) & (length < L)
+    tl.store(ids_ptr + i_b * stride_ids_b + length, token, mask=is_inside)
+    tl.store(logprobs_ptr + i_b * stride_lp_b + length, tl.where(running, logprob, 0.0), mask=is_inside)
     tl.store(next_ids_ptr + i_b, token)
     tl.store(lengths_ptr + i_b, length + 1)
     tl.store(last_timestamps_ptr + i_b, token, mask=running & (token >= timestamp_begin))
@@ -287,6 +305,8 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
         maxima = torch.empty(B, groups, dtype=torch.float32, device=logits.device)
         order = torch.empty(B, groups, dtype=torch.int32, device=logits.device)
     shared = {
+        "logits_ptr": logits,
+        "temperature_ptr": rules.temperature,
         "partial_ptr": partial,
         "partial_tokens_ptr": partial_tokens,
         "values_ptr": values,
@@ -305,11 +325,13 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
         "GROUP": GROUP,
         **pdl_options(logits.device),
     }
-    _reduce_chunks_kernel[(chunks, B)](logits_ptr=logits, temperature_ptr=rules.temperature, num_warps=4, **shared)
+    _reduce_chunks_kernel[(chunks, B)](num_warps=4, **shared)
     _pick_token_kernel[(B,)](
         order_ptr=order,
         next_ids_ptr=state.next_ids,
         host_ends_ptr=state.host_ends,
+        logprobs_ptr=state.logprobs,
+        stride_lp_b=state.logprobs.stride(0),
         chunks=chunks,
         BLOCK_C=triton.next_power_of_2(chunks),
         BLOCK_G=triton.next_power_of_2(groups),
@@ -335,6 +357,7 @@ def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
         "limits": (rules.limits, (len(TokenLimits._fields),), torch.int64),
         "temperature": (rules.temperature, (), torch.float32),
         "ids": (state.ids, (B, state.ids.shape[-1]), torch.int64),
+        "logprobs": (state.logprobs, (B, state.ids.shape[-1]), torch.float32),
         "lengths": (state.lengths, (B,), torch.int64),
         "last_timestamps": (state.last_timestamps, (B,), torch.int64),
         "ends": (state.ends, (B,), torch.int64),

@@ -220,7 +220,7 @@ def select_calls() -> Iterator[Call]:
         ids, next_ids = torch.zeros(B, 448, dtype=torch.int64), torch.zeros(B, 1, dtype=torch.int64)
         limits = torch.zeros(len(select.TokenLimits._fields), dtype=torch.int64)
         rules = select.TokenRules(torch.zeros(V, dtype=torch.uint8), limits, torch.tensor(0.0))
-        state = select.TokenState(ids, *integers, next_ids, host_ends)
+        state = select.TokenState(ids, torch.zeros(B, 448), *integers, next_ids, host_ends)
         for top_k in (False, True):
             launch = partial(select._launch, torch.empty(B, V, dtype=dtype), rules, state, top_k, select.BLOCK_V)
             yield Call(f"select {B=} {V=} {top_k=}", launch, is_heavy=True)

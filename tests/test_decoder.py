@@ -47,7 +47,7 @@ def test_the_fused_chain_gives_the_stock_decoders_logits(B, layers, dtype, devic
         prefill(model, cache, states, ids[:, :PROMPT])
         chain = FusedDecoder(model)
         with torch.no_grad():
-            logits = torch.cat([chain(ids[:, t : t + 1], cache) for t in range(PROMPT, ids.shape[1])], dim=1)
+            logits = torch.cat([chain(ids[:, t : t + 1], cache)[0] for t in range(PROMPT, ids.shape[1])], dim=1)
     # Of all rows and steps together: a single row's rounding is a matter of luck.
     assert (logits - exact[:, PROMPT:]).norm() <= 2 * (expected - exact)[:, PROMPT:].norm()
     assert int(cache.get_seq_length()) == ids.shape[1]
@@ -66,10 +66,13 @@ def test_the_chain_takes_a_prompt_and_gives_its_last_tokens_logits(B, T, layers,
         step.project(states)
         chain, start, errors = FusedDecoder(model), 0, []
         for length in (T, T, 1):
-            logits = chain(ids[:, start : start + length], step.cache)
+            logits, left = chain(ids[:, start : start + length], step.cache)
+            of_all = model.proj_out(model.model.decoder.layer_norm(left))
+            some = slice(start, start + length)
             start += length
             assert logits.shape == (B, 1, expected.shape[-1])
             errors.append([(x - exact[:, start - 1]).norm() for x in (logits[:, 0], expected[:, start - 1])])
+            errors.append([(x - exact[:, some]).norm() for x in (of_all, expected[:, some])])
     ours, stock = torch.tensor(errors).square().sum(0).sqrt()
     assert ours <= 2 * stock
     assert int(step.cache.get_seq_length()) == 2 * T + 1
@@ -155,7 +158,7 @@ def test_every_head_dim_goes_through_the_chain(d_model, heads, device):
         assert is_fusable(model, 1)
         cache = whisper_triton.build_static_cache(model, 1)
         prefill(model, cache, states, ids[:, :-1])
-        logits = FusedDecoder(model)(ids[:, -1:], cache)[:, 0]
+        logits = FusedDecoder(model)(ids[:, -1:], cache)[0][:, 0]
     assert (logits - exact).norm() <= 2 * (expected - exact).norm()
 
 

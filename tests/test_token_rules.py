@@ -90,6 +90,7 @@ def state_of(ids: torch.Tensor, prompt_length: int) -> TokenState:
     newest = [next((token for token in reversed(row) if token), 0) for row in new]
     return TokenState(
         torch.cat([ids, torch.full((B, L - length), -7)], 1),
+        torch.full((B, L), -7.0),
         torch.full((B,), length),
         torch.tensor(newest),
         torch.zeros(B, dtype=torch.int64),
@@ -124,12 +125,17 @@ def check(select: Callable[..., None], seed: int, B: int, device: torch.device, 
     if top_k:
         lengths, rows = torch.full((B, 1), draw.length), torch.arange(B)[:, None]
         noise = gumbel_reference(TokenLimits(*rules.limits.cpu()).seed, torch.arange(V), lengths, rows)
-    expected = (warpers(ids, scores) + noise).argmax(-1)
+    scores = warpers(ids, scores)
+    expected = (scores + noise).argmax(-1)
+    # As Whisper's threshold of log-probability has it: without the temperature.
+    logprobs = (scores * (warpers[0].temperature if top_k else 1.0)).log_softmax(-1).gather(1, expected[:, None])[:, 0]
     state = TokenState(*(tensor.cpu() for tensor in state))
     assert torch.equal(state.next_ids[:, 0], expected), seed
     assert torch.equal(state.ids[:, draw.length], expected)
     assert torch.equal(state.ids[:, : draw.length], ids)
-    assert (state.ids[:, draw.length + 1 :] == -7).all()
+    torch.testing.assert_close(state.logprobs[:, draw.length], logprobs, equal_nan=True, msg=str(seed))
+    for tensor in (state.ids[:, draw.length + 1 :], state.logprobs[:, : draw.length], state.logprobs[:, draw.length + 1 :]):
+        assert (tensor == -7).all()
     assert torch.equal(state.ends, torch.where(expected == EOS, draw.length + 1, 0))
     assert torch.equal(state.host_ends, torch.where(expected == EOS, 9 << 32 | draw.length + 1, 0))
 

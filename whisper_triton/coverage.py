@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -45,6 +46,26 @@ def _mode(config: GenerationConfig, num_beams: Any) -> GenerationMode:
         config = copy.copy(config)
         config.num_beams = num_beams
     return config.get_generation_mode()
+
+
+# What in transformers reads the scores of a call that asks for tokens alone: for its threshold of log-probability.
+_READERS = {
+    name: inspect.getattr_static(WhisperForConditionalGeneration, name)
+    for name in ("generate", "generate_with_fallback", "_need_fallback", "_retrieve_avg_logprobs", "_postprocess_outputs")
+}
+
+
+def returns_tokens_alone(
+    model: WhisperForConditionalGeneration, overridden: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether nobody sees the scores, logits and cache of a call of `generate`; `overridden`: our methods on this model."""
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    asked = [kwargs.get(name) for name in ("return_dict_in_generate", "return_segments", "return_token_timestamps")]
+    asked += [getattr(one, "return_dict_in_generate", None) for one in (config, model.generation_config)]
+    return not any(asked) and all(
+        inspect.getattr_static(type(model), name) is reader and vars(model).get(name) is overridden.get(name)
+        for name, reader in _READERS.items()
+    )
 
 
 # What `generate` passes to a step: the attention mask is of the frames, which Whisper ignores ...

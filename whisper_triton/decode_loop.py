@@ -8,7 +8,7 @@ here or by the rules in `token_rules.py`, is decoded by stock's own loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,22 @@ _ARGUMENTS = {
 }
 
 
+class Logprobs(torch.Tensor):
+    """The log-probabilities of a window's new tokens (B, T), in place of the scores from which stock would compute them.
+
+    For its threshold stock takes the scores of all steps to the host and back, 200 KB a token.
+    """
+
+
+def mean_logprob(scores: Sequence[Logprobs], tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """What stock's `_retrieve_avg_logprobs` makes of all scores of a row: the mean, 0-dim, over its `tokens`.
+
+    Args:
+        scores: one tensor (T,). tokens: at most T. temperature: which log-probabilities are without.
+    """
+    return scores[0].as_subclass(torch.Tensor)[: len(tokens)].mean()
+
+
 class TokenSelection:
     """The rules and the state of one batch size's decoding, at addresses that a graph can hold.
 
@@ -51,10 +67,11 @@ class TokenSelection:
         with torch.inference_mode(False):
             lengths, last_timestamps, ends = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(3))
             ids = torch.zeros(B, max_length, dtype=torch.int64, device=device)
+            logprobs = torch.zeros(B, max_length, device=device)
             next_ids = torch.zeros(B, 1, dtype=torch.int64, device=device)
             # The kernel writes where rows end into the host's own memory: nothing is copied.
             host_ends = torch.zeros(B, dtype=torch.int64, pin_memory=device.type == "cuda")
-            self.state = TokenState(ids, lengths, last_timestamps, ends, next_ids, host_ends)
+            self.state = TokenState(ids, logprobs, lengths, last_timestamps, ends, next_ids, host_ends)
             self.rules = allocate_rules(vocabulary_size, device)
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._call = 0
@@ -135,12 +152,14 @@ def decode(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    returns_tokens: bool,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateEncoderDecoderOutput:
     """What stock's loop returns for the same arguments: ids (B, T), or with `return_dict_in_generate` all that is asked for.
 
     Args:
         step: captured for this call, or None. input_ids: (B, T), the prompt.
+        returns_tokens: nobody sees more than the tokens. Scores are then `Logprobs`, for a threshold, and nothing else is kept.
     """
     settings = None
     # Why there is no step, or another cache than the step's, was said when the cache was chosen.
@@ -164,22 +183,27 @@ def decode(
             input_ids.shape[0], model.config.max_target_positions, model.proj_out.out_features, input_ids.device
         )
     selection = step.selection
-    logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1].contiguous()
-    detect_no_speech(logits_processor, input_ids, logits)
+    prompt_logits = model._prefill(input_ids, generation_config, model_kwargs).logits
+    logits = prompt_logits[:, -1].contiguous()
+    detect_no_speech(model, step, logits_processor, input_ids, prompt_logits)
     selection.top_k = settings.limits.top_k
     # What `return_dict_in_generate` hands out is stock's for rows that have ended too: scores, logits, the cache.
-    advance = step.advance(model, selection, decodes_ended=bool(generation_config.return_dict_in_generate))
+    hands_out = bool(generation_config.return_dict_in_generate) and not returns_tokens
+    advance = step.advance(model, selection, decodes_ended=hands_out)
     selection.begin(input_ids, settings, generation_config._pad_token_tensor)
     selection(logits)
     prompt_length = input_ids.shape[1]
-    wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-    wants_logits = generation_config.return_dict_in_generate and generation_config.output_logits
+    wants_scores = hands_out and generation_config.output_scores
+    wants_logits = hands_out and generation_config.output_logits
     kept = [logits]
     run = (lambda: kept.append(advance().clone())) if wants_scores or wants_logits else advance
     length = run_until_ended(run, selection, settings.limits.max_length - prompt_length - 1)
     step.rewind(length - 1)  # the last token of all is not in the cache
     ids, kept = selection.state.ids[:, :length].clone(), kept[: length - prompt_length]
-    if generation_config.return_dict_in_generate:
+    if generation_config.return_dict_in_generate and returns_tokens:
+        logprobs = selection.state.logprobs[:, prompt_length:length].cpu()  # in one copy; stock makes one a row, and a step
+        return GenerateEncoderDecoderOutput(sequences=ids, scores=(logprobs.as_subclass(Logprobs),))
+    if hands_out:
         return GenerateEncoderDecoderOutput(
             sequences=ids,
             scores=selection.scores(kept, prompt_length) if wants_scores else None,
@@ -189,11 +213,30 @@ def decode(
     return ids
 
 
-def detect_no_speech(processors: LogitsProcessorList, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
-    """Has stock's detector, if it is among the processors, do what it does once, at the first token."""
+def detect_no_speech(
+    model: WhisperForConditionalGeneration,
+    step: DecoderStep,
+    processors: LogitsProcessorList,
+    input_ids: torch.Tensor,
+    logits: torch.Tensor,
+) -> None:
+    """What stock's detector, if it is among the processors, does at the first token, without its second pass over the prompt.
+
+    Args:
+        input_ids: (B, T), the prompt. logits: (B, T, V) of its tokens, or (B, 1, V) of the last alone, from `step`.
+    """
     kinds = [type(processor) for processor in processors]
-    if WhisperNoSpeechDetection in kinds:
-        LogitsProcessorList(processors[: kinds.index(WhisperNoSpeechDetection) + 1])(input_ids, logits.float())
+    if WhisperNoSpeechDetection not in kinds:
+        return
+    detector = processors[kinds.index(WhisperNoSpeechDetection)]
+    # The prompt's token at which Whisper tells speech from none: where the transcript starts, after what comes before it.
+    index = detector.begin_index - detector.start_of_trans_offset
+    if detector.start_of_trans_offset <= 1 or detector.model is not model or index < 0:
+        LogitsProcessorList(processors[: kinds.index(WhisperNoSpeechDetection) + 1])(input_ids, logits[:, -1].float())
+    # At a temperature for some rows alone it goes on with what it has found for all, since its inputs are still theirs.
+    elif detector.inputs["input_features"].shape[0] == input_ids.shape[0]:
+        at_start = logits[:, index] if logits.shape[1] == input_ids.shape[1] else step.logits_at(model, index)
+        detector._no_speech_prob = at_start.float().softmax(-1)[:, detector.no_speech_token]
 
 
 def _settings(

@@ -9,7 +9,7 @@ short prompts, and where the cross keys and values of all layers are projected f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ from .kernels._dispatch import failed_gpus
 
 if TYPE_CHECKING:
     from .decode_loop import TokenSelection
+
+Result = TypeVar("Result")
 
 # A graph replays kernels, not Python: modules whose forward pass we do not know might do something else a step.
 _KNOWN_MODULES = frozenset((
@@ -104,7 +106,7 @@ class CapturedPass(NamedTuple):
 
     graph: torch.cuda.CUDAGraph | None  # None: it could not be captured
     input_ids: torch.Tensor  # (B, T)
-    replay: Callable[[], torch.Tensor]  # returns the last token's logits (B, 1, vocabulary), which the next one may overwrite
+    replay: Callable[[], Any]  # returns what was captured, which the next one may overwrite
 
 
 class DecoderStep:
@@ -127,6 +129,7 @@ class DecoderStep:
             self.projections = cross_projections(model, self.cache)
         self.fused = FusedDecoder(model) if is_fusable(model, batch_size) else None
         self.passes: dict[int, CapturedPass] = {}  # by T
+        self._prompt_states: torch.Tensor | None = None  # (B, T, C), of the last prompt's tokens, before the final norm
         self._takes: dict[int, bool] = {1: True}
         self._graph_bytes = 0
         self.selection: TokenSelection | None = None  # of the pass that `advance` replays
@@ -185,12 +188,23 @@ class DecoderStep:
         if T not in self.passes:
             with torch.inference_mode(False):
                 kept_ids = torch.empty_like(input_ids, memory_format=torch.contiguous_format).copy_(input_ids)
-            graph, replay = self._capture(lambda: self._run(model, kept_ids))
+
+            def run() -> tuple[torch.Tensor, torch.Tensor | None]:
+                # Of more tokens than one `takes` leaves none to the modules.
+                return self.fused(kept_ids, self.cache) if T > 1 else (self._run(model, kept_ids), None)
+
+            graph, replay = self._capture(run)
             self.passes[T] = CapturedPass(graph, kept_ids, replay)
         captured = self.passes[T]
         captured.input_ids.copy_(input_ids)
         self._claim(T)
-        return captured.replay().clone()
+        logits, self._prompt_states = captured.replay()
+        return logits.clone()
+
+    def logits_at(self, model: WhisperForConditionalGeneration, index: int) -> torch.Tensor:
+        """Logits (B, vocabulary) at token `index` of the prompt that was the last to be decoded, and nothing since."""
+        with torch.no_grad():
+            return model.proj_out(model.model.decoder.layer_norm(self._prompt_states[:, index]))
 
     def advance(
         self, model: WhisperForConditionalGeneration, selection: TokenSelection, decodes_ended: bool = True
@@ -247,7 +261,7 @@ class DecoderStep:
         self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor, ended: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self.fused is not None:
-            return self.fused(input_ids, self.cache, ended)
+            return self.fused(input_ids, self.cache, ended)[0]
         hidden_states = model.model.decoder(
             input_ids=input_ids,
             encoder_hidden_states=self.encoder_states,
@@ -256,17 +270,17 @@ class DecoderStep:
         ).last_hidden_state
         return model.proj_out(hidden_states)
 
-    def _capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph | None, Callable[[], torch.Tensor]]:
+    def _capture(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph | None, Callable[[], Result]]:
         """The graph of a pass, if there can be one, and what runs the pass; leaves the cache's position as found."""
         position, host_length = self.cache.get_seq_length().clone(), self._host_length()
 
-        def run_once() -> torch.Tensor:
+        def run_once() -> Result:
             self._count_from(host_length)  # a capture runs it twice, at one position
             return run()
 
         try:
             with torch.no_grad():
-                graph, logits, nbytes = capture(run_once, self.encoder_states.device)
+                graph, result, nbytes = capture(run_once, self.encoder_states.device)
             self._graph_bytes += nbytes
         except NotCaptured as reason:
             report_once(f"steps are launched one kernel at a time: {reason}")
@@ -276,19 +290,19 @@ class DecoderStep:
             self.cache.get_seq_length().copy_(position)
             self._count_from(host_length)
 
-        def replay() -> torch.Tensor:
+        def replay() -> Result:
             graph.replay()
-            return logits
+            return result
 
         return graph, replay
 
-    def _launch(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _launch(self, run: Callable[[], Result]) -> Result:
         host_length = self._host_length()  # `_claim` has counted these tokens, and the modules may do so again
         self._count_from(0)
         with torch.no_grad():
-            logits = run()
+            result = run()
         self._count_from(host_length)
-        return logits
+        return result
 
     def _host_length(self) -> int:
         return self.cache.self_attention_cache.layers[0].host_length

@@ -98,11 +98,14 @@ class FusedDecoder:
 
     def __call__(
         self, input_ids: torch.Tensor, cache: StaticEncoderDecoderCache, ended: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Decodes `input_ids` (B, T) at the cache's position, which it advances; returns the last's logits (B, 1, vocabulary).
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decodes `input_ids` (B, T) at the cache's position, which it advances.
 
         `ended`: (B,) int64 or None; of a sequence whose number is not 0 no cached key is read, and its logits mean nothing.
         B * T may be as many rows as `is_fusable` allows, and T as many queries as the attention kernels take.
+
+        Returns:
+            The last token's logits (B, 1, vocabulary), and the states (B, T, C) that all tokens leave the layers with.
         """
         T = input_ids.shape[1]
         position = cache.get_seq_length()
@@ -115,10 +118,10 @@ class FusedDecoder:
             fc1, fc2 = layer.module.fc1, layer.module.fc2
             y = skinny_linear(x, (fc1.weight,), (fc1.bias,), layer_norm=layer.final_norm, gelu=True)
             x = skinny_linear(y, (fc2.weight,), (fc2.bias,), residual=x)
-        x = x[T - 1 :: T].contiguous()  # each sequence's last token, which alone says what comes next
-        logits = skinny_linear(x, (self.proj_out.weight,), (None,), layer_norm=self.final_norm)[:, None]
+        last = x[T - 1 :: T].contiguous()  # each sequence's last token, which alone says what comes next
+        logits = skinny_linear(last, (self.proj_out.weight,), (None,), layer_norm=self.final_norm)[:, None]
         own.advance(T)  # PyTorch's launch waits for all before it: last, where nothing could overlap with it
-        return logits
+        return logits, x.view(-1, T, x.shape[1])
 
     def _self_attention(
         self, x: torch.Tensor, layer: _Layer, cache: object, position: torch.Tensor, T: int, ended: torch.Tensor | None

@@ -23,8 +23,8 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .attention import STATE, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
-from .coverage import why_not_our_cache, why_not_our_loop, why_not_replayed, why_not_static
-from .decode_loop import STOCKS_LOOP, decode
+from .coverage import returns_tokens_alone, why_not_our_cache, why_not_our_loop, why_not_replayed, why_not_static
+from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
 from .decoder import DecoderStep, fingerprint, why_not_captured
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
@@ -40,6 +40,7 @@ class _Call:
 
     # Of a prompt. All of transformers' own decoding methods that get our cache do; one of the user's may want the others too.
     reads_last_logits: bool
+    returns_tokens: bool  # and nobody sees more of it, though stock may ask for more itself
 
 
 class CallLock:
@@ -103,7 +104,8 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
 
 
 def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call, is_outermost = _Call(reads_last_logits=kwargs.get("custom_generate") is None), state.owner is None
+    call = _Call(kwargs.get("custom_generate") is None, returns_tokens_alone(self, state.overridden, args, kwargs))
+    is_outermost = state.owner is None
     reason = why_not_our_loop(self, args, kwargs)
     if reason is None:
         kwargs["custom_generate"] = _decode
@@ -154,7 +156,8 @@ def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kw
     step = None if state is None else state.in_use
     if step is not None and not is_plain:
         report_once(f"{STOCKS_LOOP}: the model has hooks, or another forward pass or class")
-    return decode(self, step if is_plain else None, input_ids, **kwargs)
+    returns_tokens = getattr(_CALL.get(), "returns_tokens", False)
+    return decode(self, step if is_plain else None, input_ids, returns_tokens=returns_tokens, **kwargs)
 
 
 def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput | tuple[Any, ...]:
@@ -321,6 +324,17 @@ def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs:
     return _stock(self, "_postprocess_outputs")(seek_outputs=seek_outputs, **kwargs)
 
 
+def _need_fallback(
+    self: WhisperForConditionalGeneration, seek_sequence: torch.Tensor, seek_outputs: Any, index: int, *args: Any, **kwargs: Any
+) -> tuple[bool, bool]:
+    scores = seek_outputs[index].get("scores") if isinstance(seek_outputs, list) else None
+    if scores and isinstance(scores[0], Logprobs):
+        # Then the class's own is transformers', see `returns_tokens_alone`.
+        model = StandIn(self, _retrieve_avg_logprobs=mean_logprob)
+        return type(self)._need_fallback(model, seek_sequence, seek_outputs, index, *args, **kwargs)
+    return _stock(self, "_need_fallback")(seek_sequence, seek_outputs, index, *args, **kwargs)
+
+
 def _save_pretrained(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
     state: State | None = vars(self).get(STATE)
     if state is None:  # kept by somebody from before `restore`
@@ -341,5 +355,6 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_prepare_static_cache": _prepare_static_cache,
     "_postprocess_outputs": _postprocess_outputs,
+    "_need_fallback": _need_fallback,
     "save_pretrained": _save_pretrained,
 }

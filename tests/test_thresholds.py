@@ -1,0 +1,243 @@
+"""Whisper's thresholds inside `generate`: what they compare is stock's, from what the selection and the prompt leave behind.
+
+Stock decides by the scores of all steps, which it takes to the host, and by a second pass over the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import relative_error
+from transformers import WhisperForConditionalGeneration
+from transformers.generation.logits_process import WhisperNoSpeechDetection
+from whisper_models import EOS, START_OF_PREVIOUS, mel, tensors_of, tiny_whisper
+from whisper_triton.kernels.embed_tokens import embed_tokens_reference
+from whisper_triton.kernels.skinny_linear import skinny_linear_reference
+
+from whisper_triton import accelerated, decode_loop, decoder, fused, generation
+from whisper_triton.coverage import returns_tokens_alone
+
+pytest_plugins = ["whisper_fixtures"]
+pytestmark = pytest.mark.usefixtures("reference_kernels", "eager_steps")
+
+Model = WhisperForConditionalGeneration
+
+
+@pytest.fixture(autouse=True)
+def _modules(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, the steps run in the model's modules, or in the chain of the kernels' references where a test says so."""
+    if device.type == "cpu":
+        monkeypatch.setattr(decoder, "is_fusable", lambda model, batch_size: False)
+        monkeypatch.setattr(fused, "skinny_linear", skinny_linear_reference)
+        monkeypatch.setattr(fused, "embed_tokens", embed_tokens_reference)
+
+
+def talkative(device: torch.device, **options: Any) -> Model:
+    """A tiny model whose rows end at different lengths."""
+    model = tiny_whisper(device, seed=3, **options)
+    model.model.decoder.embed_tokens.weight.data[EOS] *= 4.0
+    return model
+
+
+def means(model: Model, features: torch.Tensor, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> list[float]:
+    """The mean log-probability of each row that stock's own function computes, which gets all scores."""
+    seen: list[float] = []
+    with monkeypatch.context() as patch:
+        stock = WhisperForConditionalGeneration._retrieve_avg_logprobs
+
+        def recorded(*args: Any) -> torch.Tensor:
+            seen.append(stock(*args))
+            return seen[-1]
+
+        patch.setattr(WhisperForConditionalGeneration, "_retrieve_avg_logprobs", staticmethod(recorded))
+        model.generate(features, **kwargs)
+    return [float(mean) for mean in seen]
+
+
+@pytest.fixture
+def our_means(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What is computed from the log-probabilities of the tokens alone."""
+    seen: list[float] = []
+
+    def recorded(*args: Any) -> torch.Tensor:
+        seen.append(float(decode_loop.mean_logprob(*args)))
+        return torch.tensor(seen[-1])
+
+    monkeypatch.setattr(generation, "mean_logprob", recorded)
+    return seen
+
+
+class TestLogProbability:
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {},
+            {"return_timestamps": True},
+            {"suppress_tokens": [5, 17, *range(60, 90)], "min_new_tokens": 12},
+            {"max_new_tokens": 1},
+            {"prompt_ids": torch.tensor([START_OF_PREVIOUS, 5, 17])},
+        ],
+        ids=",".join,
+    )
+    def test_the_mean_is_stocks(
+        self, device: torch.device, kwargs: dict[str, Any], our_means: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kwargs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        model, features = talkative(device), mel(5, device)
+        kwargs |= {"logprob_threshold": -9.0, "temperature": (0.0, 0.0)}
+        stock = means(model, features, monkeypatch, **kwargs)
+        with accelerated(model):
+            model.generate(features, **kwargs)
+        torch.testing.assert_close(our_means, stock, rtol=1e-4, atol=1e-5)
+        assert len(set(our_means)) >= 5
+
+    @pytest.mark.parametrize("top_k", [0, 3, 50])
+    def test_of_samples_too(
+        self, device: torch.device, top_k: int, our_means: list[float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without the temperature, and among the `top_k` alone, as stock has it."""
+        features, kwargs = mel(3, device), {"temperature": 0.7, "top_k": top_k, "logprob_threshold": -9.0}
+        with accelerated(talkative(device)) as model:
+            torch.manual_seed(0)
+            from_scores = means(model, features, monkeypatch, **kwargs)
+            assert not our_means
+            torch.manual_seed(0)
+            model.generate(features, **kwargs)
+        torch.testing.assert_close(our_means, from_scores, rtol=1e-4, atol=1e-5)
+        assert len(our_means) == 3
+
+    def test_no_scores_are_kept_for_it(self, device: torch.device, loops: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor a row that has ended decoded."""
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise AssertionError("nobody asked for scores")
+
+        asked: list[bool] = []
+        advance = decoder.DecoderStep.advance
+
+        def recorded(*args: Any, decodes_ended: bool) -> Callable[[], torch.Tensor]:
+            asked.append(decodes_ended)
+            return advance(*args, decodes_ended=decodes_ended)
+
+        monkeypatch.setattr(decoder.DecoderStep, "advance", recorded)
+        model, features, kwargs = talkative(device), mel(3, device), {"logprob_threshold": -9.0, "temperature": (0.0,)}
+        stock = model.generate(features, **kwargs)
+        with accelerated(model), monkeypatch.context() as patch:
+            patch.setattr(decode_loop, "apply_rules", refuse)
+            assert model.generate(features, **kwargs).tolist() == stock.tolist()
+        assert asked == [False]
+        assert len(loops) == 1
+
+    @pytest.mark.parametrize(
+        "seen",
+        [
+            {"return_segments": True},
+            {"return_dict_in_generate": True},
+            {"return_dict_in_generate": True, "return_timestamps": True},
+        ],
+        ids=",".join,
+    )
+    def test_who_sees_scores_gets_stocks(self, device: torch.device, seen: dict[str, Any], loops: list[int]) -> None:
+        model, features = talkative(device), mel(2, device)
+        kwargs = {"logprob_threshold": -9.0, "temperature": (0.0,), "max_new_tokens": 6} | seen
+        stock = tensors_of(model.generate(features, **kwargs))
+        with accelerated(model):
+            ours = tensors_of(model.generate(features, **kwargs))
+        assert ours.keys() == stock.keys()
+        assert any("scores" in path for path in ours)
+        for path, tensor in stock.items():
+            torch.testing.assert_close(ours[path], tensor, rtol=1e-3, atol=1e-4)
+        assert len(loops) == 1
+
+    def test_who_reads_scores_in_stocks_place_gets_them(self, device: torch.device) -> None:
+        model, seen = talkative(device), []
+
+        def reader(seek_sequence: torch.Tensor, seek_outputs: Any, index: int, *args: Any) -> tuple[bool, bool]:
+            seen.append(seek_outputs[index]["scores"][0].shape)
+            return False, False
+
+        model._need_fallback = reader
+        with accelerated(model):
+            assert not returns_tokens_alone(model, model._whisper_triton.overridden, (), {})
+            model.generate(mel(2, device), max_new_tokens=4, logprob_threshold=-1.0)
+        assert seen == [(model.config.vocab_size,)] * 2
+        assert model._need_fallback is reader
+
+
+@pytest.fixture
+def detectors(monkeypatch: pytest.MonkeyPatch) -> list[WhisperNoSpeechDetection]:
+    """Those that `generate` makes."""
+    made: list[WhisperNoSpeechDetection] = []
+    make = WhisperNoSpeechDetection.__init__
+
+    def recorded(self: WhisperNoSpeechDetection, *args: Any, **kwargs: Any) -> None:
+        made.append(self)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(WhisperNoSpeechDetection, "__init__", recorded)
+    return made
+
+
+class TestNoSpeech:
+    @pytest.mark.parametrize("prompted", [False, True])
+    @pytest.mark.parametrize("is_fused", [False, True])
+    def test_the_probability_is_stocks_without_a_second_pass(
+        self,
+        device: torch.device,
+        is_fused: bool,
+        prompted: bool,
+        detectors: list[WhisperNoSpeechDetection],
+        loops: list[int],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """In the modules all logits of a prompt are at hand, in the chain those of its last token alone."""
+        dtype = torch.float16 if is_fused else torch.float32
+        if is_fused:
+            monkeypatch.setattr(decoder, "is_fusable", fused.is_fusable)
+        kwargs = {"logprob_threshold": -9.0, "no_speech_threshold": 0.6, "temperature": (0.0,), "language": "de"}
+        if prompted:
+            kwargs["prompt_ids"] = torch.tensor([START_OF_PREVIOUS, 5, 17], device=device)
+        features = mel(2, device)
+        for name in (torch.float64, dtype):
+            model = talkative(device, is_multilingual=True, dtype=name)
+            model.generate(features.to(name), **kwargs)
+        with accelerated(model), monkeypatch.context() as patch:
+            patch.setattr(WhisperNoSpeechDetection, "__call__", None)
+            model.generate(features.to(dtype), **kwargs)
+        exact, stock, ours = (detector.no_speech_prob for detector in detectors)
+        assert relative_error(ours, exact) <= 2 * relative_error(stock, exact) + torch.finfo(dtype).eps
+        assert len(loops) == 1
+
+    def test_rows_that_fall_back_keep_the_probability_of_all(
+        self, device: torch.device, detectors: list[WhisperNoSpeechDetection], loops: list[int], our_means: list[float]
+    ) -> None:
+        """As in stock, whose detector goes on encoding the first temperature's rows."""
+        model, features = talkative(device, is_multilingual=True), mel(4, device)
+        kwargs = {"no_speech_threshold": 0.6, "language": "de"}
+        model.generate(features, logprob_threshold=-9.0, temperature=(0.0,), **kwargs)
+        with accelerated(model):
+            model.generate(features, logprob_threshold=-9.0, temperature=(0.0,), **kwargs)
+            threshold = sorted(our_means)[1] + 1e-3  # two rows below
+            model.generate(features, logprob_threshold=threshold, temperature=(0.0, 0.4), **kwargs)
+        stock, *ours = (detector.no_speech_prob for detector in detectors)
+        for probabilities in ours:
+            torch.testing.assert_close(probabilities, stock, rtol=1e-4, atol=1e-6)
+        assert len(loops) == 3
+        assert len(our_means) == 4 + 4 + 2
+
+    def test_silence_is_skipped_as_stock_does(self, device: torch.device, loops: list[int]) -> None:
+        model, features = talkative(device, is_multilingual=True), mel(2, device, seconds=2.5)
+        mask = torch.ones(2, features.shape[-1], dtype=torch.int64, device=device)
+        kwargs = {"attention_mask": mask, "return_timestamps": True, "temperature": (0.0,), "language": "de"}
+        tokens = []
+        for threshold in (0.0, 1.0):  # all windows are silent, none is
+            kwargs |= {"logprob_threshold": 0.0, "no_speech_threshold": threshold}
+            stock = model.generate(features, **kwargs)
+            with accelerated(model):
+                assert model.generate(features, **kwargs).tolist() == stock.tolist()
+            tokens.append(stock.numel())
+        assert tokens[0] < tokens[1]
+        assert loops
