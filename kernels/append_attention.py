@@ -28,6 +28,7 @@ from ._attend import (
 )
 from ._checks import check_attention, check_caches, check_ended, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
+from ._paced_append import PacedTiles, paced_append
 from .decode_attention import LOG2E, attend_reference, forget_ended
 from .update_kv_cache import update_kv_cache_reference
 
@@ -189,10 +190,13 @@ def _launch(
     scale: float,
     read_ahead: bool,
     ended: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | PacedTiles | None = None,
 ) -> None:
     B, T, H, D = query.shape
     tiles = tiles or choose_tiles(B, T, H, D, query.element_size())
+    if isinstance(tiles, PacedTiles):
+        tensors = query, key, value, key_cache, value_cache, cache_position, out
+        return paced_append(*tensors, scale * LOG2E, read_ahead, ended, tiles)
     _append_attention_kernel[(H, B)](
         query_ptr=query,
         key_ptr=key,
