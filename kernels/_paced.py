@@ -1,7 +1,8 @@
 """Paced asynchronous copies (Gluon): what the kernels share that use them on Hopper, and when they are used.
 
 `_paced_linear.py`, `_paced_rows.py` and `_paced_attention.py` compute what `skinny_linear` and `decode_attention` do, whose
-launchers choose them where they are faster. What differs is how weights, keys and values come. There a program asks for
+launchers choose them where they are faster; `_paced_append.py`, for `append_attention`, has not been measured, and none
+chooses it. What differs is how weights, keys and values come. There a program asks for
 all of them at once, into registers, before it waits for the kernel before it: registers bound how many programs wait
 beside those that work, and what the working ones ask for afterwards stands in line behind megabytes that nobody needs
 yet. Here they go to shared memory, otherwise unused, and a program asks for its next piece only when an earlier one has

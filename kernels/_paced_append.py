@@ -40,7 +40,7 @@ def ask_for(
     BLOCK_S: gl.constexpr,
     PACE: gl.constexpr,
 ):
-    """Begins to copy a piece's slots before `end` to its place among `PACE`: a group of its own, empty for a piece past them."""
+    """Begins to copy a piece's slots before `end` to its place of `PACE`: a group of copies, empty for a piece past them."""
     first_s = i_piece * BLOCK_S
     if first_s < end:
         mask = (first_s + offs_s < end)[:, :, None]
@@ -105,6 +105,10 @@ def _paced_append_kernel(
     offs_r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT_ROWS))
     offs_s = offs_w[:, None] * ROWS + offs_r[None, :]
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    # Before the wait, since all that follows it waits for them too.
+    query_ptr += i_b * stride_q_b + i_h * stride_q_h
+    key_ptr += i_b * stride_k_b + i_h * stride_k_h
+    value_ptr += i_b * stride_v_b + i_h * stride_v_h
     key_cache_ptr += i_b * stride_kc_b + i_h * stride_kc_h
     value_cache_ptr += i_b * stride_vc_b + i_h * stride_vc_h
     # 64 bits for where a piece begins, 32 within it.
@@ -122,9 +126,9 @@ def _paced_append_kernel(
     if READ_AHEAD:
         wait_for_previous()
 
-    q = gl.load(query_ptr + i_b * stride_q_b + i_h * stride_q_h + offs_d).to(gl.float32)[None, None, :] * qk_scale
-    k_new = gl.load(key_ptr + i_b * stride_k_b + i_h * stride_k_h + offs_d)
-    v_new = gl.load(value_ptr + i_b * stride_v_b + i_h * stride_v_h + offs_d)
+    q = gl.load(query_ptr + offs_d).to(gl.float32)[None, None, :] * qk_scale
+    k_new = gl.load(key_ptr + offs_d)
+    v_new = gl.load(value_ptr + offs_d)
     mask_new = (position >= 0) & (position < S) & (offs_d < HEAD_DIM)
     gl.store(key_cache_ptr + position * stride_kc_s + offs_d, k_new, mask=mask_new)
     gl.store(value_cache_ptr + position * stride_vc_s + offs_d, v_new, mask=mask_new)
@@ -183,7 +187,7 @@ def covers_append(query: torch.Tensor, key_cache: torch.Tensor, value_cache: tor
         and are_aligned(key_cache, value_cache)
         and num_warps in (1, 2, 4, 8, 16)
         and BLOCK_S.bit_count() == 1
-        and BLOCK_S * D >= 256 * num_warps
+        and 256 * num_warps <= BLOCK_S * D
         and PACE >= 1
         and 4 * PACE * BLOCK_S * D + 4 * num_warps * (D + 8) <= SHARED_MEMORY  # pieces, what warps exchange and its alignment
     )
