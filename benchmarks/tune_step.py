@@ -25,6 +25,7 @@ from whisper_triton.benchmarks.decoder_step import POSITION
 from whisper_triton.benchmarks.harness import parse, time_graph, write_rows
 from whisper_triton.benchmarks.models import SHAPES, build_model
 from whisper_triton.kernels._paced import has_paced_copies
+from whisper_triton.kernels._paced_append import PacedTiles as PacedAppendTiles
 from whisper_triton.kernels._paced_attention import AttentionTiles as PacedTiles
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.decode_attention import Tiles as AttentionTiles
@@ -81,7 +82,11 @@ def linear_candidates(B: int, N: int, K: int, has_norm: bool, has_copies: bool) 
 
 def candidates(link: Link, B: int) -> list[object]:
     if link[0] == "append":
-        return [AppendTiles(keys, warps, 2) for keys, warps in ((128, 4), (64, 4), (64, 2), (32, 2), (32, 1), (128, 8))]
+        tiles = [AppendTiles(keys, warps, 2) for keys, warps in ((128, 4), (64, 4), (64, 2), (32, 2), (32, 1), (128, 8))]
+        if has_paced_copies(torch.device("cuda", 0), torch.float16):
+            cuts = itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 4))
+            tiles += [PacedAppendTiles(*cut) for cut in cuts if cut[0] // cut[1] <= 32 and cut[0] * cut[2] <= 256]
+        return tiles
     if link[0] == "paced cross":
         cuts = itertools.product((64, 96, 128, 160, 192, 256), (2, 4, 8), (1, 2, 3, 4))
         return [PacedTiles(*cut) for cut in cuts if cut[0] % (_paced_attention.ROWS * cut[1]) == 0]

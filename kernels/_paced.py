@@ -1,7 +1,8 @@
 """Paced asynchronous copies (Gluon): what the kernels share that use them on Hopper, and when they are used.
 
 `_paced_linear.py`, `_paced_rows.py` and `_paced_attention.py` compute what `skinny_linear` and `decode_attention` do, whose
-launchers choose them where they are faster. What differs is how weights, keys and values come. There a program asks for
+launchers choose them where they are faster; `_paced_append.py`, for `append_attention`, has not been measured, and none
+chooses it. What differs is how weights, keys and values come. There a program asks for
 all of them at once, into registers, before it waits for the kernel before it: registers bound how many programs wait
 beside those that work, and what the working ones ask for afterwards stands in line behind megabytes that nobody needs
 yet. Here they go to shared memory, otherwise unused, and a program asks for its next piece only when an earlier one has
@@ -55,6 +56,12 @@ def has_paced_copies(device: torch.device, dtype: torch.dtype) -> bool:
     return HAS_GLUON and dtype.itemsize == 2 and capability(device) == (9, 0) and device.index not in _given_up
 
 
+def are_aligned(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
+    """Whether all rows of the caches can be copied 16 bytes at a time."""
+    # Bytes of where they begin, elements of how they go on: Triton knows of either whether it is a multiple of 16.
+    return all(n % 16 == 0 for cache in (key_cache, value_cache) for n in (cache.data_ptr(), *cache.stride()[:3]))
+
+
 def give_up(error: Exception, device: torch.device) -> None:
     """From here on the plain kernels serve on `device`, a tensor's, if `error` came of a launch because Triton cannot build
     these: Gluon is young.
@@ -84,6 +91,7 @@ __all__ = [
     "MIN_WIDTH",
     "MIN_WIDTH_OF_MANY",
     "SHARED_MEMORY",
+    "are_aligned",
     "async_copy_global_to_shared",
     "barrier",
     "commit_group",

@@ -11,6 +11,7 @@ from ._dispatch import triton
 from ._paced import (
     MIN_WIDTH,
     MIN_WIDTH_OF_MANY,
+    are_aligned,
     async_copy_global_to_shared,
     barrier,
     commit_group,
@@ -162,8 +163,6 @@ MAX_HEADS = 640  # in the batch, B * H: more of them have not been measured
 def covers_attention(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
     """Whether `_paced_attention_kernel` takes these and is the faster one; from shapes, strides and the device alone."""
     B, T, H, D = query.shape
-    # Bytes of where they begin, elements of how they go on: Triton knows of either whether it is a multiple of 16.
-    numbers = [n for cache in (key_cache, value_cache) for n in (cache.data_ptr(), *cache.stride()[:3])]
     return (
         T == 1
         and B * H <= MAX_HEADS
@@ -171,7 +170,7 @@ def covers_attention(query: torch.Tensor, key_cache: torch.Tensor, value_cache: 
         and D in (32, 64, 128)
         and 512 < key_cache.shape[2] <= 2048  # a self cache is shorter, and its kernel another; more have not been measured
         and has_paced_copies(query.device, query.dtype)
-        and all(number % 16 == 0 for number in numbers)
+        and are_aligned(key_cache, value_cache)
     )
 
 

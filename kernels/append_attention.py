@@ -6,6 +6,7 @@
 One program a head and sequence: it keeps the new tokens' keys and values in registers, writes them once and never reads
 them back, so no other program waits for them. Self caches of Whisper hold at most 448 slots, too few to be worth a split
 over programs. Layouts: states (B, T, H, D), caches (B, H, S, D), result (B, T, H, D) as `out_proj` reads it.
+`_paced_append.py` has another kernel for one token on an H100, which only tiles of its own reach so far.
 
 Bytes moved: 2 * B * H * (p + T) * D elements read, 2 * B * H * T * D written.
 """
@@ -28,6 +29,8 @@ from ._attend import (
 )
 from ._checks import check_attention, check_caches, check_ended, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
+from ._paced import give_up
+from ._paced_append import PacedTiles, paced_append
 from .decode_attention import LOG2E, attend_reference, forget_ended
 from .update_kv_cache import update_kv_cache_reference
 
@@ -189,10 +192,17 @@ def _launch(
     scale: float,
     read_ahead: bool,
     ended: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | PacedTiles | None = None,
 ) -> None:
     B, T, H, D = query.shape
     tiles = tiles or choose_tiles(B, T, H, D, query.element_size())
+    if isinstance(tiles, PacedTiles):
+        tensors = query, key, value, key_cache, value_cache, cache_position, out
+        try:
+            return paced_append(*tensors, scale * LOG2E, read_ahead, ended, tiles)
+        except Exception as error:
+            give_up(error, query.device)
+        tiles = choose_tiles(B, T, H, D, query.element_size())
     _append_attention_kernel[(H, B)](
         query_ptr=query,
         key_ptr=key,

@@ -294,6 +294,12 @@ def paced_calls() -> Iterator[Call]:
         counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.zeros(B, dtype=torch.int64) if B > 1 else None
         launch = partial(decode._launch, query, cache, cache, None, 1.0, False, True, counters, ended)
         yield Call(f"decode paced {B=} {D=}", launch, read_ahead=True)
+    for B, D, ahead, tiles in ((1, 64, True, (64, 4, 2)), (8, 64, False, (128, 4, 2)), (1, 128, True, (32, 2, 4))):
+        states, cache = torch.empty(3, B, 1, 12, D, dtype=torch.float16), torch.empty(B, 12, 448, D, dtype=torch.float16)
+        position, ended = torch.tensor(0), torch.zeros(B, dtype=torch.int64) if B > 1 else None
+        tensors = *states, cache, cache, position, torch.empty_like(states[0])
+        launch = partial(append._launch, *tensors, 1.0, ahead, ended, append.PacedTiles(*tiles))
+        yield Call(f"append paced {B=} {D=} {tiles=}", launch, read_ahead=ahead)
 
 
 SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores

@@ -40,7 +40,7 @@ from attention_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from whisper_triton.kernels import append_attention, append_attention_reference, update_kv_cache
+from whisper_triton.kernels import _paced, append_attention, append_attention_reference, update_kv_cache
 
 # Not `from whisper_triton.kernels import append_attention`, which is the function.
 module = importlib.import_module("whisper_triton.kernels.append_attention")
@@ -74,6 +74,7 @@ def assert_right(
     cache_position: torch.Tensor,
     *,
     factor: float = 2,
+    attend: Callable[..., torch.Tensor] = append_attention,
 ) -> torch.Tensor:
     """The caches are as `update_kv_cache` leaves them, the result is as near to float64 as SDPA's, all else is as before."""
     inputs = query, key, value, cache_position
@@ -87,7 +88,7 @@ def assert_right(
     referenced = twin(key_cache), twin(value_cache)
     reference = append_attention_reference(query, key, value, *referenced, cache_position, scale=SCALE)
     with poisoned_allocations():
-        out = append_attention(query, key, value, key_cache, value_cache, cache_position, scale=SCALE)
+        out = attend(query, key, value, key_cache, value_cache, cache_position, scale=SCALE)
     for result in (out, reference):
         assert_close_as_pytorch(result, exact, pytorch, factor)
     assert out.is_contiguous()
@@ -98,10 +99,22 @@ def assert_right(
     return out
 
 
-def launch(*, tiles: module.Tiles, scale: float = SCALE, **call: torch.Tensor) -> torch.Tensor:
+def launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    *,
+    tiles: module.Tiles | module.PacedTiles,
+    scale: float = SCALE,
+    read_ahead: bool = False,
+    ended: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`append_attention` with tiles of the test's choice."""
-    out = call["query"].new_empty(call["query"].shape)
-    module._launch(**call, out=out, scale=scale, read_ahead=False, tiles=tiles)
+    out = query.new_empty(query.shape)
+    module._launch(query, key, value, key_cache, value_cache, cache_position, out, scale, read_ahead, ended, tiles)
     return out
 
 
@@ -498,3 +511,175 @@ def test_a_token_before_slot_0_is_dropped_for_those_after_it_too(device: torch.d
     assert_close_as_pytorch(
         out[:, 2:], append_attention_reference(**exact, scale=SCALE), append_attention_reference(**single, scale=SCALE)
     )
+
+
+# --- paced copies: kernels/_paced_append.py
+
+PACED_TILES = [
+    module.PacedTiles(16, 2, 1),
+    module.PacedTiles(32, 4, 3),
+    module.PacedTiles(16, 1, 2),
+    module.PacedTiles(128, 8, 2),
+]
+
+
+def paced_launch(tiles: module.PacedTiles, device: torch.device, **options: object) -> Callable[..., torch.Tensor]:
+    """`launch` by paced copies and nothing else: skips where there are none."""
+    if not _paced.has_paced_copies(device, torch.float16):
+        pytest.skip("not this GPU's")
+
+    def run(*args: torch.Tensor, **call: object) -> torch.Tensor:
+        out = launch(*args, **call, tiles=tiles, **options)
+        assert not _paced._given_up
+        return out
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("read_ahead", [False, True])
+@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("tiles", "dtype"), [(PACED_TILES[1], torch.bfloat16), *((tiles, torch.float16) for tiles in PACED_TILES)], ids=str
+)
+def test_paced_copies(tiles: module.PacedTiles, dtype: torch.dtype, D: int, read_ahead: bool, device: torch.device) -> None:
+    attend, factor = paced_launch(tiles, device, read_ahead=read_ahead), gpu_factor(dtype)
+    for position in (0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 65, 128, 256, 300, 447):
+        call = arguments(Shape(B=1, T=1, H=3, D=D, S=448, length=position + 1), dtype, device)
+        assert_right(**call, factor=factor, attend=attend)
+    places = [0, 447, 20, 130, 64]
+    shape = Shape(B=5, T=1, H=2, D=D, S=448, length=448)
+    caches = random_caches(shape, dtype, device, places)
+    assert_right(
+        *random_states(shape, dtype, device, 3), *caches, torch.tensor(places, device=device), factor=factor, attend=attend
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("S", [1, 2, 63, 64, 65, 1500])
+def test_paced_copies_over_caches_of_any_length(S: int, device: torch.device) -> None:
+    call = arguments(Shape(B=1, T=1, H=1, D=64, S=S, length=S), torch.float16, device)
+    assert_right(**call, factor=gpu_factor(torch.float16), attend=paced_launch(PACED_TILES[1], device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_paced_copies_beside_states_of_any_strides(layout: str, device: torch.device) -> None:
+    call = arguments(Shape(B=2, T=1, H=3, D=64, S=100, length=90), torch.float16, device)
+    call |= {name: lay_out(call[name], layout) for name in ("query", "key", "value")}
+    call |= {name: lay_out(call[name], "swapped") for name in ("key_cache", "value_cache")}  # (B, S, H, D)
+    assert_right(**call, factor=gpu_factor(torch.float16), attend=paced_launch(PACED_TILES[1], device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiles", PACED_TILES, ids=str)
+def test_paced_copies_write_all_of_the_result_and_nothing_beside_it(tiles: module.PacedTiles, device: torch.device) -> None:
+    attend = paced_launch(tiles, device)
+    with GuardedAllocations() as guarded:
+        attend(**arguments(Shape(2, 1, 3, 64, 40, 40), torch.float16, device))
+    guarded.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("read_ahead", [False, True])
+@pytest.mark.parametrize("tiles", PACED_TILES, ids=str)
+def test_paced_copies_leave_caches_alone_outside_and_read_none_that_has_ended(
+    tiles: module.PacedTiles, read_ahead: bool, device: torch.device
+) -> None:
+    attend = paced_launch(tiles, device, read_ahead=read_ahead)
+    shape = Shape(B=3, T=1, H=2, D=64, S=100, length=81)
+    for position in (-1, -4, 100, 101, 2**32 + 3, 2**62, -(2**62)):
+        call = arguments(shape, torch.float16, device) | {"cache_position": torch.tensor(position, device=device)}
+        before = {name: storage(call[name]) for name in ("key_cache", "value_cache")}
+        attend(**call)
+        for name, buffer in before.items():
+            assert torch.equal(storage(call[name]), buffer), (name, position)
+    for dtype in (torch.int32, torch.int64):
+        call = arguments(shape, torch.float16, device)
+        other = {name: twin(tensor) for name, tensor in call.items()}
+        whole = attend(**call)
+        for cache in ("key_cache", "value_cache"):
+            other[cache][1, :, :80] = torch.nan
+        out = attend(**other, ended=torch.tensor([0, 1, 0], dtype=dtype, device=device))
+        assert torch.equal(bits(out[::2]), bits(whole[::2]))
+        assert torch.equal(bits(out[1]), bits(call["value"][1]))
+        for cache in ("key_cache", "value_cache"):
+            assert torch.equal(bits(other[cache][:, :, 80:]), bits(call[cache][:, :, 80:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("B", [1, 32])
+@pytest.mark.parametrize("tiles", PACED_TILES, ids=str)
+def test_paced_copies_in_a_captured_chain(tiles: module.PacedTiles, B: int, device: torch.device) -> None:
+    # Each query and key is the result of the launch before it; the position advances on the device.
+    shape = Shape(B=B, T=1, H=20, D=64, S=448, length=1)
+    ahead = (False, False, True, True)  # PyTorch's kernel, which advances the position, is not the one before these
+    launches = [paced_launch(tiles, device, read_ahead=is_ahead) for is_ahead in ahead]
+    layers = [arguments(shape, torch.float16, device) for _ in ahead]
+    states, position = layers[0]["query"], layers[0]["cache_position"]
+    caches = [(layer["key_cache"], layer["value_cache"]) for layer in layers]
+    empty = [[cache.clone() for cache in pair] for pair in caches]
+
+    def step(synchronize: bool = False) -> torch.Tensor:
+        out = states
+        for attend, pair, layer in zip(launches, caches, layers, strict=True):
+            # A scale that leaves few keys with weight, so that the result depends on the query.
+            out = attend(out, out, layer["value"], *pair, position, scale=4.0)
+            if synchronize:
+                torch.cuda.synchronize()
+        position.add_(1)
+        return out
+
+    graph, out = captured(step)
+    queries = torch.randn(shape.S, *shape.states, dtype=torch.float16, device=device)
+    results = []
+    for replay in (True, False):
+        for pair, contents in zip(caches, empty, strict=True):
+            for cache, content in zip(pair, contents, strict=True):
+                cache.copy_(content)
+        position.zero_()
+        for query in queries:
+            states.copy_(query)
+            if replay:
+                graph.replay()
+            results.append((out if replay else step(synchronize=True)).clone())
+    for i in range(shape.S):
+        assert torch.equal(bits(results[i]), bits(results[shape.S + i])), i
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "tiles"),
+    [
+        (SHAPE, torch.float16, "contiguous", (32, 4, 2)),  # several tokens
+        (SHAPE._replace(T=1, D=80), torch.float16, "contiguous", (32, 4, 2)),
+        (SHAPE._replace(T=1), torch.float32, "contiguous", (32, 4, 2)),
+        (SHAPE._replace(T=1), torch.float16, "sliced", (32, 4, 2)),  # caches at odd addresses, with odd strides
+        (SHAPE._replace(T=1), torch.float16, "contiguous", (16, 4, 2)),  # a piece of fewer copies than threads
+        (SHAPE._replace(T=1), torch.float16, "contiguous", (96, 4, 2)),
+        (SHAPE._replace(T=1), torch.float16, "contiguous", (128, 3, 2)),
+        (SHAPE._replace(T=1), torch.float16, "contiguous", (32, 4, 0)),
+        (SHAPE._replace(T=1, D=128), torch.float16, "contiguous", (128, 4, 4)),  # more than shared memory holds
+    ],
+)
+def test_paced_tiles_that_do_not_fit_are_refused(
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: str,
+    tiles: tuple[int, int, int],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
+    call = arguments(shape, dtype, device)
+    call |= {name: lay_out(call[name], layout) for name in ("key_cache", "value_cache")}
+    before = {name: storage(tensor) for name, tensor in call.items()}
+    with pytest.raises(ValueError, match=r"paced copies are for .* got \(2, "):
+        launch(**call, tiles=module.PacedTiles(*tiles))
+    for name, tensor in call.items():
+        assert torch.equal(storage(tensor), before[name]), name
+
+
+def test_paced_tiles_are_refused_where_there_are_no_paced_copies() -> None:
+    call = arguments(SHAPE._replace(T=1), torch.float16, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"on an H100, .* on cpu"):
+        launch(**call, tiles=PACED_TILES[1])

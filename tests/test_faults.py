@@ -27,6 +27,7 @@ from whisper_triton.kernels import _dispatch, _paced
 
 pytest_plugins = ["whisper_fixtures"]
 ROOT = Path(__file__).parents[1]
+append = sys.modules["whisper_triton.kernels.append_attention"]
 skinny = sys.modules["whisper_triton.kernels.skinny_linear"]
 GPU = torch.device("cuda", 0)
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79.19 GiB")
@@ -413,8 +414,8 @@ class TestPacedKernels:
         def paced(*args: Any) -> None:
             raise error
 
-        for name in ("paced_linear", "paced_rows"):
-            monkeypatch.setattr(skinny, name, paced)
+        for module, name in ((skinny, "paced_linear"), (skinny, "paced_rows"), (append, "paced_append")):
+            monkeypatch.setattr(module, name, paced)
 
     def test_the_plain_ones_serve(
         self, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -432,6 +433,21 @@ class TestPacedKernels:
         rows, weights, biases = x.half().repeat(3, 1), [w.half() for w in weights], [b.half() for b in biases]
         plain = skinny._launch(rows, weights, biases, *around, [32, 1, 8, 1, 0])
         assert torch.equal(skinny._launch(rows, weights, biases, *around, [16, 4, 4, 1, 2]), plain)
+
+    @pytest.mark.usefixtures("arguments")
+    def test_the_plain_attention_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not _dispatch.INTERPRET:
+            pytest.skip("the plain kernel runs in the interpreter")
+        self.fails(raised_in_triton(RuntimeError("PassManager::run failed")), monkeypatch)
+        *call, plain, out = (
+            *torch.randn(3, 1, 1, 2, 64),
+            *torch.randn(2, 1, 2, 9, 64),
+            torch.tensor(5),
+            *torch.empty(2, 1, 1, 2, 64),
+        )
+        append._launch(*call, plain, 1.0, False)
+        append._launch(*call, out, 1.0, False, tiles=append.PacedTiles(64, 4, 2))
+        assert torch.equal(out, plain)
 
     def test_what_one_gpu_cannot_another_may(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_paced, "_given_up", {})
