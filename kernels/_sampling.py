@@ -123,12 +123,12 @@ def draw_from_top_k(
         x = tl.load(values_ptr + group * GROUP + offs % GROUP, mask=i < count, other=float("-inf"))
         tokens = group * GROUP + offs % GROUP + tl.where(group < text_groups, 0, time - text_groups * GROUP)
         is_kept = _ordered(x) >= least
+        total += tl.sum(tl.where(is_kept, tl.exp((x - top) * temperature), 0.0), axis=0)
         key = tl.where(is_kept, x + gumbel(seed, tokens, length, i_b), float("-inf"))
         best_here, i_best = tl.max(key, axis=0, return_indices=True)
-        is_best = offs == i_best
-        is_better = best_here > best
-        token = tl.where(is_better, tl.sum(tl.where(is_best, tokens, 0), axis=0), token)
-        x_drawn = tl.where(is_better, tl.max(tl.where(is_best, x, float("-inf")), axis=0), x_drawn)
-        best = tl.maximum(best, best_here)
-        total += tl.sum(tl.where(is_kept, tl.exp((x - top) * temperature), 0.0), axis=0)
+        if best_here > best:
+            # Loaded again: to look for it among those at hand would take registers for all of them.
+            best, drawn = best_here, tl.load(order_ptr + start + i_best // GROUP) * GROUP + i_best % GROUP
+            x_drawn = tl.load(values_ptr + drawn)
+            token = drawn + tl.where(drawn < text_groups * GROUP, 0, time - text_groups * GROUP)
     return token, (x_drawn - top) * temperature - tl.log(total)

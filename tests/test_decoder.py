@@ -15,6 +15,7 @@ import whisper_triton
 from whisper_triton import decoder, fused
 from whisper_triton.decoder import DecoderStep, fingerprint, why_not_captured
 from whisper_triton.fused import FusedDecoder, is_fusable
+from whisper_triton.kernels import project_cross_kv
 
 PROMPT = 3
 
@@ -98,6 +99,53 @@ def test_all_layers_cross_keys_and_values_are_projected_at_once(dtype, device):
         layer.keys.zero_()
     prefill(model, step.cache, states, ids)
     assert not step.cache.cross_attention_cache.layers[0].keys.any()
+
+
+def test_keys_and_values_that_are_there_still_are_not_projected_again(device, monkeypatch):
+    model = whisper_triton.accelerate(tiny_whisper(device).half())
+    states, _ = inputs(model, 2, PROMPT)
+    step, launches = DecoderStep(model, 2, FRAMES), []
+
+    def projected(states):
+        """Whether there was a launch, and what is then in the cache."""
+        before = len(launches)
+        step.reset()
+        assert not any(step.cache.is_updated.values())
+        with torch.no_grad():
+            step.project(states)
+        layers = step.cache.cross_attention_cache.layers
+        assert all(step.cache.is_updated.values())
+        assert [int(layer.cumulative_length) for layer in layers] == [FRAMES] * len(layers)
+        return len(launches) > before, torch.stack([torch.stack((layer.keys, layer.values)) for layer in layers])
+
+    def launch(*args):
+        launches.append(args)
+        project_cross_kv(*args)
+
+    monkeypatch.setattr(decoder, "project_cross_kv", launch)
+    first = projected(states)
+    assert first[0]
+    again = projected(states)
+    assert not again[0]
+    assert torch.equal(again[1], first[1])
+    # What others hold, or write into, is another matter.
+    assert projected(states.clone())[0]
+    states = states.clone()
+    assert projected(states)[0]
+    with torch.no_grad():
+        states.mul_(0.5)
+        changed = projected(states)
+        assert changed[0]
+        assert not torch.equal(changed[1], first[1])
+        model.model.decoder.layers[1].encoder_attn.v_proj.weight.mul_(2)
+        assert projected(states)[0]
+        step.cache.reorder_cache(torch.tensor([1, 0], device=device))
+        assert projected(states)[0]
+    assert not projected(states)[0]
+    with torch.inference_mode():
+        states = states.clone()
+        assert projected(states)[0]
+        assert projected(states)[0]
 
 
 def bias_on_the_keys(model):
