@@ -15,6 +15,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from counts import SEQUENCES, count
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -215,3 +216,4 @@ def test_any_sequence_is_undone(steps: list[str], device: torch.device) -> None:
     for step in steps:
         getattr(pair, step)()
     pair.check()
+    count(SEQUENCES)
