@@ -61,7 +61,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     installed = {distribution.name for distribution in metadata.distributions()}
-    packages = [f"{name} {metadata.version(name)}" for name in ("torch", "triton", "transformers") if name in installed]
+    packages = [
+        f"{name} {metadata.version(name)}" for name in ("torch", "triton", "transformers", "kernels") if name in installed
+    ]
     return f"{', '.join(packages)}; kernels run {'in the interpreter' if INTERPRET else 'on the GPU'}"
 
 
