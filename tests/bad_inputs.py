@@ -1,6 +1,6 @@
 """What the tests of bad input share: arguments made wrong in every way, and the check of a refusal.
 
-A test case that is marked `bad_input` is one bad input; conftest.py counts those that passed.
+A test case that is marked `bad_input` is one bad input; counts.py counts those that passed.
 """
 
 from __future__ import annotations

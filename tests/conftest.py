@@ -1,4 +1,4 @@
-"""Set-up of the whole suite: where the kernels run, seeds, the `gpu` marker, and how many bad inputs were tried."""
+"""Set-up of the whole suite: where the kernels run, seeds, the `gpu` marker, and what is counted."""
 
 import functools
 import importlib.util
@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator
 from importlib import metadata
 
+import counts
 import hypothesis
 import numpy as np
 import pytest
@@ -54,9 +55,15 @@ if INTERPRET and importlib.util.find_spec("triton") is not None:
     _speed_up_interpreter()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(counts)
+
+
 def pytest_report_header() -> str:
     installed = {distribution.name for distribution in metadata.distributions()}
-    packages = [f"{name} {metadata.version(name)}" for name in ("torch", "triton", "transformers") if name in installed]
+    packages = [
+        f"{name} {metadata.version(name)}" for name in ("torch", "triton", "transformers", "kernels") if name in installed
+    ]
     return f"{', '.join(packages)}; kernels run {'in the interpreter' if INTERPRET else 'on the GPU'}"
 
 
@@ -67,14 +74,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many bad inputs were tried: the test cases marked `bad_input` that passed, over all worker processes."""
-    passed = terminalreporter.getreports("passed")
-    tried = {report.nodeid for report in passed if report.when == "call" and "bad_input" in report.keywords}
-    if tried:
-        terminalreporter.write_line(f"bad inputs: {len(tried)} distinct, each refused with a reason or answered as stock does")
 
 
 @pytest.fixture(autouse=True)

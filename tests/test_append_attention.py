@@ -37,6 +37,7 @@ from attention_cases import (
     storage,
     twin,
 )
+from counts import KERNEL_CALLS, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,6 +180,7 @@ def test_tokens_before_the_last_slot_are_right_though_later_ones_are_dropped(
 def test_a_query_that_looks_for_one_key_returns_its_value_bit_for_bit(
     data: st.DataObject, shape: Shape, device: torch.device
 ) -> None:
+    count(KERNEL_CALLS)
     dtype = data.draw(small_dtypes(shape.T), "dtype")
     tiles = module.Tiles(data.draw(st.sampled_from([16, 32]), "keys a tile"), 4, 2)
     room = st.integers(0, shape.S - shape.T)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from test_bad_input_model import assert_same_outcome, everything, given, outcome
 from test_patching import traces
 from torch import nn
 from transformers import WhisperForConditionalGeneration
-from transformers.models.whisper.modeling_whisper import WhisperAttention
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperEncoder
 from whisper_models import mel, tiny_whisper
 
 from whisper_triton import accelerate, decoder, restore
@@ -20,6 +22,7 @@ pytest_plugins = ["whisper_fixtures"]
 pytestmark = [pytest.mark.usefixtures("reference_kernels"), pytest.mark.filterwarnings("ignore")]
 
 Model = WhisperForConditionalGeneration
+GPUS = torch.cuda.device_count()
 
 
 class Int8Linear(nn.Module):
@@ -45,6 +48,11 @@ def quantise(root: nn.Module) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, Int8Linear(child))
+
+
+def quantise_by_pytorch(model: Model) -> None:
+    """PyTorch's own int8 layers, which are for a CPU."""
+    torch.ao.quantization.quantize_dynamic(model.cpu(), {nn.Linear}, inplace=True)
 
 
 def repack(root: nn.Module) -> None:
@@ -119,6 +127,7 @@ DAMAGE: dict[str, Callable[[Model], Any]] = {
     "a quantised decoder": lambda model: quantise(model.model.decoder),
     "a quantised encoder": lambda model: quantise(model.model.encoder),
     "quantised cross-attention": lambda model: [quantise(layer.encoder_attn) for layer in model.model.decoder.layers],
+    "quantised by PyTorch": quantise_by_pytorch,
     "a quantised head": lambda model: setattr(model, "proj_out", Int8Linear(model.proj_out)),
     "weights of another class": repack,
     "weights laid out the other way": strided,
@@ -149,6 +158,7 @@ def test_stocks_error_or_stocks_result(what: str, before: bool, device: torch.de
     ours, stock = tiny_whisper(device, seed=3), tiny_whisper(device, seed=3)
     if before:
         DAMAGE[what](ours)
+        outcome(ours, given())  # with a device_map, stock's generate hooks the encoder where accelerate is installed
         found = traces(ours)
         accelerate(ours)
     else:
@@ -172,6 +182,7 @@ def test_stocks_error_or_stocks_result(what: str, before: bool, device: torch.de
     ("what", "reason"),
     [
         ("quantised", "in the decoder a module is Int8Linear"),
+        ("quantised by PyTorch", "in the decoder a module is Linear"),
         ("a quantised head", "in the decoder a module is Int8Linear"),
         ("weights of another class", "a weight of the decoder is "),
         ("device_map of one device", "has a forward pass of its own"),
@@ -184,6 +195,58 @@ def test_none_of_them_is_captured(what: str, reason: str, device: torch.device, 
     if device.type == "cpu":  # which would be the reason for all of them
         monkeypatch.setattr(Model, "device", torch.device("cuda"))
     assert reason in decoder.why_not_captured(model)
+
+
+def test_a_model_that_pytorch_quantised_is_copied_saved_and_restored() -> None:
+    ours, stock = tiny_whisper(seed=3), tiny_whisper(seed=3)
+    for model in (ours, stock):
+        quantise_by_pytorch(model)
+    assert type(stock.proj_out) is torch.ao.nn.quantized.dynamic.Linear
+    wanted = outcome(stock, given())
+    accelerate(ours)
+    assert_same_outcome(outcome(ours, given()), wanted)
+    copied = copy.deepcopy(ours)
+    copied.load_state_dict(ours.state_dict())
+    for model in (copied, restore(copied), ours, restore(ours)):
+        assert_same_outcome(outcome(model, given()), wanted)
+    assert repr(ours) == repr(stock)
+
+
+PARTS = (
+    *(f"{ENCODER}.{part}" for part in ("conv1", "conv2", "embed_positions", "layers", "layer_norm")),
+    *(f"{DECODER}.{part}" for part in ("embed_tokens", "embed_positions", "layers.0", "layers.1", "layer_norm")),
+    "proj_out",
+)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "where",
+    [
+        "disk",
+        pytest.param("cpu", marks=pytest.mark.gpu),
+        pytest.param("cuda:1", marks=[pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason="one GPU")]),
+    ],
+)
+@pytest.mark.parametrize("moved", ["decoder.layers.1", "decoder.layers", "encoder.layers", "decoder.layer_norm"])
+def test_a_device_map_of_transformers(moved: str, where: str, device: torch.device, tmp_path: Path) -> None:
+    """What lies on the disk, or beside a GPU on the CPU, is a meta tensor but while it runs."""
+    pytest.importorskip("accelerate")
+    tiny_whisper(seed=3).save_pretrained(tmp_path)
+    devices = {part: where if part.startswith(f"model.{moved}") else str(device) for part in PARTS}
+    ours, stock = (Model.from_pretrained(tmp_path, device_map=devices, offload_folder=tmp_path / "disk") for _ in range(2))
+    assert len(set(ours.hf_device_map.values())) == 2
+    wanted = outcome(stock, given())
+    assert torch.is_tensor(wanted[0][1])  # and no error
+    accelerate(ours)
+    for _ in range(2):
+        assert_same_outcome(outcome(ours, given()), wanted)
+    restore(ours)
+    # Stock's generate has hooked the encoder, and that of `ours` around our method.
+    for mine, theirs in zip(ours.modules(), stock.modules(), strict=True):
+        assert (type(mine), sorted(vars(mine))) == (type(theirs), sorted(vars(theirs)))
+    assert ours.model.encoder._old_forward.__func__ is WhisperEncoder.forward
+    assert_same_outcome(outcome(ours, given()), wanted)
 
 
 @pytest.mark.gpu

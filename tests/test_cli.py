@@ -8,12 +8,15 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
@@ -24,7 +27,7 @@ from tqdm import tqdm
 from whisper_models import tiny_whisper
 
 import whisper_triton
-from whisper_triton import doctor, fused, jobs, runtime
+from whisper_triton import checkpoints, doctor, fused, jobs, runtime
 from whisper_triton.checkpoints import DEMO_PACKAGE
 from whisper_triton.cli import DTYPES, main
 from whisper_triton.failure import Failure
@@ -73,13 +76,13 @@ def fails(result: Result, exit_code: int, *messages: str) -> None:
         assert message in line
 
 
-def run_process(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_process(*args: str | Path, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command as a shell would, without Triton's interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = filter(None, (str(ROOT), env.get("PYTHONPATH")))
     env |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
     arguments = [sys.executable, "-m", "whisper_triton", *map(str, args)]
-    return subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
 
 
 @needs_demo
@@ -222,6 +225,58 @@ def test_stdout_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(click, "echo", write)
     with pytest.raises(Failure, match="cannot write to stdout: No space left on device"):
         jobs._write("words\n", None)
+    with pytest.raises(Failure, match="cannot write to stdout: No space left on device"):
+        main(["doctor"], standalone_mode=False)
+
+
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """A pipe to write to that nobody reads any more, as `| head` leaves it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.bad_input
+def test_stdout_that_nobody_reads(short: Path, english: Path, unread: int) -> None:
+    done = run_process("transcribe", short, "--model", english, stdout=unread)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.bad_input
+def test_a_report_that_nobody_reads(unread: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdout", os.fdopen(unread, "w", closefd=False))
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    monkeypatch.undo()
+    assert (ended.value.code, capsys.readouterr()) == (1, ("", ""))
+
+
+@pytest.mark.bad_input
+def test_no_network(short: Path, tmp_path: Path) -> None:
+    """Nothing listens at the hub's address and no model is in the cache."""
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = run_process("transcribe", short, "--model", "openai/whisper-tiny", **hub)
+    assert (done.returncode, done.stdout) == (1, "")
+    reason = "no such directory, not in the cache, and the model hub cannot be reached (no network?)"
+    assert done.stderr == f"whisper-triton: openai/whisper-tiny: {reason}\n"
+
+
+@pytest.mark.bad_input
+def test_a_hub_that_never_answers(
+    command: Callable[..., Result], short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        started = time.monotonic()
+        result = command("transcribe", short, "--model", "someone/whisper", "--device", "cpu")
+        assert time.monotonic() - started < 30  # asked file by file, it would be minutes
+        hub.settimeout(0)
+        hub.accept()[0].close()  # it was asked
+    fails(result, 1, "someone/whisper: no such directory, not in the cache, and the model hub cannot be reached")
 
 
 @pytest.mark.bad_input

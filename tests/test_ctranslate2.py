@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counts import CHANGED_FILES, count
 from ctranslate2_writer import pack_model, pack_string, store
 from hypothesis import given
 from hypothesis import strategies as st
@@ -133,6 +134,7 @@ def test_corrupt_entry(tmp_path: Path, entry: bytes, message: str) -> None:
 
 @given(st.data())
 def test_any_changed_byte_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    count(CHANGED_FILES)
     content = bytearray(pack_model(store(tensors(), "int8")))
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

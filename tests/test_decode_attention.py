@@ -37,6 +37,7 @@ from attention_cases import (
     small_shapes,
     storage,
 )
+from counts import KERNEL_CALLS, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from whisper_triton.kernels._paced_attention import covers_attention
@@ -174,6 +175,7 @@ def test_a_query_without_any_key_gives_zero(length: int, T: int, splits: int, de
 def test_a_query_that_looks_for_one_key_returns_its_value_bit_for_bit(
     data: st.DataObject, shape: Shape, is_causal: bool, device: torch.device
 ) -> None:
+    count(KERNEL_CALLS)
     dtype = data.draw(small_dtypes(shape.T), "dtype")
     tiles = module.Tiles(data.draw(st.sampled_from([16, 32]), "keys a tile"), data.draw(st.integers(1, 4), "splits"), 4, 2)
     lengths = data.draw(st.lists(st.integers(shape.T, shape.S), min_size=shape.B, max_size=shape.B), "lengths")

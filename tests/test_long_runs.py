@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from counts import STEPS, WINDOWS, count
 from whisper_models import mel, tiny_whisper
 
 from whisper_triton import accelerate, decoder
@@ -59,3 +60,5 @@ def test_every_window_is_as_the_first_and_memory_stays_flat(
     assert most_resident_bytes() - settled < 16 << 20
     assert sorted(getattr(model, STATE).steps) == sorted(set(BATCH_SIZES))
     assert steps >= (100_000 if windows >= 2000 else 1)
+    count(WINDOWS, windows)
+    count(STEPS, steps)

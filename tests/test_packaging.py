@@ -13,13 +13,14 @@ import subprocess
 import sys
 from email.message import Message
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from transformers.utils.import_utils import KERNELS_MIN_VERSION
+from transformers.utils.import_utils import KERNELS_MIN_VERSION, is_kernels_available
 
 import whisper_triton
 from whisper_triton import _versions
@@ -29,9 +30,6 @@ ROOT = Path(__file__).parents[1]
 # The decorators are used on classes while transformers is imported; nothing else of the package matters to Whisper.
 PYPI_KERNELS = """
 from unittest.mock import MagicMock
-
-IS_PYPI_KERNELS = True
-
 
 def _decorator(*args, **kwargs):
     return lambda decorated: decorated
@@ -54,11 +52,11 @@ from transformers.utils import is_kernels_available
 import whisper_triton
 from whisper_triton import kernels
 
-pypi = os.environ["EXPECT_PYPI_KERNELS"] == "1"
-assert is_kernels_available() == pypi
+pypi = os.environ["EXPECT_PYPI_KERNELS"]
+assert is_kernels_available() == bool(pypi)
 if pypi:
     import kernels as theirs
-    assert theirs.IS_PYPI_KERNELS
+    assert os.path.dirname(theirs.__file__) == pypi, theirs.__file__
 
 assert os.path.dirname(whisper_triton.__file__) == os.environ["EXPECT_PACKAGE"], whisper_triton.__file__
 assert kernels.__path__ == [os.environ["EXPECT_KERNELS"]], kernels.__path__
@@ -140,13 +138,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def distribution(installed: Path) -> Message:
     """The installed tree's METADATA."""
-    (metadata,) = installed.glob("whisper_triton-*.dist-info/METADATA")
-    return Parser().parsestr(metadata.read_text(encoding="utf-8"))
+    (found,) = installed.glob("whisper_triton-*.dist-info/METADATA")
+    return Parser().parsestr(found.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def pypi_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a stand-in for the PyPI package `kernels`, in a version that transformers accepts."""
+    """The folder that holds the PyPI package `kernels`: the real one, or a stand-in in a version that transformers accepts."""
+    if is_kernels_available():
+        return Path(metadata.distribution("kernels").locate_file("."))
     folder = tmp_path_factory.mktemp("pypi")
     (folder / "kernels").mkdir()
     (folder / "kernels" / "__init__.py").write_text(PYPI_KERNELS)
@@ -157,7 +157,15 @@ def pypi_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("with_pypi_kernels", [False, True], ids=["alone", "beside-pypi-kernels"])
+@pytest.mark.parametrize(
+    "with_pypi_kernels",
+    [
+        pytest.param(
+            False, id="alone", marks=pytest.mark.skipif(is_kernels_available(), reason="the PyPI package kernels is installed")
+        ),
+        pytest.param(True, id="beside-pypi-kernels"),
+    ],
+)
 @pytest.mark.parametrize("place", ["root", "elsewhere", "installed"])
 def test_kernels_are_ours_and_transformers_keeps_its_own(
     place: str, with_pypi_kernels: bool, installed: Path, pypi_kernels: Path, tmp_path: Path
@@ -172,7 +180,7 @@ def test_kernels_are_ours_and_transformers_keeps_its_own(
         *([pypi_kernels] if with_pypi_kernels else []),
         ROOT / "tests",
         TRITON_INTERPRET="0",  # the interpreter would take long
-        EXPECT_PYPI_KERNELS=str(int(with_pypi_kernels)),
+        EXPECT_PYPI_KERNELS=str(pypi_kernels / "kernels") if with_pypi_kernels else "",
         EXPECT_PACKAGE=str(package),
         EXPECT_KERNELS=str(kernels),
     )
@@ -250,4 +258,5 @@ def test_ci_runs_the_suite_with_the_oldest_and_the_newest_transformers() -> None
     newest = re.search(r"^TRANSFORMERS \?= .*'transformers==' \+ \('([\d.]+)'", makefile, re.M)[1]
     assert Version(newest) > Version(oldest)
     assert newest in supported
+    assert re.search(r"^PYPI_KERNELS = kernels==\S+$", makefile, re.M)  # beside which the oldest is tested
     assert {"test", "test-oldest"} <= set(re.search(r"^for target in (.+); do$", ci, re.M)[1].split())

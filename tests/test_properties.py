@@ -24,6 +24,7 @@ from attention_cases import (
     storage,
     twin,
 )
+from counts import KERNEL_CALLS, count
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from whisper_triton.kernels._paced import has_paced_copies
@@ -278,6 +279,7 @@ KERNELS = {
 def test_any_call(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
     KERNELS[kernel](data.draw, device)
+    count(KERNEL_CALLS)
 
 
 @pytest.mark.gpu
@@ -288,3 +290,4 @@ def test_any_call(kernel: str, data: st.DataObject, seed: int, device: torch.dev
 def test_many_calls(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
     KERNELS[kernel](data.draw, device)
+    count(KERNEL_CALLS)

@@ -24,6 +24,7 @@ from attention_cases import (
     storage,
     twin,
 )
+from counts import KERNEL_CALLS, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -130,6 +131,7 @@ def test_any_strides_are_read_and_written(state_layout: str, cache_layout: str, 
 @settings(max_examples=30)
 @given(data=st.data(), shape=small_shapes(max_tokens=48), dtype=st.sampled_from(DTYPES))
 def test_any_shapes_strides_and_positions(data: st.DataObject, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    count(KERNEL_CALLS)
     positions = data.draw(st.lists(st.integers(-shape.T - 1, shape.S + 1), min_size=shape.B, max_size=shape.B), "positions")
     states = torch.randn(2, *shape.states, device=device).to(dtype)
     caches = torch.randn(2, *shape.cache, device=device).to(dtype)

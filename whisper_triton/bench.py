@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from whisper_triton.failure import Failure
+from whisper_triton.failure import Failure, say
 
 if TYPE_CHECKING:
     from whisper_triton.benchmarks.harness import Place
@@ -44,9 +44,10 @@ def compare_files(ctx: click.Context, _: click.Parameter, files: tuple[Path, Pat
     from whisper_triton.benchmarks.compare import compare
 
     try:
-        click.echo(compare(*files))
+        compared = compare(*files)
     except (OSError, ValueError) as error:
         raise Failure(str(error)) from error
+    say(compared + "\n")
     ctx.exit()
 
 

@@ -15,7 +15,7 @@ import click
 
 from whisper_triton import __version__
 from whisper_triton.bench import bench
-from whisper_triton.failure import Failure
+from whisper_triton.failure import Failure, say
 from whisper_triton.output import FORMATS
 
 DTYPES = ("float16", "float32", "bfloat16", "fp16", "fp32", "bf16")
@@ -35,7 +35,7 @@ def doctor() -> None:
     """Say what this runs on: GPU, versions, and which path each part takes and why."""
     from whisper_triton.doctor import report
 
-    click.echo(report())
+    say(report() + "\n")
 
 
 @main.command()

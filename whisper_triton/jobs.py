@@ -23,7 +23,7 @@ from tqdm import tqdm
 from whisper_triton import accelerate
 from whisper_triton.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
 from whisper_triton.checkpoints import CheckpointError, load_model
-from whisper_triton.failure import Failure, complain
+from whisper_triton.failure import Failure, complain, say
 from whisper_triton.output import Transcript, render
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path
 from whisper_triton.transcription import Speech, check_request, parse_language, transcribe
@@ -205,13 +205,7 @@ def _write(text: str, target: Path | None) -> bool:
         Failure: stdout takes no more.
     """
     if target is None:
-        try:
-            with tqdm.external_write_mode():
-                click.echo(text, nl=False)
-        except BrokenPipeError:  # as with `| head`: click ends the command quietly
-            raise
-        except OSError as error:
-            raise Failure(f"cannot write to stdout: {error.strerror}") from error
+        say(text)
         return True
     try:
         target.write_text(text, encoding="utf-8")

@@ -147,6 +147,8 @@ def _take_back(module: nn.Module, methods: dict[str, MethodType]) -> None:
     for name, method in methods.items():
         if vars(module).get(name) is method:
             delattr(module, name)
+        if vars(module).get("_old_forward") is method:  # a hook of the package accelerate was put around it
+            module._old_forward = MethodType(type(module).forward, module)
     delattr(module, STATE)
 
 
