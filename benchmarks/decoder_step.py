@@ -16,20 +16,18 @@ launch is for, so the gains need not add up to the step: each is what a link cos
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import nn
 from transformers import StaticCache, WhisperForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
-from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, parse, time_device, time_graph
-from whisper_triton.benchmarks.models import SHAPES, StepInput, check, check_logits, get_model, step_input
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, time_device, time_graph
+from whisper_triton.benchmarks.models import StepInput, check, check_logits, models_on, step_input
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 import whisper_triton
 from whisper_triton import fused
@@ -211,16 +209,10 @@ def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, mode:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
-    parser.add_argument("--batch", default="1,2,4,8,16", help="batch sizes, separated by commas")
+    parser = parser_for(__doc__, "large-v3", "1,2,4,8,16")
     parser.add_argument("--compile", default="none", choices=MODES, help="mode of stock's torch.compile")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "decoder_step.jsonl")
-    args = parse(parser)
-    place = Place.on()
-    load = functools.partial(get_model, dtype=place.dtype, device=place.device)
-    benches = {"step": functools.partial(bench, mode=args.compile)}
-    run(sweep(benches, place, load, args.model.split(","), [int(B) for B in args.batch.split(",")]), args.output)
+    args = parser.parse_args()
+    measure_named(args, "decoder_step", {"step": functools.partial(bench, mode=args.compile)}, models_on)
 
 
 if __name__ == "__main__":
