@@ -152,9 +152,17 @@ class Models:
 
 
 def bench(
-    place: Place, models: Models, B: int, *, variants: tuple[str, ...] = VARIANTS, calls: int = 10, new_tokens: int = NEW_TOKENS
+    place: Place,
+    models: Models,
+    B: int,
+    *,
+    variants: tuple[str, ...] = VARIANTS,
+    calls: int | None = None,
+    new_tokens: int | None = None,
 ) -> list[Row]:
     """A row a variant, whose calls are timed in turns; their tokens are compared to the first's."""
+    calls = calls or (10 if place.is_gpu else 2)
+    new_tokens = new_tokens or (NEW_TOKENS if place.is_gpu else 8)
     whisper_triton.restore(models.ours)
     check(models.ours, B)
     whisper_triton.accelerate(models.ours)
@@ -176,8 +184,8 @@ def main() -> None:
     parser.add_argument(
         "--variants", default=";".join(VARIANTS), help="separated by semicolons; tokens are compared to the first's"
     )
-    parser.add_argument("--calls", type=int, default=10, help="timed calls a variant, taken in turns")
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="tokens a call")
+    parser.add_argument("--calls", type=int, help="timed calls a variant, taken in turns; 10 unless given, on a CPU 2")
+    parser.add_argument("--new-tokens", type=int, help=f"tokens a call; {NEW_TOKENS} unless given, on a CPU 8")
     args = parser.parse_args()
     chosen = functools.partial(bench, variants=tuple(args.variants.split(";")), calls=args.calls, new_tokens=args.new_tokens)
     measure_named(args, "generate", {"generate": chosen}, lambda place: functools.partial(Models, place=place))
