@@ -112,8 +112,8 @@ def run_script(words: Sequence[str], log: Path) -> None:
     for descriptor in (1, 2):
         os.dup2(file.fileno(), descriptor)
     sys.stdout = sys.stderr = file
-    sys.argv = [str(SCRIPTS / words[0]), *words[1:]]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.argv = list(words)
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def run_part(part: Part, folder: Path, device: str, seconds: float | None) -> Row:
@@ -122,7 +122,8 @@ def run_part(part: Part, folder: Path, device: str, seconds: float | None) -> Ro
     rows.unlink(missing_ok=True)
     # On a CPU a process that has imported all it needs is copied: to import it takes longer than to run it.
     context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
-    process = context.Process(target=run_script, args=([*part.command(device), "--output", str(rows)], log))
+    script, *words = part.command(device)
+    process = context.Process(target=run_script, args=([str(SCRIPTS / script), *words, "--output", str(rows)], log))
     start = time.monotonic()
     process.start()
     try:
