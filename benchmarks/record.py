@@ -176,6 +176,8 @@ def main() -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, choices=("cuda", "cpu"), help="cpu: only to see that it runs")
     args = parser.parse_args()
+    if args.device == "cuda" and default == "cpu":
+        parser.error("there is nothing to measure without a GPU, and torch finds none")
     batches = args.batch and [int(B) for B in args.batch.split(",")]
     parts = parts_of(args.device, args.only, args.models and args.models.split(","), batches)
     if not parts:

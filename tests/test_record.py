@@ -127,8 +127,9 @@ def test_a_process_of_its_own_on_a_gpu(tmp_path: Path) -> None:
     assert (ended["end"], ended["rows"]) == ("done", 3), (tmp_path / f"{part.name}.log").read_text()
 
 
-@pytest.mark.parametrize("words", [["--only", "nothing"], ["--models", "nobody"], ["--batch", "1000"]])
+@pytest.mark.parametrize("words", [["--only", "nothing"], ["--models", "nobody"], ["--batch", "1000"], ["--device", "cuda"]])
 def test_what_is_not_recorded(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(record.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["record.py", "--output", str(tmp_path / "new"), *words])
     with pytest.raises(SystemExit, match="2"):
         record.main()
