@@ -17,7 +17,7 @@ launch is for, so the gains need not add up to the step: each is what a link cos
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -149,23 +149,29 @@ def stock_step(
 
 
 @torch.no_grad()
-def time_compiled(model: WhisperForConditionalGeneration, B: int, place: Place, mode: str) -> tuple[float, float]:
-    """(median, spread) in ms of stock's compiled step around POSITION; exits if it is wrong."""
+def time_compiled(
+    model: WhisperForConditionalGeneration, B: int, place: Place, mode: str, positions: Sequence[int] = (POSITION,)
+) -> list[tuple[float, float]]:
+    """(median, spread) in ms of stock's compiled step around each position; exits if it is wrong."""
     given = step_input(model, B)
     torch.compiler.reset()
-    step, _ = stock_step(model, given, lambda function: place.compile(function, mode=mode))
+    step, cache = stock_step(model, given, lambda function: place.compile(function, mode=mode))
     check_logits("stock's compiled step", step()[:, -1].clone(), given, bound=2)
-    calls = POSITION - 16 - 5
-    for _ in range(calls if place.is_gpu else 0):
+    for _ in range(5 if place.is_gpu else 0):  # which warm up, and record
         step()
-    median, spread = time_device(step) if place.is_gpu else measure_on_cpu([step])
-    return median / 1000, spread / 1000
+    times = []
+    for position in positions:
+        for layer in cache.self_attention_cache.layers:
+            layer.cumulative_length.fill_(max(5, position - 15))  # of 30 calls
+        median, spread = time_device(step) if place.is_gpu else measure_on_cpu([step])
+        times.append((median / 1000, spread / 1000))
+    return times
 
 
 def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, mode: str = "none") -> list[Row]:
     """The row of the step, then one a link where the chain of fused kernels covers the model."""
     ours, stock = check(model, B)
-    compiled = None if mode == "none" else time_compiled(model, B, place, mode)
+    compiled = None if mode == "none" else time_compiled(model, B, place, mode)[0]
     with whisper_triton.accelerated(model):
         step = prepare(model, B)
         ms, spread = time_step(model, step)

@@ -11,35 +11,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import torch
 from transformers import WhisperForConditionalGeneration
-from whisper_triton.benchmarks.decoder_step import MODES, prepare, stock_step, time_step
-from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, time_device
-from whisper_triton.benchmarks.models import check, check_logits, models_on, step_input
+from whisper_triton.benchmarks.decoder_step import MODES, prepare, time_compiled, time_step
+from whisper_triton.benchmarks.harness import Place, Row
+from whisper_triton.benchmarks.models import check, models_on
 from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 import whisper_triton
 
 POSITIONS = (20, 100, 200, 300, 420)
 OURS, COMPILED = "accelerate", "stock compiled"
-
-
-@torch.no_grad()
-def time_compiled(
-    model: WhisperForConditionalGeneration, B: int, place: Place, positions: Sequence[int], mode: str
-) -> list[tuple[float, float]]:
-    """(median, spread) in ms of stock's compiled step at each position; exits if it is wrong."""
-    given = step_input(model, B)
-    torch.compiler.reset()
-    step, cache = stock_step(model, given, lambda function: place.compile(function, mode=mode))
-    check_logits("stock's compiled step", step()[:, -1].clone(), given, bound=2)
-    times = []
-    for position in positions:
-        for layer in cache.self_attention_cache.layers:
-            layer.cumulative_length.fill_(max(5, position - 30))
-        median, spread = time_device(step) if place.is_gpu else measure_on_cpu([step])
-        times.append((median / 1000, spread / 1000))
-    return times
 
 
 def bench(
@@ -52,7 +33,7 @@ def bench(
 ) -> list[Row]:
     """A row a variant and position."""
     check(model, B)
-    found = {COMPILED: time_compiled(model, B, place, positions, mode)}
+    found = {COMPILED: time_compiled(model, B, place, mode, positions)}
     with whisper_triton.accelerated(model):
         step = prepare(model, B)
         found[OURS] = [time_step(model, step, position) for position in positions]
