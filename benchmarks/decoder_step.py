@@ -1,6 +1,6 @@
 """One decoding step: our captured chain of fused kernels against its floor and stock's compiled step, by model and batch.
 
-    python benchmarks/decoder_step.py --model large-v3 --batch 1,2,4,8,16
+    python benchmarks/decoder_step.py --model large-v3 --batch 1,2,4,8,16 --compile reduce-overhead
     whisper-triton bench step --model large-v3,turbo --batch 1,8
 
 Random weights in the published shapes or a real checkpoint, position 64. Milliseconds of a graph replay; the floor is the bytes

@@ -6,12 +6,12 @@ Random weights in the published shapes, greedy, 64 new tokens from one window, c
 `accelerate`. Milliseconds. `ms` is the wall clock's, of calls that nothing is put into; `busy_ms` the GPU's work in such a
 call and `host_ms` the rest. Ours is a few launches, most of them of graphs, which keep the GPU busy from their first kernel to
 their last: so its work is the time between CUDA events around each, from other calls (with the launch itself, where the GPU
-waits for it). Of stock, PyTorch's profiler tells in yet another call when at least one kernel runs.
+waits for it). Of what is launched kernel by kernel, PyTorch's profiler tells in yet another call when at least one runs.
 
 From those other calls too, on the GPU's clock: `before_ms` from the call to the encoder, `between_ms` from the encoder to the
 first pass of the decoder, without the projection of the cross keys and values, `after_ms` from the last pass to the return.
 Together they are `around_ms`: configuration copies, processor building, checks, and the small kernels that these launch. On a
-CPU only these four are measured, by the clock, around the modules: nothing is captured there.
+CPU only these four are measured, by the clock, around the model's own passes: nothing is captured there.
 
 Tokens are checked first as benchmarks/generate.py checks them.
 """
@@ -27,7 +27,8 @@ from unittest import mock
 
 import torch
 from transformers import WhisperForConditionalGeneration
-from whisper_triton.benchmarks.generate import NEW_TOKENS, Models, TokenCheck, Variant
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from whisper_triton.benchmarks.generate import NEW_TOKENS, Models, TokenCheck, Variant, synchronize
 from whisper_triton.benchmarks.harness import Place, Row, median_and_spread
 from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
@@ -63,61 +64,46 @@ class Stage(NamedTuple):
     """A part of a call that the GPU works on, and the marks around it."""
 
     name: str
+    is_one_launch: bool  # or one graph: the GPU is at work all the time
     start: Any
     end: Any
 
 
 class Stages:
-    """Has the stages of a variant's calls marked, for a block."""
+    """Has the stages of calls marked, for a block: in classes, for what is put around a model itself may change its path."""
 
-    def __init__(self, place: Place, model: WhisperForConditionalGeneration) -> None:
-        self.clock, self.model, self.found = Clock(place), model, []
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.found = clock, []
 
-    def marked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def marked(self, name: str, is_one_launch: bool, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             start = self.clock.mark()
             result = function(*args, **kwargs)
-            self.found.append(Stage(name, start, self.clock.mark()))
+            self.found.append(Stage(name, is_one_launch, start, self.clock.mark()))
             return result
 
         return call
 
     @contextmanager
-    def of_captured(self) -> Iterator[None]:
-        """Of an accelerated model: what is replayed."""
+    def marking(self) -> Iterator[None]:
         advance = DecoderStep.advance
 
         def marked_advance(step: DecoderStep, *args: Any, **kwargs: Any) -> Callable[[], torch.Tensor]:
-            return self.marked(PASS, advance(step, *args, **kwargs))
+            return self.marked(PASS, True, advance(step, *args, **kwargs))
 
         with ExitStack() as stack:
-            for owner, name, stage in (
-                (CapturedEncoder, "__call__", ENCODER),
-                (DecoderStep, "project", PROJECTION),
-                (DecoderStep, "__call__", PASS),
-            ):
-                stack.enter_context(mock.patch.object(owner, name, self.marked(stage, getattr(owner, name))))
             stack.enter_context(mock.patch.object(DecoderStep, "advance", marked_advance))
-            yield
-
-    @contextmanager
-    def of_modules(self) -> Iterator[None]:
-        """Of a model whose kernels are launched one by one."""
-        encoder, decoder, head = self.model.model.encoder, self.model.model.decoder, self.model.proj_out
-        starts: list[Any] = []
-
-        def begin(*_: Any) -> None:
-            starts.append(self.clock.mark())
-
-        with ExitStack() as stack:
-            for name, first, last in ((ENCODER, encoder, encoder), (PASS, decoder, head)):
-
-                def finish(*_: Any, name: str = name) -> None:
-                    self.found.append(Stage(name, starts.pop(), self.clock.mark()))
-
-                for hook in (first.register_forward_pre_hook(begin), last.register_forward_hook(finish)):
-                    stack.callback(hook.remove)
+            for owner, method, name, is_one_launch in (
+                (WhisperEncoder, "forward", ENCODER, False),
+                (WhisperForConditionalGeneration, "forward", PASS, False),
+                # What stands in their place where it can be replayed.
+                (CapturedEncoder, "__call__", ENCODER, True),
+                (DecoderStep, "__call__", PASS, True),
+                (DecoderStep, "project", PROJECTION, True),
+            ):
+                function = self.marked(name, is_one_launch, getattr(owner, method))
+                stack.enter_context(mock.patch.object(owner, method, function))
             yield
 
 
@@ -156,23 +142,21 @@ def covered(intervals: Sequence[tuple[float, float]]) -> float:
 
 def measure(variant: Variant, calls: int) -> Row:
     """The columns of a variant whose calls have been timed."""
-    place = variant.place
-    is_captured = place.is_gpu and variant.name == "accelerate"
-    splits = []
+    place, clock, splits = variant.place, Clock(variant.place), []
     for _ in range(calls):
-        stages = Stages(place, variant.model)
-        with stages.of_captured() if is_captured else stages.of_modules():
-            if place.is_gpu:
-                torch.cuda.synchronize()
-            start = stages.clock.mark()
+        stages = Stages(clock)
+        with stages.marking():
+            synchronize(place)
+            start = clock.mark()
             variant.generate()
-            end = stages.clock.mark()
-        splits.append(split_of(stages.clock, start, stages.found, end))
+            end = clock.mark()
+        splits.append(split_of(clock, start, stages.found, end))
+    is_launched_at_once = all(stage.is_one_launch for stage in stages.found)
     parts = {name: median_and_spread([split[name] for split in splits]) for name in splits[0]}
     ms, spread = (1000 * value for value in median_and_spread(variant.times))
     row: Row = {"variant": variant.name, "new_tokens": variant.new_tokens, "ms": ms, "spread_ms": spread}
     if place.is_gpu:
-        busy = parts["work"][0] if is_captured else busy_ms(variant.generate)
+        busy = parts["work"][0] if is_launched_at_once else busy_ms(variant.generate)
         row |= {"busy_ms": busy, "host_ms": ms - busy}
     for name in ("before", "between", "after", "around"):
         row |= {f"{name}_ms": parts[name][0], f"{name}_spread_ms": parts[name][1]}

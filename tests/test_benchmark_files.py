@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from whisper_models import mel, tiny_whisper
 from whisper_triton.benchmarks.models import build_model
 
+import whisper_triton
 from whisper_triton import fused_encoder
 from whisper_triton.benchmarks import encoder, harness, host_overhead, prefill
 
@@ -109,7 +112,7 @@ class TestHostOverhead:
     def test_what_lies_where(self) -> None:
         """A call from 0 to 100 ms."""
         stages = [
-            host_overhead.Stage(*stage)
+            host_overhead.Stage(stage[0], True, *stage[1:])
             for stage in (
                 (host_overhead.ENCODER, 0.005, 0.015),
                 (host_overhead.PROJECTION, 0.016, 0.018),
@@ -122,6 +125,22 @@ class TestHostOverhead:
         assert found == pytest.approx({"before": 5, "between": 2, "after": 10, "around": 17, "work": 82})
         with pytest.raises(SystemExit, match="a call ran 0 encoders and 2 passes"):
             host_overhead.split_of(clock, 0.0, stages[1:], 0.1)
+
+    @pytest.mark.usefixtures("eager_steps")
+    def test_the_stages_of_our_loop(self, device: torch.device, loops: list[int]) -> None:
+        model = whisper_triton.accelerate(tiny_whisper(device))
+        features = mel(1, device)
+        stages = host_overhead.Stages(host_overhead.Clock(PLACE))
+        with stages.marking():
+            tokens = model.generate(features, max_new_tokens=6, min_new_tokens=6, num_beams=1)
+        assert torch.equal(tokens, model.generate(features, max_new_tokens=6, min_new_tokens=6, num_beams=1))
+        assert loops == [loops[0]] * 2  # ours in both calls, and after as many steps
+        assert Counter(stage.name for stage in stages.found) == {
+            host_overhead.ENCODER: 1,
+            host_overhead.PROJECTION: 1,
+            host_overhead.PASS: 1 + loops[0],  # the prompt
+        }
+        assert all(stage.is_one_launch for stage in stages.found[-loops[0] :])
 
     def test_work_that_overlaps_counts_once(self) -> None:
         assert host_overhead.covered([(5, 7), (0, 2), (1, 3), (1.5, 2.5)]) == 5
