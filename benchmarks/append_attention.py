@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from whisper_triton.benchmarks.alternatives import BACKENDS, Attention, flex, sdpa, time_alternatives
-from whisper_triton.benchmarks.harness import Place, Row, check, parse_args
-from whisper_triton.benchmarks.models import SHAPES, Shape
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row, check
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 from whisper_triton.benchmarks.update_kv_cache import stock_write
 
 from whisper_triton.kernels import append_attention, append_attention_reference
@@ -79,8 +79,8 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 
 def main() -> None:
-    args = parse_args(__doc__, "append_attention.jsonl")
-    run(sweep({"append_attention": bench}, Place.on(), SHAPES.get, ["large-v3"], (1, 8, 32)), args.output)
+    args = parser_for(__doc__, "large-v3", "1,8,32").parse_args()
+    measure_named(args, "append_attention", {"append_attention": bench}, shapes_on)
 
 
 if __name__ == "__main__":

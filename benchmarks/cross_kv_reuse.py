@@ -27,8 +27,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from whisper_triton.benchmarks.generate import NEW_TOKENS, settings
 from whisper_triton.benchmarks.harness import Place, Row, check, time_calls
 from whisper_triton.benchmarks.models import get_model, in_float64
-from whisper_triton.benchmarks.questions import answer, compiled, keep_still, parser_for, side_by_side
+from whisper_triton.benchmarks.questions import compiled, keep_still, side_by_side
 from whisper_triton.benchmarks.select_token import waits
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 POSITION = 64
 
@@ -158,7 +159,7 @@ def main() -> None:
 
         return load
 
-    answer(args, "cross_kv_reuse", bench, loader)
+    measure_named(args, "cross_kv_reuse", {"cross_kv_reuse": bench}, loader)
 
 
 if __name__ == "__main__":

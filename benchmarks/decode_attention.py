@@ -11,15 +11,12 @@ measured in the same run.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from whisper_triton.benchmarks.alternatives import BACKENDS, best, flex, sdpa, time_alternatives
-from whisper_triton.benchmarks.harness import Place, Row, check, parse
-from whisper_triton.benchmarks.models import SHAPES, Shape
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row, check
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 from whisper_triton.kernels import decode_attention, decode_attention_reference
 
@@ -69,12 +66,8 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", default=BATCHES, help="batch sizes, separated by commas")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "decode_attention.jsonl")
-    args = parse(parser)
-    batches = [int(B) for B in args.batch.split(",")]
-    run(sweep({"decode_attention": bench}, Place.on(), SHAPES.get, ["large-v3"], batches), args.output)
+    args = parser_for(__doc__, "large-v3", BATCHES).parse_args()
+    measure_named(args, "decode_attention", {"decode_attention": bench}, shapes_on)
 
 
 if __name__ == "__main__":

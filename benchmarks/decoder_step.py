@@ -1,6 +1,6 @@
 """One decoding step: our captured chain of fused kernels against its floor and stock's compiled step, by model and batch.
 
-    python benchmarks/decoder_step.py --model large-v3 --batch 1,2,4,8,16
+    python benchmarks/decoder_step.py --model large-v3 --batch 1,2,4,8,16 --compile reduce-overhead
     whisper-triton bench step --model large-v3,turbo --batch 1,8
 
 Random weights in the published shapes or a real checkpoint, position 64. Milliseconds of a graph replay; the floor is the bytes
@@ -16,20 +16,18 @@ launch is for, so the gains need not add up to the step: each is what a link cos
 
 from __future__ import annotations
 
-import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import nn
 from transformers import StaticCache, WhisperForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
-from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, parse, time_device, time_graph
-from whisper_triton.benchmarks.models import SHAPES, StepInput, check, check_logits, get_model, step_input
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, time_device, time_graph
+from whisper_triton.benchmarks.models import StepInput, check, check_logits, models_on, step_input
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 import whisper_triton
 from whisper_triton import fused
@@ -151,23 +149,29 @@ def stock_step(
 
 
 @torch.no_grad()
-def time_compiled(model: WhisperForConditionalGeneration, B: int, place: Place, mode: str) -> tuple[float, float]:
-    """(median, spread) in ms of stock's compiled step around POSITION; exits if it is wrong."""
+def time_compiled(
+    model: WhisperForConditionalGeneration, B: int, place: Place, mode: str, positions: Sequence[int] = (POSITION,)
+) -> list[tuple[float, float]]:
+    """(median, spread) in ms of stock's compiled step around each position; exits if it is wrong."""
     given = step_input(model, B)
     torch.compiler.reset()
-    step, _ = stock_step(model, given, lambda function: place.compile(function, mode=mode))
+    step, cache = stock_step(model, given, lambda function: place.compile(function, mode=mode))
     check_logits("stock's compiled step", step()[:, -1].clone(), given, bound=2)
-    calls = POSITION - 16 - 5
-    for _ in range(calls if place.is_gpu else 0):
+    for _ in range(5 if place.is_gpu else 0):  # which warm up, and record
         step()
-    median, spread = time_device(step) if place.is_gpu else measure_on_cpu([step])
-    return median / 1000, spread / 1000
+    times = []
+    for position in positions:
+        for layer in cache.self_attention_cache.layers:
+            layer.cumulative_length.fill_(max(5, position - 15))  # of 30 calls
+        median, spread = time_device(step) if place.is_gpu else measure_on_cpu([step])
+        times.append((median / 1000, spread / 1000))
+    return times
 
 
 def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, mode: str = "none") -> list[Row]:
     """The row of the step, then one a link where the chain of fused kernels covers the model."""
     ours, stock = check(model, B)
-    compiled = None if mode == "none" else time_compiled(model, B, place, mode)
+    compiled = None if mode == "none" else time_compiled(model, B, place, mode)[0]
     with whisper_triton.accelerated(model):
         step = prepare(model, B)
         ms, spread = time_step(model, step)
@@ -211,16 +215,10 @@ def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, mode:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
-    parser.add_argument("--batch", default="1,2,4,8,16", help="batch sizes, separated by commas")
+    parser = parser_for(__doc__, "large-v3", "1,2,4,8,16")
     parser.add_argument("--compile", default="none", choices=MODES, help="mode of stock's torch.compile")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "decoder_step.jsonl")
-    args = parse(parser)
-    place = Place.on()
-    load = functools.partial(get_model, dtype=place.dtype, device=place.device)
-    benches = {"step": functools.partial(bench, mode=args.compile)}
-    run(sweep(benches, place, load, args.model.split(","), [int(B) for B in args.batch.split(",")]), args.output)
+    args = parser.parse_args()
+    measure_named(args, "decoder_step", {"step": functools.partial(bench, mode=args.compile)}, models_on)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ By default the shapes of large-v3, fp16. Microseconds in a CUDA graph. A row a s
 from __future__ import annotations
 
 import torch
-from whisper_triton.benchmarks.harness import Place, Row, parse_args
-from whisper_triton.benchmarks.models import SHAPES, Shape
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 from whisper_triton.kernels import embed_tokens, embed_tokens_reference
 
@@ -34,8 +34,7 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 
 def main() -> None:
-    args = parse_args(__doc__, "embed_tokens.jsonl")
-    run(sweep({"embed_tokens": bench}, Place.on(), SHAPES.get, ["large-v3"], (1, 8)), args.output)
+    measure_named(parser_for(__doc__, "large-v3").parse_args(), "embed_tokens", {"embed_tokens": bench}, shapes_on)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,24 @@ attention by backend, on the strided views that the chain hands it. `--profile` 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import itertools
-import statistics
-from collections.abc import Callable
-from pathlib import Path
+import functools
+from collections.abc import Callable, Sequence
+from unittest import mock
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from whisper_triton.benchmarks.harness import measure, print_table, relative_error, time_graph, write_rows
-from whisper_triton.benchmarks.models import SHAPES, build_model
+from whisper_triton.benchmarks.harness import Place, Row, check, measure, relative_error, time_graph
+from whisper_triton.benchmarks.models import models_on
+from whisper_triton.benchmarks.questions import compiled
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 import whisper_triton
 from whisper_triton import fused_encoder
+from whisper_triton.encoder import CapturedEncoder
 
 MODES = ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "none")
 BACKENDS = {
@@ -37,13 +39,16 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+Encode = Callable[[torch.Tensor], torch.Tensor]  # (B, mel bins, frames) to (B, frames / 2, C)
 CHECKED = 2  # sequences: a float64 run of more takes its time
 
 
-def matmul_rate(size: int = 8192) -> float:
-    """TFLOP/s of a large fp16 product."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
-    return 2 * size**3 / measure([lambda: a @ b] * 3)[0] / 1e6
+@functools.cache
+def matmul_rate(place: Place) -> float:
+    """TFLOP/s of a large product."""
+    size = 8192 if place.is_gpu else 512
+    a, b = (place.randn(size, size) for _ in range(2))
+    return 2 * size**3 / place.measure([lambda: a @ b] * 3)[0] / 1e6
 
 
 def tera_operations(encoder: WhisperEncoder, B: int) -> float:
@@ -53,22 +58,6 @@ def tera_operations(encoder: WhisperEncoder, B: int) -> float:
     convolutions = 2 * 2 * T * C * 3 * config.num_mel_bins + 2 * T * C * 3 * C
     layer = 2 * T * (4 * C * C + 2 * C * F) + 4 * T * T * C
     return B * (convolutions + config.encoder_layers * layer) / 1e12
-
-
-def time_calls(call: Callable[[], object], count: int = 20) -> float:
-    """Milliseconds of a call as a caller sees it: what the host needs between launches included."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(count):
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def sdpa_times(encoder: WhisperEncoder, B: int) -> dict[str, float | None]:
@@ -102,68 +91,94 @@ def print_profile(graph: torch.cuda.CUDAGraph, lines: int = 16) -> None:
         print(f"{event.device_time_total:9.1f} us {event.count:4d} x {event.key[:110]}")
 
 
-def bench(name: str, B: int, rate: float, mode: str, has_profile: bool, at_once: int | None) -> dict[str, object]:
-    model = build_model(name)
+def check_ours(encode: Encode, features: torch.Tensor, exact: torch.Tensor, yardstick: float) -> float:
+    """The relative error of the states of some sequences; exits if it is too great, or if two calls differ.
+
+    In fp32, where errors are of the order of the sums alone, twice stock's instead of 1.25 times.
+    """
+    states = encode(features)
+    error = relative_error(states[:CHECKED], exact)
+    if not error <= (2 if features.dtype == torch.float32 else 1.25) * yardstick:
+        raise SystemExit(f"the encoder is wrong: relative error {error:.2e}, stock's {yardstick:.2e}")
+    if not torch.equal(encode(features), states):
+        raise SystemExit("the encoder is wrong: two calls differ")
+    return error
+
+
+def bench(
+    place: Place,
+    model: WhisperForConditionalGeneration,
+    B: int,
+    *,
+    mode: str = "reduce-overhead",
+    at_once: Sequence[int] | None = None,
+    has_profile: bool = False,
+) -> list[Row]:
+    """A row for each of `at_once`, by default the package's choice."""
     encoder = model.model.encoder
-    if at_once is not None:
-        fused_encoder.sequences_at_once = lambda encoder: at_once
     stock = copy.deepcopy(encoder)
-    features = torch.randn(B, encoder.num_mel_bins, 2 * encoder.config.max_source_positions, device="cuda", dtype=model.dtype)
-    with torch.no_grad():
-        exact = copy.deepcopy(stock).double()(features[:CHECKED].double()).last_hidden_state
-        whisper_triton.accelerate(model)
-        ours = encoder(features).last_hidden_state
-        errors = [relative_error(t[:CHECKED], exact) for t in (ours, stock(features).last_hidden_state)]
-        if not errors[0] <= 1.25 * errors[1]:
-            raise SystemExit(f"{name} is wrong at batch {B}: relative error {errors[0]:.2e}, stock's {errors[1]:.2e}")
-        if not torch.equal(encoder(features).last_hidden_state, ours):
-            raise SystemExit(f"{name} at batch {B}: two replays differ")
-        captured = next(iter(encoder._whisper_triton.graphs.values()))
-        ms, spread = (us / 1000 for us in time_graph(captured.graph, 1))
-        floor = 1000 * tera_operations(encoder, B) / rate
-        row: dict[str, object] = {
-            "benchmark": "encoder",
-            "model": name,
-            "B": B,
-            "at_once": min(B, fused_encoder.sequences_at_once(encoder)),
-            "floor_ms": floor,
-            "ours_ms": ms,
-            "spread_ms": spread,
-            "call_ms": time_calls(lambda: encoder(features)),
-            "eager_ms": time_calls(lambda: stock(features)),
-        }
+    features = place.randn(B, encoder.num_mel_bins, 2 * encoder.config.max_source_positions)
+    rate = matmul_rate(place)
+    floor = 1000 * tera_operations(encoder, B) / rate
+    exact = copy.deepcopy(stock).double()(features[:CHECKED].double()).last_hidden_state
+    plain = stock(features).last_hidden_state[:CHECKED]
+    yardstick = relative_error(plain, exact)
+    beside: Row = time_call("eager", lambda: stock(features), place)
+    if mode != "none":
+        traced = compiled(stock, place, fullgraph=False, mode=mode)
+        check("stock's compiled encoder", traced(features).last_hidden_state[:CHECKED], exact, plain)
+        beside |= time_call("compiled", lambda: traced(features), place) | {"mode": mode}
+    if place.is_gpu:
+        beside |= sdpa_times(encoder, B)
+    choose, rows = fused_encoder.sequences_at_once, []
+    for count in dict.fromkeys(min(B, count) for count in at_once or [choose(encoder)]):
+        row: Row = {"benchmark": "encoder", "B": B, "at_once": count, "floor_ms": floor}
+        with whisper_triton.accelerated(model), mock.patch.object(fused_encoder, "sequences_at_once", return_value=count):
+            # What is captured, where there are no graphs.
+            encode = (lambda x: encoder(x).last_hidden_state) if place.is_gpu else fused_encoder.FusedEncoder(encoder)
+            error = check_ours(encode, features, exact, yardstick)
+            row |= time_ours(encode, encoder, features, place) | beside
+            if has_profile:
+                print_profile(graph_of(encoder, features).graph)
         if mode != "none":
-            compiled = torch.compile(stock, mode=mode)
-            row |= {"compiled_ms": time_calls(lambda: compiled(features)), "mode": mode}
-            row["compiled/ours"] = row["compiled_ms"] / ms
-        row |= {"share_%": 100 * floor / ms, "TFLOP/s": rate, "graph_MB": captured.nbytes / 1e6}
-        row |= {"error": f"{errors[0]:.1e}", "stock_error": f"{errors[1]:.1e}"} | sdpa_times(encoder, B)
-        if has_profile:
-            print(f"{name}, batch {B}")
-            print_profile(captured.graph)
-    return row
+            row["compiled/ours"] = row["compiled_ms"] / row["ours_ms"]
+        row |= {"share_%": 100 * floor / row["ours_ms"], "TFLOP/s": rate}
+        rows.append(row | {"error": f"{error:.1e}", "stock_error": f"{yardstick:.1e}"})
+    return rows
+
+
+def time_call(name: str, call: Callable[[], object], place: Place) -> Row:
+    """Milliseconds of a call as a caller sees it: what the host needs between launches included."""
+    median, spread = place.time([call])
+    return {f"{name}_ms": median / 1000, f"{name}_spread_ms": spread / 1000}
+
+
+def graph_of(encoder: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder:
+    """What an accelerated encoder has captured for these features."""
+    return encoder._whisper_triton.graphs[features.shape[0], features.shape[2]]
+
+
+def time_ours(encode: Encode, encoder: WhisperEncoder, features: torch.Tensor, place: Place) -> Row:
+    """A replay alone, and a call of the accelerated encoder."""
+    if place.is_gpu:
+        captured = graph_of(encoder, features)
+        median, spread = time_graph(captured.graph, 1)
+        row: Row = {"graph_MB": captured.nbytes / 1e6}
+    else:
+        median, spread = place.measure([lambda: encode(features)])
+        row = {}
+    return {"ours_ms": median / 1000, "spread_ms": spread / 1000} | row | time_call("call", lambda: encoder(features), place)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
-    parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
+    parser = parser_for(__doc__, "large-v3")
     parser.add_argument("--compile", default="reduce-overhead", choices=MODES, help="mode of stock's torch.compile, or none")
     parser.add_argument("--at-once", help="sequences at once, separated by commas; by default the package's choice")
     parser.add_argument("--profile", action="store_true", help="print the time by kernel")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "encoder.jsonl")
     args = parser.parse_args()
-    rate = matmul_rate()
-    print(f"a large product runs at {rate:.0f} TFLOP/s")
-    choices = [None] if args.at_once is None else [int(n) for n in args.at_once.split(",")]
-    rows = []
-    for name in args.model.split(","):
-        for B, at_once in itertools.product(map(int, args.batch.split(",")), choices):
-            rows.append(bench(name, B, rate, args.compile, args.profile, at_once))
-            torch.compiler.reset()
-            torch.cuda.empty_cache()
-    print_table(rows)
-    write_rows(args.output, rows)
+    at_once = args.at_once and [int(count) for count in args.at_once.split(",")]
+    chosen = functools.partial(bench, mode=args.compile, at_once=at_once, has_profile=args.profile)
+    measure_named(args, "encoder", {"encoder": chosen}, models_on)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from functools import partial
 
 import torch
 from torch.nn.functional import gelu, layer_norm
-from whisper_triton.benchmarks.harness import Place, Row, check, parse_args
-from whisper_triton.benchmarks.models import SHAPES, Shape
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row, check
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 from whisper_triton.kernels import add_layer_norm, add_layer_norm_reference, bias_gelu, bias_gelu_reference
 
@@ -87,9 +87,8 @@ def bench_bias_gelu(place: Place, shape: Shape, B: int) -> list[Row]:
 
 
 def main() -> None:
-    args = parse_args(__doc__, "encoder_kernels.jsonl")
     benches = {"add_layer_norm": bench_add_layer_norm, "bias_gelu": bench_bias_gelu}
-    run(sweep(benches, Place.on(), SHAPES.get, ["large-v3"], (1, 8)), args.output)
+    measure_named(parser_for(__doc__, "large-v3").parse_args(), "encoder_kernels", benches, shapes_on)
 
 
 if __name__ == "__main__":

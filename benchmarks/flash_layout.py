@@ -33,8 +33,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from whisper_triton.benchmarks.harness import Place, Row, check, time_calls
-from whisper_triton.benchmarks.models import Shape, get_shape
-from whisper_triton.benchmarks.questions import PASSES, answer, compiled, keep_still, parser_for
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.questions import PASSES, compiled, keep_still
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 from whisper_triton.kernels import append_attention, append_attention_reference, decode_attention, decode_attention_reference
 
@@ -235,7 +236,8 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 
 def main() -> None:
-    answer(parser_for(__doc__, model="large-v3").parse_args(), "flash_layout", bench, lambda place: get_shape)
+    args = parser_for(__doc__, model="large-v3").parse_args()
+    measure_named(args, "flash_layout", {"flash_layout": bench}, shapes_on)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,15 @@ stock's own too, so the share that equals the first variant's is only reported.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import time
-from pathlib import Path
 
 import torch
 from transformers import LogitsProcessor, WhisperForConditionalGeneration
-from whisper_triton.benchmarks.harness import Place, Row, median_and_spread, parse
-from whisper_triton.benchmarks.models import SHAPES, check, get_model
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row, median_and_spread
+from whisper_triton.benchmarks.models import check, get_model
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 import whisper_triton
 
@@ -154,9 +152,17 @@ class Models:
 
 
 def bench(
-    place: Place, models: Models, B: int, *, variants: tuple[str, ...] = VARIANTS, calls: int = 10, new_tokens: int = NEW_TOKENS
+    place: Place,
+    models: Models,
+    B: int,
+    *,
+    variants: tuple[str, ...] = VARIANTS,
+    calls: int | None = None,
+    new_tokens: int | None = None,
 ) -> list[Row]:
     """A row a variant, whose calls are timed in turns; their tokens are compared to the first's."""
+    calls = calls or (10 if place.is_gpu else 2)
+    new_tokens = new_tokens or (NEW_TOKENS if place.is_gpu else 8)
     whisper_triton.restore(models.ours)
     check(models.ours, B)
     whisper_triton.accelerate(models.ours)
@@ -174,19 +180,15 @@ def bench(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="large-v3", choices=SHAPES)
-    parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
+    parser = parser_for(__doc__, "large-v3")
     parser.add_argument(
         "--variants", default=";".join(VARIANTS), help="separated by semicolons; tokens are compared to the first's"
     )
-    parser.add_argument("--calls", type=int, default=10, help="timed calls a variant, taken in turns")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "generate.jsonl")
-    args = parse(parser)
-    place = Place.on()
-    benches = {"generate": functools.partial(bench, variants=tuple(args.variants.split(";")), calls=args.calls)}
-    load = functools.partial(Models, place=place)
-    run(sweep(benches, place, load, [args.model], [int(B) for B in args.batch.split(",")]), args.output)
+    parser.add_argument("--calls", type=int, help="timed calls a variant, taken in turns; 10 unless given, on a CPU 2")
+    parser.add_argument("--new-tokens", type=int, help=f"tokens a call; {NEW_TOKENS} unless given, on a CPU 8")
+    args = parser.parse_args()
+    chosen = functools.partial(bench, variants=tuple(args.variants.split(";")), calls=args.calls, new_tokens=args.new_tokens)
+    measure_named(args, "generate", {"generate": chosen}, lambda place: functools.partial(Models, place=place))
 
 
 if __name__ == "__main__":

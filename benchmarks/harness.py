@@ -11,6 +11,7 @@ import argparse
 import datetime
 import functools
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -217,10 +218,14 @@ def output_of(*command: str) -> str:
 
 @functools.cache
 def environment(device: str = "cuda") -> Row:
-    """What a row must say about where it comes from; of a device "cpu" its GPU is "none"."""
+    """What a row must say about where it comes from; of a device "cpu" its GPU is "none".
+
+    The revision is git's unless the variable WHISPER_TRITON_REVISION names it, as for a copy of a checkout without its git.
+    """
     has_gpu = device == "cuda" and torch.cuda.is_available()
     # An installed copy may lie within somebody else's repository.
     is_checkout = (Path(__file__).parents[1] / "setup.py").is_file()
+    revision = output_of("git", "describe", "--always", "--dirty") if is_checkout else version("whisper-triton")
     return {
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if has_gpu else "none",
@@ -228,7 +233,7 @@ def environment(device: str = "cuda") -> Row:
         "triton": version("triton") if HAS_TRITON else "none",
         "transformers": version("transformers"),
         "python": sys.version.split()[0],
-        "revision": output_of("git", "describe", "--always", "--dirty") if is_checkout else version("whisper-triton"),
+        "revision": os.environ.get("WHISPER_TRITON_REVISION") or revision,
         "date": datetime.date.today().isoformat(),
     }
 
@@ -244,4 +249,6 @@ def write_rows(path: Path, rows: Sequence[Row], command: str | None = None, devi
     """JSON lines, each row with the environment it was measured in and the command that did, by default this script's."""
     where = environment(device) | {"command": command or command_line()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row | where) + "\n" for row in rows))
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(json.dumps(row | where) + "\n" for row in rows))
+    part.replace(path)  # at once: a process that is ended meanwhile leaves the rows before

@@ -23,9 +23,10 @@ from collections.abc import Callable
 import torch
 from torch._dynamo.utils import counters
 from whisper_triton.benchmarks.harness import Place, Row, time_calls
-from whisper_triton.benchmarks.models import Shape, get_shape
-from whisper_triton.benchmarks.questions import PASSES, answer, compiled, parser_for
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.questions import PASSES, compiled
 from whisper_triton.benchmarks.select_token import CALLS, PROMPT, Stock, count_launches, processors_for, selection_for
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 
@@ -135,12 +136,8 @@ def bench(place: Place, shape: Shape, B: int, *, grows: bool = True) -> list[Row
 def main() -> None:
     args = parser_for(__doc__, model="large-v3").parse_args()
     first = int(args.batch.split(",")[0])
-    answer(
-        args,
-        "logits_processors",
-        lambda place, shape, B: bench(place, shape, B, grows=first == B),
-        lambda place: get_shape,
-    )
+    benches = {"logits_processors": lambda place, shape, B: bench(place, shape, B, grows=first == B)}
+    measure_named(args, "logits_processors", benches, shapes_on)
 
 
 if __name__ == "__main__":

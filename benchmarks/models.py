@@ -6,13 +6,14 @@ which tokens differ for good, so what is checked are logits against a float64 ru
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
-from whisper_triton.benchmarks.harness import relative_error
+from whisper_triton.benchmarks.harness import Place, relative_error
 
 import whisper_triton
 from whisper_triton.checkpoints import load_model
@@ -99,6 +100,16 @@ def get_model(name: str, dtype: torch.dtype, device: torch.device | str) -> Whis
         CheckpointError: neither.
     """
     return build_model(name, dtype, device) if name in SHAPES else load_model(name, dtype, device)[0]
+
+
+def models_on(place: Place) -> Callable[[str], WhisperForConditionalGeneration]:
+    """`get_model` for a place."""
+    return functools.partial(get_model, dtype=place.dtype, device=place.device)
+
+
+def shapes_on(place: Place) -> Callable[[str], Shape]:
+    """`get_shape`, which is the same at every place."""
+    return get_shape
 
 
 def get_shape(name: str) -> Shape:

@@ -10,16 +10,14 @@ whose results are not where attention reads them. `--tune` times tiles instead, 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from whisper_triton.benchmarks.harness import Place, Row, check, measure, parse, print_table
-from whisper_triton.benchmarks.models import SHAPES, Shape
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row, check, measure, print_table
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 from whisper_triton.kernels import CrossTable, cross_table, project_cross_kv, update_kv_cache
 
@@ -114,18 +112,12 @@ def tune(place: Place, shape: Shape, B: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", default="1,2,4,8", help="batch sizes, separated by commas")
+    parser = parser_for(__doc__, "large-v3", "1,2,4,8")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--tune", action="store_true", help="time tiles instead")
-    parser.add_argument("--output", type=Path, help="row file to write")
-    args = parse(parser)
-    name = "tune_project_cross_kv.jsonl" if args.tune else "project_cross_kv.jsonl"
-    place, batches = Place.on(dtype=getattr(torch, args.dtype)), [int(B) for B in args.batch.split(",")]
-    run(
-        sweep({"project_cross_kv": tune if args.tune else bench}, place, SHAPES.get, ["large-v3"], batches),
-        args.output or Path(__file__).parent / "rows" / name,
-    )
+    args = parser.parse_args()
+    name, chosen = ("tune_project_cross_kv", tune) if args.tune else ("project_cross_kv", bench)
+    measure_named(args, name, {name: chosen}, shapes_on, dtype=getattr(torch, args.dtype))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ After "±" stands a time's spread, rounded up; in brackets the least and the gre
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from whisper_triton.benchmarks.plots import named, values
@@ -65,7 +67,6 @@ ALTERNATIVES = [
 class Table(NamedTuple):
     """How rows become a table; `columns` may depend on the rows, and `prepare` on which are one line."""
 
-    command: str  # for rows that do not say how they were made
     columns: Sequence[Column] | Callable[[Sequence[Row]], list[Column]]
     prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
     benchmark: str | None = None  # only these, where rows of a file say of which benchmark they are
@@ -136,12 +137,9 @@ FLASH_WAYS = ("flash", "flash, slices", "flash, copies", "SDPA flash", "ours")
 GROWING = ("growing, first pass", "growing, second pass", "growing, third pass")
 PROCESSOR_WAYS = ("stock", "compiled", *GROWING, "ours", "ours, graph")
 TABLES = {
-    "generate": Table("python benchmarks/generate.py", generate_columns, BY_VARIANT),
-    "generate_accelerate": Table(
-        'python benchmarks/generate.py --variants "stock static+compile;accelerate"', generate_columns, BY_VARIANT
-    ),
+    "generate": Table(generate_columns, BY_VARIANT),
+    "generate_accelerate": Table(generate_columns, BY_VARIANT),
     "decoder_step": Table(
-        "python benchmarks/decoder_step.py",
         [
             MODEL,
             BATCH,
@@ -155,28 +153,48 @@ TABLES = {
         benchmark="step",
     ),
     "step_links": Table(
-        "python benchmarks/decoder_step.py",
         link_columns,
         pivot("link", "model", "B"),
         benchmark="step_links",
         file="decoder_step",
     ),
     "encoder": Table(
-        "python benchmarks/encoder.py --compile none",
         [
             MODEL,
             BATCH,
-            measured("stock eager, ms", "eager_ms"),
-            measured("stock compiled, ms", "compiled_ms", optional=True),
-            measured("call, ms", "call_ms"),
+            measured("stock eager, ms", "eager_ms", "eager_spread_ms"),
+            measured("stock compiled, ms", "compiled_ms", "compiled_spread_ms", optional=True),
+            measured("call, ms", "call_ms", "call_spread_ms"),
             measured("replay, ms", "ours_ms", "spread_ms"),
             measured("floor, ms", "floor_ms"),
             Column("share of the rate", ("share_%",), "{:.0f} %".format),
             measured("rate, TFLOP/s", "TFLOP/s"),
         ],
     ),
+    "encoder_at_once": Table(
+        [
+            MODEL,
+            BATCH,
+            Column("sequences at once", ("at_once",)),
+            measured("replay, ms", "ours_ms", "spread_ms"),
+            Column("share of the rate", ("share_%",), "{:.0f} %".format),
+        ],
+    ),
+    "host_overhead": Table(
+        [
+            MODEL,
+            BATCH,
+            Column("variant", ("variant",)),
+            measured("call, ms", "ms", "spread_ms"),
+            measured("GPU at work, ms", "busy_ms", optional=True),
+            measured("the rest, ms", "host_ms", optional=True),
+            measured("before the encoder", "before_ms"),
+            measured("between it and the first step", "between_ms"),
+            measured("after the last step", "after_ms"),
+            measured("these three, ms", "around_ms", "around_spread_ms"),
+        ],
+    ),
     "select_token": Table(
-        "python benchmarks/select_token.py",
         [
             BATCH,
             TIMESTAMPS,
@@ -189,7 +207,6 @@ TABLES = {
         ],
     ),
     "decode_attention": Table(
-        "python benchmarks/decode_attention.py",
         [
             BATCH,
             measured("floor", "floor_us"),
@@ -201,7 +218,6 @@ TABLES = {
         ],
     ),
     "append_attention": Table(
-        "python benchmarks/append_attention.py",
         [
             BATCH,
             Column("length", ("length",)),
@@ -213,7 +229,6 @@ TABLES = {
         ],
     ),
     "update_kv_cache": Table(
-        "python benchmarks/update_kv_cache.py",
         [
             BATCH,
             Column("tokens", ("T",)),
@@ -224,11 +239,8 @@ TABLES = {
             STOCK_OVER_OURS,
         ],
     ),
-    "reshape_free": Table(
-        "python benchmarks/reshape_free.py", reshaping_columns, pivot("how", "model", "B", "T", "part", "layers")
-    ),
+    "reshape_free": Table(reshaping_columns, pivot("how", "model", "B", "T", "part", "layers")),
     "flash_layout": Table(
-        "python benchmarks/flash_layout.py",
         [
             MODEL,
             BATCH,
@@ -242,7 +254,6 @@ TABLES = {
         pivot("way", "model", "B", "cost", "part", "length", "how"),
     ),
     "cross_kv_reuse": Table(
-        "python benchmarks/cross_kv_reuse.py",
         [
             MODEL,
             Column("layers", ("layers",)),
@@ -255,7 +266,6 @@ TABLES = {
         ],
     ),
     "logits_processors": Table(
-        "python benchmarks/logits_processors.py",
         [
             BATCH,
             TIMESTAMPS,
@@ -271,16 +281,40 @@ TABLES = {
 }
 
 
-def caption(rows: Sequence[Row], command: str) -> str:
-    """By which command, on what, with which versions and when the rows were measured."""
-    commands = ", ".join(f"`{said}`" for said in values(rows, "command") or [command])
+def commands(rows: Sequence[Row], name: str) -> list[str]:
+    """By which the rows were measured; of commands that differ in models and batches alone the one that measures as much."""
+    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for said in values(rows, "command") or [f"python benchmarks/{name}.py"]:
+        words, given = shlex.split(said), {"--model": "", "--batch": ""}
+        for i, word in enumerate(words[:-1]):
+            if word in given:
+                given[word], words[i + 1] = words[i + 1], word
+        batches_of = found.setdefault(tuple(words), {})
+        for model in given["--model"].split(","):
+            batches_of.setdefault(model, []).extend(given["--batch"].split(","))
+    lines = []
+    for words, batches_of in found.items():
+        models_of: dict[str, list[str]] = {}
+        for model, batches in batches_of.items():
+            models_of.setdefault(",".join(sorted(set(batches), key=lambda B: (len(B), B))), []).append(model)
+        for batches, models in models_of.items():
+            all_of = {"--model": ",".join(models), "--batch": batches}
+            # Where one of these words is repeated, its value was.
+            told = [all_of.get(word, word) if before == word else word for before, word in pairwise(("", *words))]
+            lines.append(shlex.join(told))
+    return lines
+
+
+def caption(rows: Sequence[Row], name: str) -> str:
+    """By which commands, on what, with which versions and when the rows were measured."""
+    said = ", ".join(f"`{command}`" for command in commands(rows, name))
     where = [", ".join(named(column, value) for value in values(rows, column)) for column in ("gpu", "dtype")]
     where += [
         f"{c} {', '.join(map(str, values(rows, c)))}" for c in ("driver", "torch", "triton", "transformers") if values(rows, c)
     ]
     when = f"{', '.join(sorted(values(rows, 'date')))} at revision {', '.join(values(rows, 'revision'))}"
     notes = "".join(f" ({source})" for source in values(rows, "source"))
-    return f"{commands} on {', '.join(text for text in where if text)}; {when}{notes}:"
+    return f"{said} on {', '.join(text for text in where if text)}; {when}{notes}:"
 
 
 def render_table(name: str, rows: Sequence[Row]) -> str:
@@ -297,4 +331,4 @@ def render_table(name: str, rows: Sequence[Row]) -> str:
             raise ValueError(f"rows/{name}.jsonl: no row has the column {missing[0]}, which README's table shows")
     columns = [column for column in columns if there.issuperset(column.of)]
     cells = [[column.header for column in columns], ["---"] * len(columns), *([c.cell(row) for c in columns] for row in lines)]
-    return f"{caption(rows, table.command)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    return f"{caption(rows, table.file or name)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)

@@ -23,8 +23,9 @@ from types import SimpleNamespace
 import torch
 from transformers.models.whisper.modeling_whisper import eager_attention_forward
 from whisper_triton.benchmarks.harness import Place, Row, check
-from whisper_triton.benchmarks.models import Shape, get_shape
-from whisper_triton.benchmarks.questions import answer, compiled, keep_still, parser_for, side_by_side
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.questions import compiled, keep_still, side_by_side
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 PROMPT = 4
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -151,7 +152,7 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 def main() -> None:
     args = parser_for(__doc__, model="large-v3,tiny").parse_args()
-    answer(args, "reshape_free", bench, lambda place: get_shape)
+    measure_named(args, "reshape_free", {"reshape_free": bench}, shapes_on)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from transformers import (
     WhisperTimeStampLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
-from whisper_triton.benchmarks.harness import Place, Row, parse_args
-from whisper_triton.benchmarks.models import SHAPES, Shape
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 from whisper_triton.decode_loop import TokenSelection
 from whisper_triton.kernels import select_token
@@ -134,8 +134,7 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 
 def main() -> None:
-    args = parse_args(__doc__, "select_token.jsonl")
-    run(sweep({"select_token": bench}, Place.on(), SHAPES.get, ["large-v3"], (1, 8, 32)), args.output)
+    measure_named(parser_for(__doc__, "large-v3", "1,8,32").parse_args(), "select_token", {"select_token": bench}, shapes_on)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from whisper_triton.benchmarks.harness import Place, Row, check, parse_args
-from whisper_triton.benchmarks.models import SHAPES, Shape
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row, check
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 from whisper_triton.kernels.skinny_linear import LayerNorm
 
 from whisper_triton.fused import max_rows
@@ -108,8 +108,7 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 
 def main() -> None:
-    args = parse_args(__doc__, "skinny_linear.jsonl")
-    run(sweep({"skinny_linear": bench}, Place.on(), SHAPES.get, ["large-v3"], (1, 8)), args.output)
+    measure_named(parser_for(__doc__, "large-v3").parse_args(), "skinny_linear", {"skinny_linear": bench}, shapes_on)
 
 
 if __name__ == "__main__":

@@ -8,40 +8,19 @@ graph replay, stock's the step under `torch.compile`.
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from transformers import WhisperForConditionalGeneration
-from whisper_triton.benchmarks.decoder_step import MODES, prepare, stock_step, time_step
-from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, parse, time_device
-from whisper_triton.benchmarks.models import SHAPES, check, check_logits, get_model, step_input
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.decoder_step import MODES, prepare, time_compiled, time_step
+from whisper_triton.benchmarks.harness import Place, Row
+from whisper_triton.benchmarks.models import check, models_on
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 import whisper_triton
 
 POSITIONS = (20, 100, 200, 300, 420)
 OURS, COMPILED = "accelerate", "stock compiled"
-
-
-@torch.no_grad()
-def time_compiled(
-    model: WhisperForConditionalGeneration, B: int, place: Place, positions: Sequence[int], mode: str
-) -> list[tuple[float, float]]:
-    """(median, spread) in ms of stock's compiled step at each position; exits if it is wrong."""
-    given = step_input(model, B)
-    torch.compiler.reset()
-    step, cache = stock_step(model, given, lambda function: place.compile(function, mode=mode))
-    check_logits("stock's compiled step", step()[:, -1].clone(), given, bound=2)
-    times = []
-    for position in positions:
-        for layer in cache.self_attention_cache.layers:
-            layer.cumulative_length.fill_(max(5, position - 30))
-        median, spread = time_device(step) if place.is_gpu else measure_on_cpu([step])
-        times.append((median / 1000, spread / 1000))
-    return times
 
 
 def bench(
@@ -54,7 +33,7 @@ def bench(
 ) -> list[Row]:
     """A row a variant and position."""
     check(model, B)
-    found = {COMPILED: time_compiled(model, B, place, positions, mode)}
+    found = {COMPILED: time_compiled(model, B, place, mode, positions)}
     with whisper_triton.accelerated(model):
         step = prepare(model, B)
         found[OURS] = [time_step(model, step, position) for position in positions]
@@ -66,18 +45,13 @@ def bench(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
-    parser.add_argument("--batch", default="1,8", help="batch sizes, separated by commas")
+    parser = parser_for(__doc__, "large-v3")
     parser.add_argument("--positions", default=",".join(map(str, POSITIONS)), help="slots in use, separated by commas")
     parser.add_argument("--compile", default="reduce-overhead", choices=MODES[:2], help="mode of stock's torch.compile")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "step_position.jsonl")
-    args = parse(parser)
-    place = Place.on()
+    args = parser.parse_args()
     positions = [int(position) for position in args.positions.split(",")]
-    benches = {"step_position": functools.partial(bench, positions=positions, mode=args.compile)}
-    load = functools.partial(get_model, dtype=place.dtype, device=place.device)
-    run(sweep(benches, place, load, args.model.split(","), [int(B) for B in args.batch.split(",")]), args.output)
+    chosen = functools.partial(bench, positions=positions, mode=args.compile)
+    measure_named(args, "step_position", {"step_position": chosen}, models_on)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""Benchmarks as tasks: one after the other, with progress on stderr, rows kept as they come, and tables at the end."""
+"""Benchmarks as tasks: one after the other, with progress on stderr, rows kept as they come, and tables at the end.
+
+`parser_for` and `measure_named` are the command line of all benchmarks that go by model and batch. Without a GPU, or with
+`--device cpu`, they run on a tiny shape, results checked, to show that they run: times mean nothing then, `compiled` only
+traces, nothing is captured, and a row file is written only where one is named.
+"""
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import sys
@@ -12,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from whisper_triton.benchmarks.harness import Place, Row, print_table, write_rows
+from whisper_triton.benchmarks.models import SHAPES
 from whisper_triton.kernels._dispatch import failed_gpus, why_reference
 
 Bench = Callable[[Place, Any, int], list[Row]]  # of a shape or a model, and a batch size
@@ -56,3 +63,40 @@ def run(tasks: Sequence[Task], output: Path | None, command: str | None = None, 
         print(f"\n{benchmark}")
         print_table([{k: v for k, v in row.items() if k != "benchmark"} for row in rows if row["benchmark"] == benchmark])
     return rows
+
+
+def parser_for(description: str, model: str, batch: str = "1,8") -> argparse.ArgumentParser:
+    """What the benchmarks' command lines share; `model` and `batch` are defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    named = f"of {', '.join(SHAPES)}, or a checkpoint; several separated by commas (on a CPU: toy)"
+    parser.add_argument("--model", help=f"{named}; {model} unless given")
+    parser.add_argument("--batch", default=batch, help="batch sizes, separated by commas")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, choices=("cuda", "cpu"), help="cpu: only to see that it runs")
+    parser.add_argument("--output", type=Path, help="row file to write; by default one in benchmarks/rows/, none on a CPU")
+    parser.set_defaults(default_model=model)
+    return parser
+
+
+@torch.no_grad()
+def measure_named(
+    args: argparse.Namespace,
+    name: str,
+    benches: dict[str, Bench],
+    loader: Callable[[Place], Callable[[str], Any]],
+    dtype: torch.dtype = torch.float16,
+) -> list[Row]:
+    """Runs `benches` for each model and batch that `parser_for`'s arguments name, and returns the rows.
+
+    `loader(place)(model)` is what a bench gets. The rows go to benchmarks/rows/NAME.jsonl unless `args` say otherwise.
+    `dtype` is that of a GPU.
+    """
+    is_cpu = args.device == "cpu"
+    if is_cpu:
+        torch.set_num_threads(1)  # a second one brings such shapes nothing, and waits where the cores are busy
+    torch.manual_seed(0)
+    place = Place.on(args.device, torch.float32 if is_cpu else dtype)
+    models = (args.model or ("toy" if is_cpu else args.default_model)).split(",")
+    output = args.output or (None if is_cpu else Path(__file__).parent / "rows" / f"{name}.jsonl")
+    batches = [int(B) for B in args.batch.split(",")]
+    return run(sweep(benches, place, loader(place), models, batches), output, device=args.device)

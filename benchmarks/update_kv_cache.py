@@ -11,9 +11,9 @@ L2, so only it has a floor. Stock copies the transposed states, then runs arange
 from __future__ import annotations
 
 import torch
-from whisper_triton.benchmarks.harness import Place, Row, parse_args
-from whisper_triton.benchmarks.models import SHAPES, Shape
-from whisper_triton.benchmarks.tasks import run, sweep
+from whisper_triton.benchmarks.harness import Place, Row
+from whisper_triton.benchmarks.models import Shape, shapes_on
+from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 from whisper_triton.kernels import update_kv_cache
 
@@ -76,8 +76,7 @@ def bench(place: Place, shape: Shape, B: int) -> list[Row]:
 
 
 def main() -> None:
-    args = parse_args(__doc__, "update_kv_cache.jsonl")
-    run(sweep({"update_kv_cache": bench}, Place.on(), SHAPES.get, ["large-v3"], (1, 8)), args.output)
+    measure_named(parser_for(__doc__, "large-v3").parse_args(), "update_kv_cache", {"update_kv_cache": bench}, shapes_on)
 
 
 if __name__ == "__main__":

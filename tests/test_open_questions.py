@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,7 +14,10 @@ from whisper_triton.benchmarks.questions import PASSES
 from whisper_triton.benchmarks import cross_kv_reuse, flash_layout, harness, logits_processors, reshape_free
 from whisper_triton.decode_loop import TokenSelection
 
-pytest_plugins = ["whisper_fixtures"]
+if TYPE_CHECKING:
+    from benchmark_fixtures import Run
+
+pytest_plugins = ["benchmark_fixtures", "whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")
 
 PLACE = harness.Place(torch.device("cpu"), torch.float32, 10.0)
@@ -26,30 +26,6 @@ ENVIRONMENT = {"gpu", "driver", "torch", "triton", "transformers", "python", "re
 SHARED = {"benchmark", "model", "dtype", "B"}
 WAYS = ("flash", "flash, copies", "SDPA flash", "ours")
 TRACED = ("is_whole", "why", "graphs")
-
-Run = Callable[..., list[dict[str, Any]]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a file's `main` in the small mode and returns the rows it wrote."""
-
-    def run(module: ModuleType, *words: str) -> list[dict[str, Any]]:
-        name, output = module.__name__.rpartition(".")[2], tmp_path / "rows.jsonl"
-        words = ("--device", "cpu", "--batch", "2", *words)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--output", str(output)])
-        try:
-            module.main()
-        finally:
-            torch._dynamo.reset()
-        rows = [json.loads(line) for line in output.read_text().splitlines()]
-        for row in rows:
-            told = [row[column] for column in ("benchmark", "model", "dtype", "B", "gpu")]
-            assert told == [name, "toy", "float32", 2, "none"]
-            assert row["command"] == f"python benchmarks/{name}.py {' '.join(words)}"
-        return rows
-
-    return run
 
 
 @pytest.fixture

@@ -154,6 +154,27 @@ def test_what_rows_say_of_themselves(root: Path) -> None:
     ]
 
 
+def test_commands_that_differ_in_models_and_batches_are_one() -> None:
+    script = "python benchmarks/x.py"
+    said = [
+        f"{script} --model turbo --batch 8 --calls 4",
+        f"{script} --model turbo --batch 1 --calls 4",
+        f"{script} --model tiny --batch 1,8 --calls 4",
+        f"{script} --model medium --batch 2 --calls 4",
+        f"{script} --model turbo --batch 16 --calls 5",
+        f"{script} --way 'a b'",
+        script,
+    ]
+    assert readme_tables.commands([{"command": command} for command in said], "y") == [
+        f"{script} --model turbo,tiny --batch 1,8 --calls 4",
+        f"{script} --model medium --batch 2 --calls 4",
+        f"{script} --model turbo --batch 16 --calls 5",
+        f"{script} --way 'a b'",
+        script,
+    ]
+    assert readme_tables.commands([{}], "y") == ["python benchmarks/y.py"]
+
+
 def test_generate_has_a_line_a_batch() -> None:
     def call(variant: str, B: int, ms: float, **more: object) -> dict:
         calls = {"tok/s": 64e3 * B / ms, "ms": ms, "min_ms": 0.8 * ms, "max_ms": 2 * ms, "first_s": ms / 10}

@@ -129,8 +129,8 @@ def generate(ctx: click.Context, new_tokens: int | None, calls: int | None, **sh
     def prepare(place: Place) -> tuple[dict[str, Bench], Callable[[str], Any]]:
         from whisper_triton.benchmarks import generate
 
-        settings = {"new_tokens": new_tokens or (64 if place.is_gpu else 8), "calls": calls or (10 if place.is_gpu else 2)}
-        return {"generate": functools.partial(generate.bench, **settings)}, functools.partial(generate.Models, place=place)
+        chosen = functools.partial(generate.bench, new_tokens=new_tokens, calls=calls)
+        return {"generate": chosen}, functools.partial(generate.Models, place=place)
 
     measure(ctx, prepare, **shared)
 

@@ -1,0 +1,172 @@
+"""The files of `benchmarks/` as scripts: each that has a command line is run or read here, or has a test file of its own."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from whisper_models import mel, tiny_whisper
+from whisper_triton.benchmarks.models import build_model
+
+import whisper_triton
+from whisper_triton import fused_encoder
+from whisper_triton.benchmarks import encoder, harness, host_overhead, prefill
+
+if TYPE_CHECKING:
+    from benchmark_fixtures import Run
+
+pytest_plugins = ["benchmark_fixtures", "whisper_fixtures"]
+pytestmark = pytest.mark.usefixtures("reference_kernels")
+
+FOLDER = Path(harness.__file__).parent
+MAINS = {path.stem: path.read_text() for path in FOLDER.glob("*.py") if "\ndef main(" in path.read_text()}
+SWEEPS = sorted(name for name, text in MAINS.items() if "measure_named(" in text)
+TUNERS = sorted(name for name in MAINS if name.startswith("tune_"))
+PLACE = harness.Place(torch.device("cpu"), torch.float32, 10.0)
+
+
+def test_every_command_line_is_tested() -> None:
+    others = {"compare": "test_compare.py", "readme": "test_readme_tables.py"}
+    others |= dict.fromkeys(("merge", "record"), "test_record.py")
+    assert set(MAINS) == {*SWEEPS, *TUNERS, *others}
+    for name, test in others.items():
+        assert f"{name}.main()" in (Path(__file__).parent / test).read_text()
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_command_lines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each would measure: its `bench`, which other tests run, for the models and batches named."""
+    module = importlib.import_module(f"whisper_triton.benchmarks.{name}")
+    swept: list[Any] = []
+
+    def measure_named(args: Any, name: str, benches: dict[str, Callable], loader: Callable, **kwargs: Any) -> None:
+        swept.append((name, args.batch, args.model or args.default_model, all(map(callable, benches.values()))))
+
+    monkeypatch.setattr(module, "measure_named", measure_named)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    module.main()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", "tiny,base", "--batch", "3"])
+    module.main()
+    assert swept[0][0] == name
+    assert re.fullmatch(r"[\d,]+", swept[0][1])
+    assert "large-v3" in swept[0][2]
+    assert swept[1] == (name, "3", "tiny,base", True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", TUNERS)
+def test_there_is_nothing_to_tune_without_a_gpu(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"whisper_triton.benchmarks.{name}").main()
+    assert "there is nothing to measure without a GPU" in capsys.readouterr().err
+
+
+class TestEncoder:
+    def test_rows(self, run: Run) -> None:
+        default, *others = run(encoder, "--compile", "none") + run(encoder, "--compile", "none", "--at-once", "1,2,4")
+        assert [row["at_once"] for row in (default, *others)] == [2, 1, 2]
+        for row in (default, *others):
+            assert row["share_%"] == pytest.approx(100 * row["floor_ms"] / row["ours_ms"])
+            assert min(row["eager_ms"], row["call_ms"]) > 0
+
+    def test_a_compiled_one_beside_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(harness, "measure_on_cpu", lambda calls: (2000.0, 10.0))
+        monkeypatch.setattr(encoder, "compiled", lambda function, place, **options: function)
+        with torch.no_grad():
+            (row,) = encoder.bench(PLACE, build_model("toy", torch.float32, "cpu"), 1)
+        assert (row["compiled_ms"], row["compiled/ours"], row["mode"]) == (2.0, 1.0, "reduce-overhead")
+
+    def test_a_wrong_one_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = fused_encoder.bias_gelu
+        monkeypatch.setattr(fused_encoder, "bias_gelu", lambda x, bias: right(x, 1.01 * bias + 0.01))
+        with torch.no_grad(), pytest.raises(SystemExit, match="the encoder is wrong: relative error"):
+            encoder.bench(PLACE, build_model("toy", torch.float32, "cpu"), 1, mode="none")
+
+
+def test_prefill(run: Run) -> None:
+    (row,) = run(prefill, "--calls", "1")
+    assert (row["T"], row["captured"]) == (4, False)
+    assert min(row[f"{name}_ms"] for name in ("stock", "layer by layer", "now", "project")) > 0
+
+
+class TestHostOverhead:
+    def test_rows(self, run: Run) -> None:
+        rows = run(host_overhead, "--calls", "1")
+        assert [row["variant"] for row in rows] == list(host_overhead.VARIANTS)
+        for row in rows:
+            parts = [row[f"{name}_ms"] for name in ("before", "between", "after")]
+            assert min(parts) > 0
+            assert row["around_ms"] == pytest.approx(sum(parts))
+            assert "busy_ms" not in row  # there is no GPU to be at work
+
+    def test_what_lies_where(self) -> None:
+        """A call from 0 to 100 ms."""
+        stages = [
+            host_overhead.Stage(stage[0], True, *stage[1:])
+            for stage in (
+                (host_overhead.ENCODER, 0.005, 0.015),
+                (host_overhead.PROJECTION, 0.016, 0.018),
+                (host_overhead.PASS, 0.019, 0.030),
+                (host_overhead.PASS, 0.031, 0.090),
+            )
+        ]
+        clock = host_overhead.Clock(PLACE)
+        found = host_overhead.split_of(clock, 0.0, stages, 0.1)
+        assert found == pytest.approx({"before": 5, "between": 2, "after": 10, "around": 17, "work": 82})
+        with pytest.raises(SystemExit, match="a call ran 0 encoders and 2 passes"):
+            host_overhead.split_of(clock, 0.0, stages[1:], 0.1)
+
+    @pytest.mark.usefixtures("eager_steps")
+    def test_the_stages_of_our_loop(self, device: torch.device, loops: list[int]) -> None:
+        model = whisper_triton.accelerate(tiny_whisper(device))
+        features = mel(1, device)
+        stages = host_overhead.Stages(host_overhead.Clock(PLACE))
+        with stages.marking():
+            tokens = model.generate(features, max_new_tokens=6, min_new_tokens=6, num_beams=1)
+        assert torch.equal(tokens, model.generate(features, max_new_tokens=6, min_new_tokens=6, num_beams=1))
+        assert loops == [loops[0]] * 2  # ours in both calls, and after as many steps
+        assert Counter(stage.name for stage in stages.found) == {
+            host_overhead.ENCODER: 1,
+            host_overhead.PROJECTION: 1,
+            host_overhead.PASS: 1 + loops[0],  # the prompt
+        }
+        assert all(stage.is_one_launch for stage in stages.found[-loops[0] :])
+
+    def test_work_that_overlaps_counts_once(self) -> None:
+        assert host_overhead.covered([(5, 7), (0, 2), (1, 3), (1.5, 2.5)]) == 5
+        assert host_overhead.covered([]) == 0
+
+
+@pytest.mark.gpu
+def test_host_overhead_on_a_gpu() -> None:
+    place = harness.Place(torch.device("cuda"), torch.float16, 1000.0)
+    rows = host_overhead.bench(place, host_overhead.Models("tiny", place), 2, calls=2, new_tokens=8)
+    for row in rows:
+        assert 0 < row["busy_ms"] < row["ms"]
+        assert 0 < row["around_ms"] < row["ms"]
+
+
+def test_a_revision_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.environment.cache_clear()
+    monkeypatch.setenv("WHISPER_TRITON_REVISION", "told")
+    try:
+        assert harness.environment("cpu")["revision"] == "told"
+    finally:
+        harness.environment.cache_clear()
+
+
+def test_rows_of_before_are_kept_where_writing_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    harness.write_rows(tmp_path / "rows.jsonl", [{"B": 1}], "a command", "cpu")
+    with pytest.raises(TypeError):
+        harness.write_rows(tmp_path / "rows.jsonl", [{"B": object()}], "a command", "cpu")
+    assert '"B": 1' in (tmp_path / "rows.jsonl").read_text()
