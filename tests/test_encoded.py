@@ -167,6 +167,18 @@ class TestWindowsApart:
             assert passes == [1, 1]
         assert results[0] == results[1]
 
+    def test_a_hook_that_writes_into_the_states_is_given_new_ones(self, device: torch.device) -> None:
+        def negate(encoder: Any, args: Any, output: Any) -> None:
+            output.last_hidden_state.mul_(-1)
+
+        results = []
+        for prepare in (lambda model: model, accelerate):
+            model = prepare(tiny_whisper(device, seed=3, is_multilingual=True))
+            model.model.encoder.register_forward_hook(negate)
+            with torch.no_grad():
+                results.append(sequences(model.generate(mel(1, device), task="transcribe", max_new_tokens=8)))
+        assert results[0] == results[1]
+
     def test_hooks_inside_see_every_pass(self, device: torch.device) -> None:
         model, calls = tiny_whisper(device, seed=3, is_multilingual=True), []
         model.model.encoder.layers[0].register_forward_hook(lambda *args: calls.append(1))
@@ -203,14 +215,27 @@ class TestEncoded:
         assert encoded.states_of(torch.nn.Identity(), features) is None
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-    def test_what_is_written_into_the_tensors_changes_nothing(self, mode: type, device: torch.device) -> None:
+    def test_what_is_written_into_the_features_changes_nothing(self, mode: type, device: torch.device) -> None:
         """Inference mode counts no versions, and neither do writes through `.data`."""
         with mode():
             encoded, encoder, features, states = self.encoded(device)
-            wanted, given = states.clone(), features.clone()
+            given = features.clone()
+            features.data += 1
+            assert encoded.states_of(encoder, features) is None
+            assert torch.equal(encoded.states_of(encoder, given), states)
+
+    def test_states_are_kept_without_a_copy_until_they_are_written_into(self, device: torch.device) -> None:
+        encoded, encoder, features, states = self.encoded(device)
+        given = encoded.states_of(encoder, features)
+        assert given is states
+        given[1].mul_(2)
+        assert encoded.states_of(encoder, features) is None
+        assert encoded.states_of(encoder, features[:1]) is None
+
+    def test_states_of_inference_mode_are_copied(self, device: torch.device) -> None:
+        with torch.inference_mode():
+            encoded, encoder, features, states = self.encoded(device)
+            wanted = states.clone()
             states += 1
             encoded.states_of(encoder, features).mul_(2)
             assert torch.equal(encoded.states_of(encoder, features), wanted)
-            features.data += 1
-            assert encoded.states_of(encoder, features) is None
-            assert torch.equal(encoded.states_of(encoder, given), wanted)
