@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from whisper_models import Recorder, mel, tensors_of, tiny_whisper
+from whisper_models import Recorder, counted, mel, tensors_of, tiny_whisper
 
 from whisper_triton import accelerate, accelerated
 from whisper_triton.encoded import ENCODED, Encoded
-from whisper_triton.encoder import CapturedEncoder
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")
-
-
-@contextmanager
-def counted(model: Any) -> Iterator[list[int]]:
-    """The batch size of each pass of the encoder, its graph's replays too. Inside the encoder a hook, or a forward pass put
-    on an instance, would have every pass made: so the classes count.
-    """
-    sizes: list[int] = []
-
-    def count(function: Callable[..., Any], this: Callable[[Any], bool]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if this(self):
-                sizes.append(len(args[0] if args else kwargs["input_features"]))
-            return function(self, *args, **kwargs)
-
-        return counting
-
-    with pytest.MonkeyPatch.context() as patch:
-        forward, replay = WhisperEncoder.forward, CapturedEncoder.__call__
-        patch.setattr(WhisperEncoder, "forward", count(forward, lambda encoder: encoder is model.model.encoder))
-        patch.setattr(CapturedEncoder, "__call__", count(replay, lambda graph: True))
-        yield sizes
 
 
 def sequences(output: Any) -> list[list[int]]:
@@ -239,3 +212,51 @@ class TestEncoded:
             states += 1
             encoded.states_of(encoder, features).mul_(2)
             assert torch.equal(encoded.states_of(encoder, features), wanted)
+
+
+class TestKeptEarly:
+    """Features that are the caller's, and states that are not there yet."""
+
+    def encoded(self, device: torch.device) -> tuple[Encoded, torch.nn.Module, torch.Tensor, torch.Tensor, list[int]]:
+        encoded, encoder, joined = Encoded(), torch.nn.Identity(), []
+        features, states = mel(4, device), torch.arange(4.0, device=device)[:, None]
+        encoded.keep_early(encoder, features, states, lambda: joined.append(1))
+        return encoded, encoder, features, states, joined
+
+    def test_the_whole_is_known_by_its_place(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoded, encoder, features, states, joined = self.encoded(device)
+        monkeypatch.setattr(torch, "equal", lambda *tensors: pytest.fail("waits for the device"))
+        assert encoded.states_of(torch.nn.Identity(), features) is None
+        assert not joined
+        assert encoded.states_of(encoder, features) is states
+        assert encoded.states_of(encoder, features[:, :, :100]) is states
+        copy = encoded.copy_of(features)
+        assert encoded.states_of(encoder, copy) is states
+        assert len(joined) == 3
+
+    def test_all_else_by_what_it_holds(self, device: torch.device) -> None:
+        encoded, encoder, features, states, joined = self.encoded(device)
+        assert encoded.states_of(encoder, features[:2])[:, 0].tolist() == [0, 1]
+        assert encoded.states_of(encoder, features[2:])[:, 0].tolist() == [2, 3]
+        assert encoded.states_of(encoder, features.clone()) is states
+        assert len(joined) == 3
+        assert encoded.states_of(encoder, features.flip(0)) is None
+        repeated = features.as_strided(features.shape, (0, *features.stride()[1:]))  # the first row four times
+        assert encoded.states_of(encoder, repeated) is None
+        assert encoded.copy_of(features.clone()) is None
+
+    @pytest.mark.parametrize("through", [lambda features: features, lambda features: features[1, 2:], torch.Tensor.detach])
+    def test_a_write_into_the_features_is_seen(self, through: Callable, device: torch.device) -> None:
+        encoded, encoder, features, _, _ = self.encoded(device)
+        through(features).mul_(2)
+        assert encoded.copy_of(features) is None
+        assert encoded.states_of(encoder, features) is None
+
+    def test_their_copy_stands_alone(self, device: torch.device) -> None:
+        encoded, encoder, features, states, _ = self.encoded(device)
+        copy = encoded.copy_of(features)
+        features.zero_()
+        assert encoded.states_of(encoder, copy) is states
+        assert encoded.states_of(encoder, features) is None
+        copy.mul_(2)
+        assert encoded.states_of(encoder, copy) is None

@@ -3,11 +3,13 @@
 Stock's `generate` encodes a window for the language, for no-speech and for every temperature. Its features are then the same
 tensor, a copy, or a batch of some of its rows, so what counts is what they hold. Weights are told by their places and
 versions, which somebody's callback may change in the middle of a call, and so are states, large as they are, that others hold
-too. `generation.py` opens an `Encoded` for a call, and the encoder's override asks it.
+too. `generation.py` opens an `Encoded` for a call, `early.py` may fill it before stock has begun, and the encoder's override
+asks it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -24,9 +26,16 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Kept:
     encoder: nn.Module
     weights: tuple[int, ...]
-    features: torch.Tensor  # (B, mel bins, frames), nobody else's
+    features: torch.Tensor  # (B, mel bins, frames), nobody else's but with an early start
     states: torch.Tensor  # (B, frames / 2, C), which those have who asked for them
-    version: int  # of the states
+    join: Callable[[], None] | None = None  # of an early start
+    versions: tuple[int, int] = (0, 0)  # of both tensors
+
+    def __post_init__(self) -> None:
+        self.versions = self.versions_now()
+
+    def versions_now(self) -> tuple[int, int]:
+        return _version_of(self.features), _version_of(self.states)
 
 
 class Encoded:
@@ -38,19 +47,43 @@ class Encoded:
     def keep(self, encoder: nn.Module, features: torch.Tensor, states: torch.Tensor) -> None:
         """features: (B, mel bins, frames), copied. states: (B, frames / 2, C), copied if no version would tell of a write."""
         states = states.clone() if states.is_inference() else states
-        self._kept = _Kept(encoder, weights_of(encoder), features.clone(), states, _version_of(states))
+        self._kept = _Kept(encoder, weights_of(encoder), features.clone(), states)
+
+    def keep_early(self, encoder: nn.Module, features: torch.Tensor, states: torch.Tensor, join: Callable[[], None]) -> None:
+        """As `keep`, but of features that the caller of `generate` may write into: their version tells.
+
+        Args:
+            join: to be called before anything reads the states.
+        """
+        self._kept = _Kept(encoder, weights_of(encoder), features, states, join)
+
+    def copy_of(self, features: torch.Tensor) -> torch.Tensor | None:
+        """A contiguous copy of features that were kept early, which are known by it from here on; None of any others."""
+        kept = self._kept
+        if kept is None or kept.features is not features or kept.versions != kept.versions_now():
+            return None
+        kept.features = features.clone(memory_format=torch.contiguous_format)
+        kept.versions = kept.versions_now()
+        return kept.features
 
     def forget(self) -> None:
         """Gives the memory back, before there is something new to keep."""
         self._kept = None
 
     def states_of(self, encoder: nn.Module, features: torch.Tensor) -> torch.Tensor | None:
-        """The states of `features`, if each row is one of those kept; of all rows, the tensor kept. Waits for the device."""
+        """The states of `features`, if each row is one of those kept; of all rows, the tensor kept.
+
+        Waits for the device, but for features that were kept early, seen through a view of the whole, or copied by `copy_of`.
+        """
         kept = self._kept
         if kept is None or kept.encoder is not encoder or kept.weights != weights_of(encoder):
             return None
-        if kept.version != _version_of(kept.states) or not _is_alike(features, kept.features):
+        if kept.versions != kept.versions_now() or not _is_alike(features, kept.features):
             return None
+        if kept.join is not None:
+            kept.join()
+        if _place_of(features) == _place_of(kept.features):
+            return kept.states
         if features.shape[0] == kept.features.shape[0]:
             states = kept.states.clone() if kept.states.is_inference() else kept.states
             return states if torch.equal(features, kept.features) else None
@@ -77,6 +110,10 @@ def _version_of(tensor: torch.Tensor) -> int:
 
 def _is_alike(features: torch.Tensor, kept: torch.Tensor) -> bool:
     return features.shape[1:] == kept.shape[1:] and (features.dtype, features.device) == (kept.dtype, kept.device)
+
+
+def _place_of(features: torch.Tensor) -> tuple[object, ...]:
+    return features.data_ptr(), features.shape, features.stride()
 
 
 def _sums(features: torch.Tensor) -> torch.Tensor:
