@@ -208,17 +208,17 @@ class TestWhatChangesMeanwhile:
         model, features = accelerate(tiny_whisper(device, seed=3)), mel(2, device)
         frames = 2 * FRAMES
 
-        def segment(seek: list[int], **kwargs: Any) -> torch.Tensor:
-            start, left = torch.tensor(seek), (frames - torch.tensor(seek)).clamp(max=frames)
-            arguments = {"num_segment_frames": frames, "cur_bsz": 2, "batch_idx_map": [0, 1]} | kwargs
-            ours = model._get_input_segment(features, start, left, **arguments)
-            assert torch.equal(ours, STOCKS_SEGMENT(features, start, left, **arguments))
+        def segment(start: int = 0, left: int = frames, rows: int = 2) -> torch.Tensor:
+            kwargs = {"num_segment_frames": frames, "cur_bsz": rows, "batch_idx_map": [0, 1]}
+            args = features, torch.tensor([0, start]), torch.tensor([frames, left])
+            ours = model._get_input_segment(*args, **kwargs)
+            assert torch.equal(ours, STOCKS_SEGMENT(*args, **kwargs))
             return ours
 
         with started(model, features) as encoded:
-            found = [segment([0, 40]), segment([0, 0], cur_bsz=1), segment([0, 0]), segment([0, 0])]
-            assert [encoded._kept.features is each for each in found] == [False, False, True, False]
-        segment([0, 0])
+            found = [segment(start=40), segment(left=60), segment(rows=1), segment(), segment()]
+            assert [encoded._kept.features is each for each in found] == [False, False, False, True, False]
+        segment()
 
 
 @contextmanager
@@ -322,9 +322,9 @@ class TestWhatIsLeftToStock:
         graph = captured(model, 1)
         with torch.no_grad():
             outputs = BaseModelOutput(model.model.encoder(features).last_hidden_state)
-        started = len(graph.started)
-        assert generate(model, encoder_outputs=outputs) == (stock, [])
-        assert len(graph.started) == started
+        for args in ((), (features,)):
+            assert generate(model, *args, encoder_outputs=outputs) == (stock, [])
+        assert graph.started == []
 
     @pytest.mark.bad_input
     @pytest.mark.parametrize(
