@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from whisper_models import Recorder, mel, tensors_of, tiny_whisper
+from whisper_models import Recorder, counted, mel, tensors_of, tiny_whisper
 
 from whisper_triton import accelerate, accelerated
 from whisper_triton.encoded import ENCODED, Encoded
-from whisper_triton.encoder import CapturedEncoder
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")
-
-
-@contextmanager
-def counted(model: Any) -> Iterator[list[int]]:
-    """The batch size of each pass of the encoder, its graph's replays too. Inside the encoder a hook, or a forward pass put
-    on an instance, would have every pass made: so the classes count.
-    """
-    sizes: list[int] = []
-
-    def count(function: Callable[..., Any], this: Callable[[Any], bool]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if this(self):
-                sizes.append(len(args[0] if args else kwargs["input_features"]))
-            return function(self, *args, **kwargs)
-
-        return counting
-
-    with pytest.MonkeyPatch.context() as patch:
-        forward, replay = WhisperEncoder.forward, CapturedEncoder.__call__
-        patch.setattr(WhisperEncoder, "forward", count(forward, lambda encoder: encoder is model.model.encoder))
-        patch.setattr(CapturedEncoder, "__call__", count(replay, lambda graph: True))
-        yield sizes
 
 
 def sequences(output: Any) -> list[list[int]]:
@@ -167,6 +140,18 @@ class TestWindowsApart:
             assert passes == [1, 1]
         assert results[0] == results[1]
 
+    def test_a_hook_that_writes_into_the_states_is_given_new_ones(self, device: torch.device) -> None:
+        def negate(encoder: Any, args: Any, output: Any) -> None:
+            output.last_hidden_state.mul_(-1)
+
+        results = []
+        for prepare in (lambda model: model, accelerate):
+            model = prepare(tiny_whisper(device, seed=3, is_multilingual=True))
+            model.model.encoder.register_forward_hook(negate)
+            with torch.no_grad():
+                results.append(sequences(model.generate(mel(1, device), task="transcribe", max_new_tokens=8)))
+        assert results[0] == results[1]
+
     def test_hooks_inside_see_every_pass(self, device: torch.device) -> None:
         model, calls = tiny_whisper(device, seed=3, is_multilingual=True), []
         model.model.encoder.layers[0].register_forward_hook(lambda *args: calls.append(1))
@@ -203,14 +188,75 @@ class TestEncoded:
         assert encoded.states_of(torch.nn.Identity(), features) is None
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-    def test_what_is_written_into_the_tensors_changes_nothing(self, mode: type, device: torch.device) -> None:
+    def test_what_is_written_into_the_features_changes_nothing(self, mode: type, device: torch.device) -> None:
         """Inference mode counts no versions, and neither do writes through `.data`."""
         with mode():
             encoded, encoder, features, states = self.encoded(device)
-            wanted, given = states.clone(), features.clone()
+            given = features.clone()
+            features.data += 1
+            assert encoded.states_of(encoder, features) is None
+            assert torch.equal(encoded.states_of(encoder, given), states)
+
+    def test_states_are_kept_without_a_copy_until_they_are_written_into(self, device: torch.device) -> None:
+        encoded, encoder, features, states = self.encoded(device)
+        given = encoded.states_of(encoder, features)
+        assert given is states
+        given[1].mul_(2)
+        assert encoded.states_of(encoder, features) is None
+        assert encoded.states_of(encoder, features[:1]) is None
+
+    def test_states_of_inference_mode_are_copied(self, device: torch.device) -> None:
+        with torch.inference_mode():
+            encoded, encoder, features, states = self.encoded(device)
+            wanted = states.clone()
             states += 1
             encoded.states_of(encoder, features).mul_(2)
             assert torch.equal(encoded.states_of(encoder, features), wanted)
-            features.data += 1
-            assert encoded.states_of(encoder, features) is None
-            assert torch.equal(encoded.states_of(encoder, given), wanted)
+
+
+class TestKeptEarly:
+    """Features that are the caller's, and states that are not there yet."""
+
+    def encoded(self, device: torch.device) -> tuple[Encoded, torch.nn.Module, torch.Tensor, torch.Tensor, list[int]]:
+        encoded, encoder, joined = Encoded(), torch.nn.Identity(), []
+        features, states = mel(4, device), torch.arange(4.0, device=device)[:, None]
+        encoded.keep_early(encoder, features, states, lambda: joined.append(1))
+        return encoded, encoder, features, states, joined
+
+    def test_the_whole_is_known_by_its_place(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoded, encoder, features, states, joined = self.encoded(device)
+        monkeypatch.setattr(torch, "equal", lambda *tensors: pytest.fail("waits for the device"))
+        assert encoded.states_of(torch.nn.Identity(), features) is None
+        assert not joined
+        assert encoded.states_of(encoder, features) is states
+        assert encoded.states_of(encoder, features[:, :, :100]) is states
+        copy = encoded.copy_of(features)
+        assert encoded.states_of(encoder, copy) is states
+        assert len(joined) == 3
+
+    def test_all_else_by_what_it_holds(self, device: torch.device) -> None:
+        encoded, encoder, features, states, joined = self.encoded(device)
+        assert encoded.states_of(encoder, features[:2])[:, 0].tolist() == [0, 1]
+        assert encoded.states_of(encoder, features[2:])[:, 0].tolist() == [2, 3]
+        assert encoded.states_of(encoder, features.clone()) is states
+        assert len(joined) == 3
+        assert encoded.states_of(encoder, features.flip(0)) is None
+        repeated = features.as_strided(features.shape, (0, *features.stride()[1:]))  # the first row four times
+        assert encoded.states_of(encoder, repeated) is None
+        assert encoded.copy_of(features.clone()) is None
+
+    @pytest.mark.parametrize("through", [lambda features: features, lambda features: features[1, 2:], torch.Tensor.detach])
+    def test_a_write_into_the_features_is_seen(self, through: Callable, device: torch.device) -> None:
+        encoded, encoder, features, _, _ = self.encoded(device)
+        through(features).mul_(2)
+        assert encoded.copy_of(features) is None
+        assert encoded.states_of(encoder, features) is None
+
+    def test_their_copy_stands_alone(self, device: torch.device) -> None:
+        encoded, encoder, features, states, _ = self.encoded(device)
+        copy = encoded.copy_of(features)
+        features.zero_()
+        assert encoded.states_of(encoder, copy) is states
+        assert encoded.states_of(encoder, features) is None
+        copy.mul_(2)
+        assert encoded.states_of(encoder, copy) is None

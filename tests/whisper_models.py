@@ -4,15 +4,20 @@ they are interrupted."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, WhisperConfig, WhisperForConditionalGeneration
 from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_triton import accelerated
+from whisper_triton.encoder import CapturedEncoder
 
 # The vocabulary of the tiny models: text, special tokens in the order of the real ones, a timestamp every 0.02 s.
 TEXT = 100
@@ -110,6 +115,29 @@ class Recorder(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.scores.append(scores.clone())
         return scores
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """The batch size of each pass of the encoder, its graph's replays too. Inside the encoder a hook, or a forward pass put
+    on an instance, would have every pass made: so the classes count.
+    """
+    sizes: list[int] = []
+
+    def count(function: Callable[..., Any], this: Callable[[Any], bool]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if this(self):
+                sizes.append(len(args[0] if args else kwargs["input_features"]))
+            return function(self, *args, **kwargs)
+
+        return counting
+
+    with pytest.MonkeyPatch.context() as patch:
+        forward, replay = WhisperEncoder.forward, CapturedEncoder.start
+        patch.setattr(WhisperEncoder, "forward", count(forward, lambda encoder: encoder is model.model.encoder))
+        patch.setattr(CapturedEncoder, "start", count(replay, lambda graph: True))
+        yield sizes
 
 
 class Interrupt(TorchDispatchMode):

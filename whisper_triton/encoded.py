@@ -2,13 +2,16 @@
 
 Stock's `generate` encodes a window for the language, for no-speech and for every temperature. Its features are then the same
 tensor, a copy, or a batch of some of its rows, so what counts is what they hold. Weights are told by their places and
-versions, which somebody's callback may change in the middle of a call. `generation.py` opens an `Encoded` for a
-call, and the encoder's override asks it.
+versions, which somebody's callback may change in the middle of a call, and so are states, large as they are, that others hold
+too. `generation.py` opens an `Encoded` for a call, `early.py` may fill it before stock has begun, and the encoder's override
+asks it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,32 +22,74 @@ ENCODED: ContextVar[Encoded | None] = ContextVar("whisper_triton_encoded", defau
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@dataclass
+class _Kept:
+    encoder: nn.Module
+    weights: tuple[int, ...]
+    features: torch.Tensor  # (B, mel bins, frames), nobody else's but with an early start
+    states: torch.Tensor  # (B, frames / 2, C), which those have who asked for them
+    join: Callable[[], None] | None = None  # of an early start
+    versions: tuple[int, int] = (0, 0)  # of both tensors
+
+    def __post_init__(self) -> None:
+        self.versions = self.versions_now()
+
+    def versions_now(self) -> tuple[int, int]:
+        return _version_of(self.features), _version_of(self.states)
+
+
 class Encoded:
-    """The last features that were encoded in a call of `generate`, and their states: copies that nobody else can write."""
+    """The last features that were encoded in a call of `generate`, and their states."""
 
     def __init__(self) -> None:
-        self._kept: tuple[nn.Module, tuple[int, ...], torch.Tensor, torch.Tensor] | None = None
+        self._kept: _Kept | None = None
 
     def keep(self, encoder: nn.Module, features: torch.Tensor, states: torch.Tensor) -> None:
-        """features: (B, mel bins, frames). states: (B, frames / 2, C)."""
-        self._kept = (encoder, weights_of(encoder), features.clone(), states.clone())
+        """features: (B, mel bins, frames), copied. states: (B, frames / 2, C), copied if no version would tell of a write."""
+        states = states.clone() if states.is_inference() else states
+        self._kept = _Kept(encoder, weights_of(encoder), features.clone(), states)
+
+    def keep_early(self, encoder: nn.Module, features: torch.Tensor, states: torch.Tensor, join: Callable[[], None]) -> None:
+        """As `keep`, but of features that the caller of `generate` may write into: their version tells.
+
+        Args:
+            join: to be called before anything reads the states.
+        """
+        self._kept = _Kept(encoder, weights_of(encoder), features, states, join)
+
+    def copy_of(self, features: torch.Tensor) -> torch.Tensor | None:
+        """A contiguous copy of features that were kept early, which are known by it from here on; None of any others."""
+        kept = self._kept
+        if kept is None or kept.features is not features or kept.versions != kept.versions_now():
+            return None
+        kept.features = features.clone(memory_format=torch.contiguous_format)
+        kept.versions = kept.versions_now()
+        return kept.features
 
     def forget(self) -> None:
         """Gives the memory back, before there is something new to keep."""
         self._kept = None
 
     def states_of(self, encoder: nn.Module, features: torch.Tensor) -> torch.Tensor | None:
-        """A copy of the states of `features`, if each row is one of those kept. Waits for the device."""
-        if self._kept is None or self._kept[0] is not encoder or self._kept[1] != weights_of(encoder):
+        """The states of `features`, if each row is one of those kept; of all rows, the tensor kept.
+
+        Waits for the device, but for features that were kept early, seen through a view of the whole, or copied by `copy_of`.
+        """
+        kept = self._kept
+        if kept is None or kept.encoder is not encoder or kept.weights != weights_of(encoder):
             return None
-        _, _, kept, states = self._kept
-        if features.shape[1:] != kept.shape[1:] or (features.dtype, features.device) != (kept.dtype, kept.device):
+        if kept.versions != kept.versions_now() or not _is_alike(features, kept.features):
             return None
-        if features.shape[0] == kept.shape[0]:
-            return states.clone() if torch.equal(features, kept) else None
-        rows = (_sums(features)[:, None] == _sums(kept)).byte().argmax(1)
+        if kept.join is not None:
+            kept.join()
+        if _place_of(features) == _place_of(kept.features):
+            return kept.states
+        if features.shape[0] == kept.features.shape[0]:
+            states = kept.states.clone() if kept.states.is_inference() else kept.states
+            return states if torch.equal(features, kept.features) else None
+        rows = (_sums(features)[:, None] == _sums(kept.features)).byte().argmax(1)
         # Different rows may have the same sum.
-        return states.index_select(0, rows) if torch.equal(features, kept.index_select(0, rows)) else None
+        return kept.states.index_select(0, rows) if torch.equal(features, kept.features.index_select(0, rows)) else None
 
 
 def weights_of(encoder: nn.Module) -> tuple[int, ...]:
@@ -57,6 +102,18 @@ def weights_of(encoder: nn.Module) -> tuple[int, ...]:
     # Of quantised and sharded weights, tensors of other classes, some have no place of their own.
     places = [weight.data_ptr() if type(weight) is nn.Parameter else id(weight) for weight in weights]
     return (*places, *[0 if weight.is_inference() else weight._version for weight in weights])
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_alike(features: torch.Tensor, kept: torch.Tensor) -> bool:
+    return features.shape[1:] == kept.shape[1:] and (features.dtype, features.device) == (kept.dtype, kept.device)
+
+
+def _place_of(features: torch.Tensor) -> tuple[object, ...]:
+    return features.data_ptr(), features.shape, features.stride()
 
 
 def _sums(features: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from .kernels._checks import DTYPES
 from .kernels._dispatch import failed_gpus
 
 MAX_BYTES = 8 << 30  # of memory kept for graphs, the shape in use always among them
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 # Modules whose forward pass we do not know might do something else a call, which a graph does not, nor states kept from before.
 _KNOWN_MODULES = frozenset((
     WhisperEncoder, WhisperEncoderLayer, WhisperAttention, TritonAttention, GELUActivation,
@@ -86,7 +86,8 @@ def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
 class CapturedEncoder:
     """The captured pass of `encoder` for features of one shape.
 
-    Captured when it is made, which packs the weights of q, k and v; calls from several threads or streams take turns.
+    Captured when it is made, which packs the weights of q, k and v; calls from several threads or streams take turns, in a
+    stream of its own.
     """
 
     def __init__(self, encoder: WhisperEncoder, features: torch.Tensor) -> None:
@@ -96,8 +97,9 @@ class CapturedEncoder:
             self.fingerprint = fingerprint(encoder)
             self.features = torch.empty(features.shape, dtype=features.dtype, device=features.device).copy_(features)
             self.graph, self.states, nbytes = capture(lambda: chain(self.features), features.device)
+            self._stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
+            self.features.record_stream(self._stream)  # as may the graph
         self.nbytes = nbytes + self.features.nbytes
-        self._done = torch.cuda.Event()
         self._lock = threading.Lock()
 
     def wait(self) -> None:
@@ -108,14 +110,27 @@ class CapturedEncoder:
         """Whether the graph still is what a pass of `encoder` would do."""
         return self.fingerprint == fingerprint(encoder)
 
+    def start(self, features: torch.Tensor) -> torch.Tensor:
+        """Queues the pass beside the current stream. As a call, but `join` has to come before the states are read."""
+        with self._lock, torch.cuda.device(self.features.device):
+            states = torch.empty_like(self.states)  # those of the graph are overwritten by the next replay
+            states.record_stream(self._stream)  # they may be given up before anybody has joined
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self.features.copy_(features)
+                self.graph.replay()
+                states.copy_(self.states)
+                self._done.record()
+        return states
+
+    def join(self) -> None:
+        """The current stream waits for what has been started."""
+        torch.cuda.current_stream(self.features.device).wait_event(self._done)
+
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """features: (B, mel bins, frames) of the captured shape and dtype. Returns (B, frames / 2, C)."""
-        with self._lock, torch.cuda.device(self.features.device):
-            torch.cuda.current_stream().wait_event(self._done)
-            self.features.copy_(features)
-            self.graph.replay()
-            states = self.states.clone()  # the next replay overwrites them
-            self._done.record()
+        states = self.start(features)
+        self.join()
         return states
 
 
@@ -136,7 +151,7 @@ def _forward(self: WhisperEncoder, *args: Any, **kwargs: Any) -> BaseModelOutput
     if torch.compiler.is_compiling():
         return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
     features = args[0] if args else kwargs.get("input_features")
-    if not _is_covered(self, features, args, kwargs):
+    if not is_covered(self, features, args, kwargs):
         return type(self).forward(self, *args, **kwargs)
     encoded = ENCODED.get()
     if encoded is not None:
@@ -166,7 +181,7 @@ _ARGUMENTS = {
 }
 
 
-def _is_covered(self: WhisperEncoder, features: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_covered(self: WhisperEncoder, features: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether such a call gives states alone, as a graph does; what does not fit the encoder is left to stock's errors."""
     config = self.config
     arguments = {name: value for name, value in kwargs.items() if name not in ("input_features", "attention_mask")}
@@ -179,36 +194,51 @@ def _is_covered(self: WhisperEncoder, features: Any, args: tuple[Any, ...], kwar
         and not torch.is_grad_enabled()
         and not (config.output_attentions or config.output_hidden_states)
         and ("return_dict" in arguments or getattr(config, "return_dict", True))
-        and not torch.is_autocast_enabled(features.device.type)
         and (features.dtype, features.device) == (self.dtype, self.device)
+        and not torch.is_autocast_enabled(features.device.type)  # which not every device knows of
         and features.shape[0] > 0
         and features.shape[1:] == (self.num_mel_bins, 2 * config.max_source_positions)
         and not (features.is_cuda and torch.cuda.is_current_stream_capturing())  # somebody else's graph cannot hold ours
     )
 
 
+def kept_graph(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder | None:
+    """The graph that was captured for such features, if it still is what a pass would do."""
+    graphs = getattr(self, STATE).graphs
+    key = _key(features)
+    with _LOCK:
+        if self.config._attn_implementation != NAME or key not in graphs or not graphs[key].fits(self):
+            return None
+        graphs.move_to_end(key)
+        return graphs[key]
+
+
 def _captured(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder | None:
     """The graph for these features, kept from call to call, or None where there cannot be one."""
     graphs = getattr(self, STATE).graphs
-    key = features.shape[0], features.shape[2]
     with _LOCK:
-        if self.config._attn_implementation != NAME or key not in graphs or not graphs[key].fits(self):
-            for other in [other for other in graphs if not graphs[other].fits(self)]:
-                graphs.pop(other).wait()  # before more memory is taken
-            reason = why_not_captured(self)
-            if reason is not None:
-                report_once(f"the encoder is launched one kernel at a time: {reason}")
-                return None
-            while graphs and sum(graph.nbytes for graph in graphs.values()) > MAX_BYTES:
-                graphs.popitem(last=False)[1].wait()
-            try:
-                graphs[key] = CapturedEncoder(self, features)
-            except (NotCaptured, torch.OutOfMemoryError) as error:
-                reason = str(error).partition(".")[0]  # torch's messages go on for a page
-                report_once(f"the encoder is launched one kernel at a time: {reason}")
-                return None
-        graphs.move_to_end(key)
-        return graphs[key]
+        graph = kept_graph(self, features)
+        if graph is not None:
+            return graph
+        for other in [other for other in graphs if not graphs[other].fits(self)]:
+            graphs.pop(other).wait()  # before more memory is taken
+        reason = why_not_captured(self)
+        if reason is not None:
+            report_once(f"the encoder is launched one kernel at a time: {reason}")
+            return None
+        while graphs and sum(graph.nbytes for graph in graphs.values()) > MAX_BYTES:
+            graphs.popitem(last=False)[1].wait()
+        try:
+            graph = graphs[_key(features)] = CapturedEncoder(self, features)
+        except (NotCaptured, torch.OutOfMemoryError) as error:
+            reason = str(error).partition(".")[0]  # torch's messages go on for a page
+            report_once(f"the encoder is launched one kernel at a time: {reason}")
+            return None
+        return graph
+
+
+def _key(features: torch.Tensor) -> tuple[int, int]:
+    return features.shape[0], features.shape[2]
 
 
 ENCODER_OVERRIDES: dict[str, Callable[..., Any]] = {"forward": _forward}

@@ -26,6 +26,7 @@ from .cache import StaticEncoderDecoderCache, build_static_cache
 from .coverage import returns_tokens_alone, why_not_our_cache, why_not_our_loop, why_not_replayed, why_not_static
 from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
 from .decoder import DecoderStep, fingerprint, why_not_captured
+from .early import start_encoder, whole_segment
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 from .stand_ins import StandIn, stand_in
@@ -90,7 +91,8 @@ class State:
 
 
 def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., Any]:
-    return getattr(type(model), name).__get__(model)
+    stock = next(vars(kind)[name] for kind in type(model).__mro__ if name in vars(kind))  # as it is: one is static
+    return stock.__get__(model, type(model))
 
 
 def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
@@ -106,17 +108,18 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
 def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call = _Call(kwargs.get("custom_generate") is None, returns_tokens_alone(self, state.overridden, args, kwargs))
     is_outermost = state.owner is None
-    reason = why_not_our_loop(self, args, kwargs)
-    if reason is None:
-        kwargs["custom_generate"] = _decode
-    elif self.device.type == "cuda":
-        report_once(f"{STOCKS_LOOP}: {reason}")
     attn_implementation = self.config._attn_implementation
     outer, outer_encoded = _CALL.set(call), ENCODED.set(Encoded())
     try:
         if is_outermost:
             state.owner = call
         with _on_device(self.device, state):
+            start_encoder(self, state.overridden, args, kwargs)
+            reason = why_not_our_loop(self, args, kwargs)
+            if reason is None:
+                kwargs["custom_generate"] = _decode
+            elif self.device.type == "cuda":
+                report_once(f"{STOCKS_LOOP}: {reason}")
             return _stock(self, "generate")(*args, **kwargs)
     finally:
         _CALL.reset(outer)
@@ -223,6 +226,11 @@ def _prepare_generation_config(
     if found is not None:
         state.without_settings = found
     return prepared
+
+
+def _get_input_segment(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    segment = whole_segment(*args, **kwargs)
+    return _stock(self, "_get_input_segment")(*args, **kwargs) if segment is None else segment
 
 
 def _prepare_cache_for_generation(
@@ -352,6 +360,7 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "generate": _generate,
     "_prepare_generation_config": _prepare_generation_config,
+    "_get_input_segment": _get_input_segment,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_prepare_static_cache": _prepare_static_cache,
     "_postprocess_outputs": _postprocess_outputs,

@@ -40,7 +40,8 @@ def is_accelerated(model: nn.Module) -> bool:
     _check_module(model, "is_accelerated")
     state: State | None = vars(model).get(STATE)
     return state is not None and not any(
-        method.__func__ is getattr(type(model), name) for name, method in state.overridden.items()
+        getattr(method, "__func__", method) is getattr(type(model), name)  # a static one comes back as a function
+        for name, method in state.overridden.items()
     )
 
 
@@ -162,7 +163,11 @@ def _bind(model: nn.Module, name: str, function: Callable[..., Any]) -> MethodTy
         return function(self, *args, **kwargs)
 
     # Which `inspect` finds there by itself, but transformers asks for it six times a call.
-    method.__signature__ = inspect.signature(overridden)
+    signature = inspect.signature(overridden)
+    if isinstance(inspect.getattr_static(type(model), name), staticmethod):
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        signature = signature.replace(parameters=[itself, *signature.parameters.values()])
+    method.__signature__ = signature
     return MethodType(method, model)
 
 
