@@ -228,14 +228,16 @@ def detect_no_speech(
     kinds = [type(processor) for processor in processors]
     if WhisperNoSpeechDetection not in kinds:
         return
-    detector = processors[kinds.index(WhisperNoSpeechDetection)]
+    detector, (B, T) = processors[kinds.index(WhisperNoSpeechDetection)], input_ids.shape
     # The prompt's token at which Whisper tells speech from none: where the transcript starts, after what comes before it.
-    index = detector.begin_index - detector.start_of_trans_offset
-    if detector.start_of_trans_offset <= 1 or detector.model is not model or index < 0:
+    index, at_start = detector.begin_index - detector.start_of_trans_offset, None
+    if detector.start_of_trans_offset > 1 and detector.model is model and index >= 0:
+        if detector.inputs["input_features"].shape[0] != B:
+            return  # at a temperature for some rows alone; it has found all rows' before, and would find them again
+        at_start = logits[:, index] if logits.shape[1] == T else step.logits_at(model, T, index)
+    if at_start is None:
         LogitsProcessorList(processors[: kinds.index(WhisperNoSpeechDetection) + 1])(input_ids, logits[:, -1].float())
-    # At a temperature for some rows alone it goes on with what it has found for all, since its inputs are still theirs.
-    elif detector.inputs["input_features"].shape[0] == input_ids.shape[0]:
-        at_start = logits[:, index] if logits.shape[1] == input_ids.shape[1] else step.logits_at(model, index)
+    else:
         detector._no_speech_prob = at_start.float().softmax(-1)[:, detector.no_speech_token]
 
 

@@ -216,8 +216,10 @@ class DecoderStep:
         logits, self._prompt_states = captured.replay()
         return logits.clone()
 
-    def logits_at(self, model: WhisperForConditionalGeneration, index: int) -> torch.Tensor:
-        """Logits (B, vocabulary) at token `index` of the prompt that was the last to be decoded, and nothing since."""
+    def logits_at(self, model: WhisperForConditionalGeneration, T: int, index: int) -> torch.Tensor | None:
+        """Logits (B, vocabulary) at token `index` of a prompt of T tokens, if it was the last thing decoded here."""
+        if self._prompt_states is None or self._prompt_states.shape[1] != T:
+            return None
         with torch.no_grad():
             return model.proj_out(model.model.decoder.layer_norm(self._prompt_states[:, index]))
 
@@ -256,6 +258,7 @@ class DecoderStep:
     def reset(self) -> None:
         """Empties the cache for a window; after a call that was interrupted nothing else may be left as it should be."""
         self.cache.reset()
+        self._prompt_states = None
         if self.fused is not None:
             self.fused.counters.zero_()
         for passes in (self.passes, self._selecting):  # there may be memory for a graph now
