@@ -124,12 +124,13 @@ def _reduce_chunks_kernel(
     high = tl.where((new == 0) & (is_text == 0), last_initial, V)
     none = tl.where(is_text, new == 0, after_timestamp & is_pair)
     banned = ((flags & active) != 0) | (offs < low) | (offs > high) | none
-    # PyTorch's argmax takes a NaN for the greatest.
-    s = tl.where(banned, float("-inf"), tl.where(s == s, s, float("inf")))
+    # PyTorch's argmax takes a NaN for the greatest, beyond infinity.
+    is_number = s == s
+    s = tl.where(banned, float("-inf"), tl.where(is_number, s, float("inf")))
 
     m = tl.max(s, axis=0)
     p = tl.where(banned, 0.0, tl.exp(s - m))
-    key = s
+    key = tl.where(is_number, tl.minimum(s, 3.4028234663852886e38), s)
     chunks, rows = tl.num_programs(0), tl.num_programs(1)
     if TOP_K:
         # Rounded as PyTorch does, and not approximately: values that are equal there are kept together.

@@ -97,12 +97,13 @@ def test_a_row_that_has_ended_gets_pads_and_its_logits_are_not_read(device):
 def test_where_nothing_is_left_or_nothing_is_a_number_the_choice_is_pytorchs(device):
     rules = make_rules(200, device, timestamps=False, begin_length=NEVER, min_length=0)
     rules.flags.zero_()
-    logits = torch.full((3, 200), -torch.inf, device=device)
+    logits = torch.full((4, 200), -torch.inf, device=device)
     logits[1, 150:160] = torch.nan
-    logits[2, 130] = torch.inf
-    state = make_state(3, device)
+    logits[2, 130] = logits[3, 20] = logits[3, 140] = torch.inf
+    logits[3, 30] = logits[3, 170] = torch.nan
+    state = make_state(4, device)
     select_token(logits, rules, state, block_size=128)
-    assert state.next_ids.flatten().tolist() == logits.argmax(-1).tolist() == [0, 150, 130]
+    assert state.next_ids.flatten().tolist() == logits.argmax(-1).tolist() == [0, 150, 130, 30]
 
 
 @pytest.mark.bad_input

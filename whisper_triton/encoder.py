@@ -195,7 +195,8 @@ def is_covered(self: WhisperEncoder, features: Any, args: tuple[Any, ...], kwarg
         and not (config.output_attentions or config.output_hidden_states)
         and ("return_dict" in arguments or getattr(config, "return_dict", True))
         and (features.dtype, features.device) == (self.dtype, self.device)
-        and not torch.is_autocast_enabled(features.device.type)  # which not every device knows of
+        and not features.is_meta  # which autocast does not know
+        and not torch.is_autocast_enabled(features.device.type)
         and features.shape[0] > 0
         and features.shape[1:] == (self.num_mel_bins, 2 * config.max_source_positions)
         and not (features.is_cuda and torch.cuda.is_current_stream_capturing())  # somebody else's graph cannot hold ours
