@@ -411,7 +411,7 @@ class TestTinyEn:
 
 
 @pytest.mark.usefixtures("reference_kernels", "eager_steps")
-@pytest.mark.parametrize("name", ["speech", "noise", "two speakers"])
+@pytest.mark.parametrize("name", ["speech", *(pytest.param(n, marks=pytest.mark.gpu) for n in ("noise", "two speakers"))])
 def test_half_precision_differs_from_stocks_only_at_ties(
     name: str, tiny_en: tuple, speech: np.ndarray, loops: list[int]
 ) -> None:
