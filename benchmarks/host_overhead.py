@@ -10,7 +10,8 @@ waits for it). Of what is launched kernel by kernel, PyTorch's profiler tells in
 
 From those other calls too, on the GPU's clock: `before_ms` from the call to the encoder, `between_ms` from the encoder to the
 first pass of the decoder, without the projection of the cross keys and values, `after_ms` from the last pass to the return.
-Together they are `around_ms`: configuration copies, processor building, checks, and the small kernels that these launch. On a
+Together they are `around_ms`: configuration copies, processor building, checks, and the small kernels that these launch. What
+stock prepares while the encoder's graph runs beside it counts only as far as it outlasts the encoder, in `between_ms`. On a
 CPU only these four are measured, by the clock, around the model's own passes: nothing is captured there.
 
 Tokens are checked first as benchmarks/generate.py checks them.
@@ -92,13 +93,22 @@ class Stages:
         def marked_advance(step: DecoderStep, *args: Any, **kwargs: Any) -> Callable[[], torch.Tensor]:
             return self.marked(PASS, True, advance(step, *args, **kwargs))
 
+        start_encoder = CapturedEncoder.start
+
+        def marked_start(graph: CapturedEncoder, features: torch.Tensor) -> torch.Tensor:
+            start = self.clock.mark()  # in the stream that the graph's own waits for
+            states = start_encoder(graph, features)
+            with torch.cuda.stream(graph.stream):
+                self.found.append(Stage(ENCODER, True, start, self.clock.mark()))
+            return states
+
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(DecoderStep, "advance", marked_advance))
+            stack.enter_context(mock.patch.object(CapturedEncoder, "start", marked_start))
             for owner, method, name, is_one_launch in (
                 (WhisperEncoder, "forward", ENCODER, False),
                 (WhisperForConditionalGeneration, "forward", PASS, False),
-                # What stands in their place where it can be replayed.
-                (CapturedEncoder, "__call__", ENCODER, True),
+                # What stands in its place where it can be replayed.
                 (DecoderStep, "__call__", PASS, True),
                 (DecoderStep, "project", PROJECTION, True),
             ):

@@ -18,6 +18,7 @@ from whisper_triton.benchmarks.models import build_model
 import whisper_triton
 from whisper_triton import fused_encoder
 from whisper_triton.benchmarks import encoder, harness, host_overhead, prefill
+from whisper_triton.encoder import CapturedEncoder
 
 if TYPE_CHECKING:
     from benchmark_fixtures import Run
@@ -141,6 +142,15 @@ class TestHostOverhead:
             host_overhead.PASS: 1 + loops[0],  # the prompt
         }
         assert all(stage.is_one_launch for stage in stages.found[-loops[0] :])
+
+    def test_a_graph_of_the_encoder_is_seen_where_it_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Which may be before stock has begun, with nobody calling the encoder later."""
+        monkeypatch.setattr(CapturedEncoder, "start", lambda graph, features: features)
+        graph, stages = CapturedEncoder.__new__(CapturedEncoder), host_overhead.Stages(host_overhead.Clock(PLACE))
+        graph.stream = None
+        with stages.marking():
+            assert graph.start(features := mel(1)) is features
+        assert [(stage.name, stage.is_one_launch) for stage in stages.found] == [(host_overhead.ENCODER, True)]
 
     def test_work_that_overlaps_counts_once(self) -> None:
         assert host_overhead.covered([(5, 7), (0, 2), (1, 3), (1.5, 2.5)]) == 5

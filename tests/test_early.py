@@ -244,6 +244,22 @@ def own_segment(model: Any) -> None:
     model._get_input_segment = lambda *args, **kwargs: -STOCKS_SEGMENT(*args, **kwargs)
 
 
+class Wrapped(nn.Module):
+    """An encoder that is none of transformers'."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.inner = encoder.conv1, encoder.conv2, encoder
+
+    def forward(self, input_features: torch.Tensor, **kwargs: Any) -> Any:
+        return self.inner(input_features, **kwargs)
+
+
+def own_forward(model: Any) -> None:
+    encoder = model.model.encoder
+    encoder.forward = lambda *args, **kwargs: type(encoder).forward(encoder, *args, **kwargs)
+
+
 class TestWhatIsLeftToStock:
     @pytest.mark.parametrize(
         "change",
@@ -255,6 +271,8 @@ class TestWhatIsLeftToStock:
             lambda model: model.model.encoder.layers[1].train(),
             lambda model: setattr(model.config, "_attn_implementation", "sdpa"),
             restore,
+            lambda model: setattr(model.model, "encoder", Wrapped(model.model.encoder)),
+            own_forward,
         ],
         ids=[
             "a class's segment",
@@ -264,6 +282,8 @@ class TestWhatIsLeftToStock:
             "training",
             "attention",
             "restored",
+            "another encoder",
+            "a forward pass of the user's",
         ],
     )
     def test_models_that_are_not_as_they_were(self, change: Callable[[Any], Any], device: torch.device) -> None:
@@ -410,7 +430,7 @@ class TestOnAGPU:
 
     def keep_busy(self, graph: CapturedEncoder) -> None:
         torch.cuda.synchronize()
-        with torch.cuda.stream(graph._stream):
+        with torch.cuda.stream(graph.stream):
             torch.cuda._sleep(1_000_000_000)  # cycles: half a second
 
     def test_the_callers_stream_does_not_wait_until_it_joins(self, device: torch.device) -> None:

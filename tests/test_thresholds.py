@@ -13,6 +13,7 @@ import torch
 from attention_cases import relative_error
 from transformers import WhisperForConditionalGeneration
 from transformers.generation.logits_process import WhisperNoSpeechDetection
+from transformers.modeling_outputs import BaseModelOutput
 from whisper_models import EOS, START_OF_PREVIOUS, mel, tensors_of, tiny_whisper
 from whisper_triton.kernels.embed_tokens import embed_tokens_reference
 from whisper_triton.kernels.skinny_linear import skinny_linear_reference
@@ -152,19 +153,33 @@ class TestLogProbability:
             torch.testing.assert_close(ours[path], tensor, rtol=1e-3, atol=1e-4)
         assert len(loops) == 1
 
-    def test_who_reads_scores_in_stocks_place_gets_them(self, device: torch.device) -> None:
+    @pytest.mark.parametrize("name", ["_need_fallback", "_retrieve_segment"])
+    def test_who_reads_scores_in_stocks_place_gets_them(self, device: torch.device, name: str) -> None:
         model, seen = talkative(device), []
+        stock = getattr(model, name)
 
-        def reader(seek_sequence: torch.Tensor, seek_outputs: Any, index: int, *args: Any) -> tuple[bool, bool]:
-            seen.append(seek_outputs[index]["scores"][0].shape)
-            return False, False
+        def reader(*args: Any, **kwargs: Any) -> Any:
+            outputs, index = (kwargs["seek_outputs"], kwargs["idx"]) if kwargs else args[1:3]
+            seen.append(outputs[index]["scores"][0].shape)
+            return stock(*args, **kwargs)
 
-        model._need_fallback = reader
+        setattr(model, name, reader)
         with accelerated(model):
             assert not returns_tokens_alone(model, model._whisper_triton.overridden, (), {})
-            model.generate(mel(2, device), max_new_tokens=4, logprob_threshold=-1.0)
+            model.generate(mel(2, device), max_new_tokens=4, logprob_threshold=-9.0, temperature=(0.0,))
         assert seen == [(model.config.vocab_size,)] * 2
-        assert model._need_fallback is reader
+        assert getattr(model, name) is reader
+
+    def test_outputs_of_the_users_own_are_not_looked_into(self, device: torch.device) -> None:
+        model = talkative(device)
+        stock = model.generate(mel(2, device), max_new_tokens=4)
+
+        def postprocess(seek_outputs: torch.Tensor, decoder_input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            return seek_outputs[:, decoder_input_ids.shape[-1] :], list(seek_outputs)
+
+        model._postprocess_outputs = postprocess
+        with accelerated(model):
+            assert model.generate(mel(2, device), max_new_tokens=4).tolist() == stock.tolist()
 
 
 @pytest.fixture
@@ -241,3 +256,51 @@ class TestNoSpeech:
             tokens.append(stock.numel())
         assert tokens[0] < tokens[1]
         assert loops
+
+
+class TestWhatIsProjected:
+    """The cross keys and values stay for a call's further temperatures, and for nothing else."""
+
+    @pytest.fixture
+    def launches(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        launched: list[int] = []
+        project = decoder.project_cross_kv
+
+        def recorded(*args: Any) -> None:
+            launched.append(1)
+            project(*args)
+
+        monkeypatch.setattr(decoder, "project_cross_kv", recorded)
+        return launched
+
+    def test_once_for_all_temperatures(self, device: torch.device, launches: list[int], loops: list[int]) -> None:
+        kwargs = {"compression_ratio_threshold": 0.1, "temperature": (0.0, 0.0, 0.0)}
+        model, features = talkative(device), mel(2, device)
+        stock = model.generate(features, **kwargs)
+        with accelerated(model):
+            assert model.generate(features, **kwargs).tolist() == stock.tolist()
+        assert len(loops) == 3
+        assert len(launches) == 1
+
+    @pytest.mark.parametrize("what", ["states", "weights"])
+    def test_anew_in_a_call_after_what_no_version_tells_of(self, device: torch.device, what: str, loops: list[int]) -> None:
+        """A buffer that a graph of the caller's fills, an adapter merged through `.data`."""
+        model, outputs = talkative(device), []
+        with torch.no_grad():
+            first, second = (model.model.encoder(mel(2, device, seed=seed)).last_hidden_state for seed in (1, 2))
+        weight = model.model.decoder.layers[1].encoder_attn.v_proj.weight
+        buffer, kept = first.clone(), weight.detach().clone()
+        for run in (model, accelerated(model)):
+            buffer.data.copy_(first)
+            weight.data.copy_(kept)
+            with run if run is not model else torch.no_grad():
+                for _ in range(2):
+                    encoded = BaseModelOutput(buffer)
+                    outputs.append(model.generate(encoder_outputs=encoded, max_new_tokens=8).tolist())
+                    if what == "states":
+                        buffer.data.copy_(second)
+                    else:
+                        weight.data.mul_(-3)
+        assert outputs[:2] == outputs[2:]
+        assert outputs[0] != outputs[1]
+        assert len(loops) == 2

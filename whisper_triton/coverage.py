@@ -51,7 +51,15 @@ def _mode(config: GenerationConfig, num_beams: Any) -> GenerationMode:
 # What in transformers reads the scores of a call that asks for tokens alone: for its threshold of log-probability.
 _READERS = {
     name: inspect.getattr_static(WhisperForConditionalGeneration, name)
-    for name in ("generate", "generate_with_fallback", "_need_fallback", "_retrieve_avg_logprobs", "_postprocess_outputs")
+    for name in (
+        "generate",
+        "generate_with_fallback",
+        "_postprocess_outputs",
+        "_need_fallback",
+        "_retrieve_avg_logprobs",
+        "_retrieve_segment",
+        "_stack_split_outputs",
+    )
 }
 
 

@@ -48,7 +48,8 @@ def mean_logprob(scores: Sequence[Logprobs], tokens: torch.Tensor, temperature: 
     """What stock's `_retrieve_avg_logprobs` makes of all scores of a row: the mean, 0-dim, over its `tokens`.
 
     Args:
-        scores: one tensor (T,). tokens: at most T. temperature: which log-probabilities are without.
+        scores: one tensor (T,). tokens: at most T. temperature: which log-probabilities are without; None, which stock cannot
+            compare with 0, too.
     """
     return scores[0].as_subclass(torch.Tensor)[: len(tokens)].mean()
 

@@ -166,9 +166,8 @@ class DecoderStep:
     def project(self, encoder_states: torch.Tensor) -> None:
         """Fills the cross cache of all layers from `encoder_states` (B, frames, C), a window's first, if it is not there still.
 
-        So it is at a further temperature for all rows. For some of them alone it is another step's, and filled anew: 0.5 ms a
-        row of large-v3 on an H100, of which a copy from this one's could save 0.3 at best. Where this is not covered, nothing
-        is done, and each layer projects its own when it is first called.
+        So it is at a further temperature for all rows; for some of them alone it is another step's, and filled anew. Where this
+        is not covered, nothing is done, and each layer projects its own when it is first called.
         """
         layers = self.cache.cross_attention_cache.layers
         shape = (self.encoder_states.shape[0], self.num_frames, self.encoder_states.shape[2])
@@ -187,6 +186,10 @@ class DecoderStep:
             self._projected = weakref.ref(encoder_states), self._versions(encoder_states)
         torch._foreach_add_([layer.cumulative_length for layer in layers], self.num_frames)  # from 0: `reset` came before
         self.cache.is_updated.update(dict.fromkeys(self.cache.is_updated, True))
+
+    def forget_states(self) -> None:
+        """Has whatever comes projected: before a call of `generate`, as writes through `.data` count no versions."""
+        self._projected = None
 
     def _versions(self, encoder_states: torch.Tensor) -> list[int]:
         table = self.projections

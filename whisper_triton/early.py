@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import WhisperForConditionalGeneration
 
+from .attention import STATE
 from .encoded import ENCODED
 from .encoder import is_covered, kept_graph
 
@@ -34,9 +35,13 @@ def start_encoder(
     """
     encoded, encoder = ENCODED.get(), model.model.encoder
     features = args[0] if args else kwargs.get("input_features")
-    segment = vars(model).get("_get_input_segment")
+    segment, state = vars(model).get("_get_input_segment"), vars(encoder).get(STATE)
     if (
         encoded is None
+        or state is None  # another's encoder
+        # What is called in place of our forward pass may not ask for states that are there.
+        or vars(encoder).get("forward") is not state.overridden.get("forward")
+        or encoder._compiled_call_impl is not None
         or kwargs.get("encoder_outputs") is not None
         or segment is None
         or segment is not overridden.get("_get_input_segment")

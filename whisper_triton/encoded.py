@@ -45,7 +45,10 @@ class Encoded:
         self._kept: _Kept | None = None
 
     def keep(self, encoder: nn.Module, features: torch.Tensor, states: torch.Tensor) -> None:
-        """features: (B, mel bins, frames), copied. states: (B, frames / 2, C), copied if no version would tell of a write."""
+        """features: (B, mel bins, frames), copied. states: (B, frames / 2, C), copied if they count no versions.
+
+        A version does not tell of writes through `.data`.
+        """
         states = states.clone() if states.is_inference() else states
         self._kept = _Kept(encoder, weights_of(encoder), features.clone(), states)
 

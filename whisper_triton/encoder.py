@@ -24,7 +24,7 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .attention import NAME, STATE, TritonAttention, report_once
 from .encoded import ENCODED
 from .fused_encoder import FusedEncoder
-from .graphs import NotCaptured, add_fingerprint, capture, global_hooks, modules_of, why_not_known
+from .graphs import CAPTURES, NotCaptured, add_fingerprint, capture, global_hooks, modules_of, why_not_known
 from .kernels import backend
 from .kernels._checks import DTYPES
 from .kernels._dispatch import failed_gpus
@@ -97,8 +97,8 @@ class CapturedEncoder:
             self.fingerprint = fingerprint(encoder)
             self.features = torch.empty(features.shape, dtype=features.dtype, device=features.device).copy_(features)
             self.graph, self.states, nbytes = capture(lambda: chain(self.features), features.device)
-            self._stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
-            self.features.record_stream(self._stream)  # as may the graph
+            self.stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
+            self.features.record_stream(self.stream)  # as may the graph
         self.nbytes = nbytes + self.features.nbytes
         self._lock = threading.Lock()
 
@@ -112,11 +112,12 @@ class CapturedEncoder:
 
     def start(self, features: torch.Tensor) -> torch.Tensor:
         """Queues the pass beside the current stream. As a call, but `join` has to come before the states are read."""
-        with self._lock, torch.cuda.device(self.features.device):
+        # PyTorch hands out its streams in turn: this one may be what another thread records on.
+        with self._lock, CAPTURES, torch.cuda.device(self.features.device):
             states = torch.empty_like(self.states)  # those of the graph are overwritten by the next replay
-            states.record_stream(self._stream)  # they may be given up before anybody has joined
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+            states.record_stream(self.stream)  # they may be given up before anybody has joined
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
                 self.features.copy_(features)
                 self.graph.replay()
                 states.copy_(self.states)

@@ -113,6 +113,8 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
     try:
         if is_outermost:
             state.owner = call
+            for step in state.steps.values():
+                step.forget_states()
         with _on_device(self.device, state):
             start_encoder(self, state.overridden, args, kwargs)
             reason = why_not_our_loop(self, args, kwargs)
@@ -335,7 +337,8 @@ def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs:
 def _need_fallback(
     self: WhisperForConditionalGeneration, seek_sequence: torch.Tensor, seek_outputs: Any, index: int, *args: Any, **kwargs: Any
 ) -> tuple[bool, bool]:
-    scores = seek_outputs[index].get("scores") if isinstance(seek_outputs, list) else None
+    outputs = seek_outputs[index]
+    scores = outputs.get("scores") if isinstance(outputs, dict) else None
     if scores and isinstance(scores[0], Logprobs):
         # Then the class's own is transformers', see `returns_tokens_alone`.
         model = StandIn(self, _retrieve_avg_logprobs=mean_logprob)
