@@ -343,8 +343,12 @@ def selection() -> Iterator[tuple[str, int]]:
     """
     whisper = len(FIRST)
     heavy = [number for number, call in enumerate(CALLS) if number >= whisper and call.is_heavy]
-    # Tiles of decode_attention differ by batch and were measured on sm_90: elsewhere a third of them will do, and the heaviest.
-    many = [number for number in range(whisper) if CALLS[number].name.startswith("decode B=") and not CALLS[number].is_heavy]
+    # Tiles of attention differ by batch and were measured on sm_90: elsewhere a third of them will do, and the heaviest.
+    many = [
+        number
+        for number in range(whisper)
+        if CALLS[number].name.startswith(("decode B=", "append")) and not (CALLS[number].is_heavy or CALLS[number].read_ahead)
+    ]
     elsewhere = set(range(whisper)) - set(many) | set(many[::3])
     for i, target in enumerate(TARGETS):
         numbers = range(whisper) if target == "sm_90" else sorted(elsewhere)

@@ -157,16 +157,19 @@ def pypi_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Each place alone or beside it, and the root of the checkout, where the trap is, both.
+ALONE = pytest.mark.skipif(is_kernels_available(), reason="the PyPI package kernels is installed")
+
+
 @pytest.mark.parametrize(
-    "with_pypi_kernels",
+    ("place", "with_pypi_kernels"),
     [
-        pytest.param(
-            False, id="alone", marks=pytest.mark.skipif(is_kernels_available(), reason="the PyPI package kernels is installed")
-        ),
-        pytest.param(True, id="beside-pypi-kernels"),
+        pytest.param("root", False, id="root-alone", marks=ALONE),
+        pytest.param("root", True, id="root-beside-pypi-kernels"),
+        pytest.param("elsewhere", False, id="elsewhere-alone", marks=ALONE),
+        pytest.param("installed", True, id="installed-beside-pypi-kernels"),
     ],
 )
-@pytest.mark.parametrize("place", ["root", "elsewhere", "installed"])
 def test_kernels_are_ours_and_transformers_keeps_its_own(
     place: str, with_pypi_kernels: bool, installed: Path, pypi_kernels: Path, tmp_path: Path
 ) -> None:
