@@ -1,18 +1,20 @@
 """Paced asynchronous copies (Gluon): what the kernels share that use them on Hopper, and when they are used.
 
-`_paced_linear.py`, `_paced_rows.py` and `_paced_attention.py` compute what `skinny_linear` and `decode_attention` do, whose
-launchers choose them where they are faster; `_paced_append.py`, for `append_attention`, has not been measured, and none chooses
-it. What differs is how weights, keys and values come. There a program asks for all of them at once, into registers, before it
-waits for the kernel before it: registers bound how many programs wait beside those that work, and what the working ones ask for
-afterwards stands in line behind megabytes that nobody needs yet. Here they go to shared memory, otherwise unused, and a program
-asks for its next piece only when an earlier one has come (`PACE` pieces on their way). So later kernels begin early without
-being in the way. benchmarks/NOTES.md has the attempts.
+`_paced_linear.py`, `_paced_rows.py`, `_paced_attention.py` and `_paced_append.py` compute what `skinny_linear`,
+`decode_attention` and `append_attention` do, whose launchers choose them where they are faster. What differs is how weights,
+keys and values come. There a program asks for all of them at once, into registers, before it waits for the kernel before it:
+registers bound how many programs wait beside those that work, and what the working ones ask for afterwards stands in line
+behind megabytes that nobody needs yet. Here they go to shared memory, otherwise unused, and a program asks for its next piece
+only when an earlier one has come (`PACE` pieces on their way). So later kernels begin early without being in the way.
+benchmarks/NOTES.md has the attempts.
 
 Gluon is Triton's lower level: layouts and shared memory by name. It has no interpreter, so these run on GPUs only.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import logging
 
 import torch
@@ -47,7 +49,10 @@ MIN_WIDTH_OF_MANY = 1024  # attention of two sequences or more, linear layers of
 # Bytes of shared memory that a program can have: CUDA C++ Programming Guide, compute capability 9.0.
 SHARED_MEMORY = 227 << 10
 
+PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # of CUfunction_attribute, in percent
+
 logger = logging.getLogger(__name__)
+_asked: set[int] = set()  # handles of kernels, once `prefer_shared_memory` has been told of them
 _given_up: dict[int, str] = {}  # why, by GPU, once they have
 
 
@@ -76,6 +81,25 @@ def give_up(error: Exception, device: torch.device) -> None:
         logger.warning("paced kernels do not build here, the plain ones serve: %s", _given_up[device.index][:300])
 
 
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def prefer_shared_memory(kernel: triton.compiler.CompiledKernel) -> None:
+    """Asks the driver to set aside as much shared memory as there is on the multiprocessors that `kernel`, launched once at
+    least, runs on.
+
+    How much that is the driver chooses kernel by kernel, and a multiprocessor must be idle to change it: kernels that want
+    different shares cannot overlap there. So all links of a chain should want the same. Of one row's links it took 2 % off a
+    step of large-v3, of several rows' nothing (benchmarks/NOTES.md, the decoder step, 18, 22 and 26). Where the driver does not
+    follow the kernel is as right as before. Source: CUDA Driver API, cuFuncSetAttribute.
+    """
+    if kernel.function not in _asked:
+        _driver().cuFuncSetAttribute(ctypes.c_void_p(kernel.function), PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+        _asked.add(kernel.function)
+
+
 @gluon.jit
 def launch_dependents():
     gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -101,6 +125,7 @@ __all__ = [
     "has_paced_copies",
     "launch_dependents",
     "mma_v2",
+    "prefer_shared_memory",
     "wait_for_previous",
     "wait_group",
 ]

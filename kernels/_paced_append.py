@@ -1,8 +1,4 @@
-"""`append_attention` of one token whose cached keys and values come by paced asynchronous copies: see `_paced.py`.
-
-Not measured, and run on no GPU yet: no table chooses it. benchmarks/tune_step.py tries it (benchmarks/NOTES.md, the decoder
-step, 25).
-"""
+"""`append_attention` of one token whose cached keys and values come by paced asynchronous copies: see `_paced.py`."""
 
 from __future__ import annotations
 
@@ -21,9 +17,12 @@ from ._paced import (
     gluon,
     has_paced_copies,
     launch_dependents,
+    prefer_shared_memory,
     wait_for_previous,
     wait_group,
 )
+
+HEAD_DIMS = (32, 64, 128)
 
 
 @gluon.jit
@@ -174,6 +173,11 @@ class PacedTiles(NamedTuple):
     PACE: int
 
 
+# Measured by benchmarks/tune_step.py on one H100 80GB HBM3, fp16, in steps of large-v3 at positions 64 and 420, 2026-11-29.
+# Larger pieces, of 64 keys, gain 4 % of a step of one row at 420 and cost 1 % at 64, which more steps are near.
+MEASURED_TILES = PacedTiles(32, 4, 4)
+
+
 def covers_append(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, tiles: PacedTiles) -> bool:
     """Whether `_paced_append_kernel` takes these: one token, rows of whole 16-byte copies, each thread's its own, no more
     shared memory than there is.
@@ -182,7 +186,7 @@ def covers_append(query: torch.Tensor, key_cache: torch.Tensor, value_cache: tor
     BLOCK_S, num_warps, PACE = tiles
     return (
         T == 1
-        and D in (32, 64, 128)
+        and D in HEAD_DIMS
         and has_paced_copies(query.device, query.dtype)
         and are_aligned(key_cache, value_cache)
         and num_warps in (1, 2, 4, 8, 16)
@@ -220,7 +224,7 @@ def paced_append(
             f" on {query.device}, caches with strides {key_cache.stride()} and {value_cache.stride()}, {tiles}"
         )
     B, _, H, D = query.shape
-    _paced_append_kernel[(H, B)](
+    kernel = _paced_append_kernel[(H, B)](
         query_ptr=query,
         key_ptr=key,
         value_ptr=value,
@@ -246,3 +250,5 @@ def paced_append(
         num_warps=tiles.num_warps,
         launch_pdl=True,
     )
+    if B == 1:
+        prefer_shared_memory(kernel)

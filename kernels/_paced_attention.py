@@ -19,6 +19,7 @@ from ._paced import (
     gluon,
     has_paced_copies,
     launch_dependents,
+    prefer_shared_memory,
     wait_for_previous,
     wait_group,
 )
@@ -193,7 +194,7 @@ def paced_attention(
     out = query.new_empty(B, 1, H, D)
     partial = torch.empty(B, H, splits * tiles.num_warps, D, dtype=torch.float32, device=query.device)
     maxima, sums = torch.empty(2, B, H, splits * tiles.num_warps, dtype=torch.float32, device=query.device).unbind()
-    _paced_attention_kernel[(splits, H, B)](
+    kernel = _paced_attention_kernel[(splits, H, B)](
         query_ptr=query,
         **cache_arguments(key_cache, value_cache),
         partial_ptr=partial,
@@ -218,4 +219,6 @@ def paced_attention(
         num_warps=tiles.num_warps,
         launch_pdl=True,
     )
+    if B == 1:
+        prefer_shared_memory(kernel)
     return out

@@ -12,6 +12,7 @@ from ._paced import (
     gl,
     gluon,
     launch_dependents,
+    prefer_shared_memory,
     wait_for_previous,
     wait_group,
 )
@@ -167,7 +168,7 @@ def covers_linear(N: int, K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, nu
 def paced_linear(call: LinearCall, out: torch.Tensor, BLOCK_N: int, num_warps: int, PACE: int) -> None:
     """Launches `_paced_linear_kernel`. out: (1, len(weights) * N), is written."""
     N, K = call.weights[0].shape
-    _paced_linear_kernel[(N // BLOCK_N, len(call.weights))](
+    kernel = _paced_linear_kernel[(N // BLOCK_N, len(call.weights))](
         **call.arguments(),
         out_ptr=out,
         PACE=PACE,
@@ -177,3 +178,4 @@ def paced_linear(call: LinearCall, out: torch.Tensor, BLOCK_N: int, num_warps: i
         num_warps=num_warps,
         launch_pdl=True,
     )
+    prefer_shared_memory(kernel)

@@ -6,7 +6,8 @@
 One program a head and sequence: it keeps the new tokens' keys and values in registers, writes them once and never reads
 them back, so no other program waits for them. Self caches of Whisper hold at most 448 slots, too few to be worth a split
 over programs. Layouts: states (B, T, H, D), caches (B, H, S, D), result (B, T, H, D) as `out_proj` reads it.
-`_paced_append.py` has another kernel for one token on an H100, which only tiles of its own reach so far.
+The kernel here is for any GPU; for one token of a wide model on an H100, beside kernels like it in a decoder's step,
+`_paced_append.py` has another.
 
 Bytes moved: 2 * B * H * (p + T) * D elements read, 2 * B * H * T * D written.
 """
@@ -29,8 +30,8 @@ from ._attend import (
 )
 from ._checks import check_attention, check_caches, check_ended, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
-from ._paced import give_up
-from ._paced_append import PacedTiles, paced_append
+from ._paced import MIN_WIDTH, are_aligned, give_up, has_paced_copies
+from ._paced_append import HEAD_DIMS, MEASURED_TILES, PacedTiles, paced_append
 from .decode_attention import LOG2E, attend_reference, forget_ended
 from .update_kv_cache import update_kv_cache_reference
 
@@ -168,13 +169,15 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def choose_tiles(B: int, T: int, H: int, D: int, itemsize: int) -> Tiles:
-    """Tiles from shapes alone; `itemsize`: bytes an element.
+def choose_tiles(B: int, T: int, H: int, D: int, itemsize: int, has_copies: bool = False) -> Tiles | PacedTiles:
+    """Tiles from shapes alone; `itemsize`: bytes an element, `has_copies`: paced copies are to be had.
 
     Few heads leave the chip empty and want long tiles, many want small programs: the best compromise over lengths 20, 100
     and 440 at batches 1, 8 and 32 of 20 heads (fp16, D = 64), measured by benchmarks/tune_attention.py on one H100 80GB
     HBM3, 2026-11-22. Wider rows: fewer keys, the same registers.
     """
+    if has_copies and T == 1 and D in HEAD_DIMS and H * D >= MIN_WIDTH:
+        return MEASURED_TILES
     BLOCK_S, num_warps = (128, 4) if B * H <= 320 else (32, 1)
     if T > 1:
         BLOCK_S, num_warps = 32, 4
@@ -195,7 +198,10 @@ def _launch(
     tiles: Tiles | PacedTiles | None = None,
 ) -> None:
     B, T, H, D = query.shape
-    tiles = tiles or choose_tiles(B, T, H, D, query.element_size())
+    if tiles is None:
+        # By itself, where no link before it leaves it time to read ahead, the plain kernel is as fast.
+        has_copies = read_ahead and has_paced_copies(query.device, query.dtype) and are_aligned(key_cache, value_cache)
+        tiles = choose_tiles(B, T, H, D, query.element_size(), has_copies)
     if isinstance(tiles, PacedTiles):
         tensors = query, key, value, key_cache, value_cache, cache_position, out
         try:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from triton import knobs
@@ -259,6 +260,7 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
     capability = divmod(gpu.arch, 10) if gpu.backend == "cuda" else (0, 0)
     for module in (_dispatch, _attend, _paced, project):
         module.capability = lambda device: capability
+    _paced._driver = mock.MagicMock  # nothing is loaded that it could be told of
     built: list[dict[str, object]] = []
 
     def record(*, src, metadata, metadata_group, times, cache_hit) -> None:
