@@ -39,12 +39,12 @@ except ImportError:
 else:
     HAS_GLUON = True
 
-# Widths of a decoder from which these kernels are faster, in whole steps on one H100 80GB HBM3, 2026-11-25
-# (benchmarks/NOTES.md, the decoder step, 18, 22 and 23). Batch 1: large-v3 0.87 ms instead of 0.94, medium, of 1024 columns,
-# 0.598 with them and without. Batch 2: large-v3 1.07 instead of 1.32, medium 0.742 instead of 0.764 with its attention alone.
-# Batch 8: medium 1.04 instead of 1.14.
-MIN_WIDTH = 1280
-MIN_WIDTH_OF_MANY = 1024  # attention of two sequences or more, linear layers of five rows or more
+# Widths of a decoder from which these kernels are faster, in whole steps on one H100 80GB HBM3, 2026-11-25 and 2026-11-29
+# (benchmarks/NOTES.md, the decoder step, 18, 22, 23, 25 and 27). Narrower ones have not been measured. Batch 1: large-v3 0.79 ms
+# instead of 0.94, medium, of 1024 columns, 0.54 instead of 0.58. Batch 2: large-v3 1.06 instead of 1.32, medium 0.742 with its
+# attention alone and 0.775 with its linear layers too, instead of 0.764. Batch 8: medium 1.01 instead of 1.14.
+MIN_WIDTH = 1024
+MIN_WIDTH_OF_FEW = 1280  # linear layers of two to four rows
 
 # Bytes of shared memory that a program can have: CUDA C++ Programming Guide, compute capability 9.0.
 SHARED_MEMORY = 227 << 10
@@ -113,7 +113,7 @@ def wait_for_previous():
 __all__ = [
     "HAS_GLUON",
     "MIN_WIDTH",
-    "MIN_WIDTH_OF_MANY",
+    "MIN_WIDTH_OF_FEW",
     "SHARED_MEMORY",
     "are_aligned",
     "async_copy_global_to_shared",

@@ -173,9 +173,13 @@ class PacedTiles(NamedTuple):
     PACE: int
 
 
-# Measured by benchmarks/tune_step.py on one H100 80GB HBM3, fp16, in steps of large-v3 at positions 64 and 420, 2026-11-29.
-# Larger pieces, of 64 keys, gain 4 % of a step of one row at 420 and cost 1 % at 64, which more steps are near.
-MEASURED_TILES = PacedTiles(32, 4, 4)
+def choose_append_tiles(B: int) -> PacedTiles:
+    """Tiles for B sequences. Measured by benchmarks/tune_step.py on one H100 80GB HBM3, in steps of large-v3 of 1 and 8 rows at
+    positions 64 and 420, fp16, 2026-11-29.
+
+    For one row larger pieces, of 64 keys, gain 4 % of a step at 420 and cost 1 % at 64, which more steps are near.
+    """
+    return PacedTiles(32, 4, 4) if B == 1 else PacedTiles(64, 4, 2)
 
 
 def covers_append(query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, tiles: PacedTiles) -> bool:

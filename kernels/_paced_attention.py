@@ -10,7 +10,6 @@ from ._arguments import cache_arguments
 from ._dispatch import triton
 from ._paced import (
     MIN_WIDTH,
-    MIN_WIDTH_OF_MANY,
     are_aligned,
     async_copy_global_to_shared,
     barrier,
@@ -167,7 +166,7 @@ def covers_attention(query: torch.Tensor, key_cache: torch.Tensor, value_cache: 
     return (
         T == 1
         and B * H <= MAX_HEADS
-        and (MIN_WIDTH if B == 1 else MIN_WIDTH_OF_MANY) <= H * D
+        and H * D >= MIN_WIDTH
         and D in (32, 64, 128)
         and 512 < key_cache.shape[2] <= 2048  # a self cache is shorter, and its kernel another; more have not been measured
         and has_paced_copies(query.device, query.dtype)

@@ -31,7 +31,7 @@ from ._attend import (
 from ._checks import check_attention, check_caches, check_ended, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 from ._paced import MIN_WIDTH, are_aligned, give_up, has_paced_copies
-from ._paced_append import HEAD_DIMS, MEASURED_TILES, PacedTiles, paced_append
+from ._paced_append import HEAD_DIMS, PacedTiles, choose_append_tiles, paced_append
 from .decode_attention import LOG2E, attend_reference, forget_ended
 from .update_kv_cache import update_kv_cache_reference
 
@@ -177,7 +177,7 @@ def choose_tiles(B: int, T: int, H: int, D: int, itemsize: int, has_copies: bool
     HBM3, 2026-11-22. Wider rows: fewer keys, the same registers.
     """
     if has_copies and T == 1 and D in HEAD_DIMS and H * D >= MIN_WIDTH:
-        return MEASURED_TILES
+        return choose_append_tiles(B)
     BLOCK_S, num_warps = (128, 4) if B * H <= 320 else (32, 1)
     if T > 1:
         BLOCK_S, num_warps = 32, 4

@@ -25,7 +25,7 @@ import torch
 from ._checks import check_dtype, check_tensors
 from ._dispatch import register
 from ._linear_call import LinearCall
-from ._paced import MIN_WIDTH, MIN_WIDTH_OF_MANY, give_up, has_paced_copies
+from ._paced import MIN_WIDTH, MIN_WIDTH_OF_FEW, give_up, has_paced_copies
 from ._paced_linear import covers_linear, paced_linear
 from ._paced_rows import covers_rows, paced_rows
 from ._plain_linear import plain_linear, sum_splits
@@ -87,7 +87,7 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies:
     `has_copies`: paced copies are to be had, which some of these shapes take. K can be split where nothing but a bias and a
     residual surrounds the product. Those of the plain kernel were measured on one H100 80GB HBM3, large-v3, fp16, by
     benchmarks/tune_step.py, but for the projections with a residual of one row, whose tile a search over neighbouring links
-    found: one row 2026-11-24, several 2026-11-22 at batch 8.
+    found: one row 2026-11-24, its LM head 2026-11-29, several 2026-11-22 at batch 8.
     """
     paced = choose_paced_tiles(B, N, K, parts, has_norm) if has_copies else None
     if paced is not None and covers(paced, N, K, has_norm):
@@ -101,7 +101,7 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies:
             return Tiles(16, 1, 8, True)
         return Tiles(64 if N > 2048 and parts == 1 else 32, 1, 8, True)
     if N > 16384:
-        return Tiles(16, 1, 8)
+        return Tiles(16, 1, 4)
     if K > 2048:
         return Tiles(4, 1, 4)
     if parts == 3:
@@ -114,24 +114,28 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies:
 def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Tiles | None:
     """Tiles of the kernels with paced copies, or None where the plain one is as fast or nothing has been measured.
 
-    Measured on one H100 80GB HBM3, fp16, 2026-11-25, as benchmarks/tune_step.py does, tiles and paces together: large-v3 at
-    batch 1, 8, 16 and 32, with what came out tried at 2 and 4, and in medium at 2 and 8. The LM head gains nothing.
+    Measured on one H100 80GB HBM3, fp16, as benchmarks/tune_step.py does, tiles and paces together: large-v3 at batch 1 and 8,
+    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried at 2 and 4, and in medium at 1, 2 and 8. The LM head gains
+    nothing.
     """
-    if N > 16384 or B > 32 or min(N, K) < (MIN_WIDTH if B <= 4 else MIN_WIDTH_OF_MANY):
+    if N > 16384 or B > 32 or min(N, K) < (MIN_WIDTH_OF_FEW if 1 < B <= 4 else MIN_WIDTH):
         return None
     if B == 1:
-        BLOCK_N, PACE = (4, 8) if K > 2048 else (16, 2) if parts == 3 or N > K else (8, 2)
-        return Tiles(BLOCK_N, 1, 4, PACE=PACE)
+        if K > 2048:
+            return Tiles(4, 1, 2, PACE=8)
+        if parts == 3:
+            return Tiles(8, 1, 2, PACE=2)
+        return Tiles(16 if N > K else 8, 1, 4, PACE=2)
     has_many_rows = B > 16
     if K > 2048:
         return Tiles(32, 4, 4, True, 2) if parts == 1 and not has_norm else None
     if parts == 3:
-        return Tiles(64, 1, 8, True, 2) if has_many_rows else Tiles(32, 1, 4, True, 2)
+        return Tiles(64, 1, 8, True, 2) if has_many_rows else Tiles(32, 1, 4, True, 3)
     if N > K:
         return Tiles(64, 1, 8 if has_many_rows else 4, True, 1)
     if has_norm:
-        return None if has_many_rows else Tiles(16, 1, 4, True, 3)
-    return Tiles(32, 1, 4, True, 4)
+        return None if has_many_rows else Tiles(32, 1, 4, True, 3)
+    return Tiles(32, 1, 4, True, 4 if has_many_rows else 2)
 
 
 def covers(tiles: Tiles, N: int, K: int, has_norm: bool) -> bool:
