@@ -40,9 +40,9 @@ else:
     HAS_GLUON = True
 
 # Widths of a decoder from which these kernels are faster, in whole steps on one H100 80GB HBM3, 2026-11-25 and 2026-11-29
-# (benchmarks/NOTES.md, the decoder step, 18, 22, 23, 25 and 27). Narrower ones have not been measured. Batch 1: large-v3 0.79 ms
-# instead of 0.94, medium, of 1024 columns, 0.54 instead of 0.58. Batch 2: large-v3 1.06 instead of 1.32, medium 0.742 with its
-# attention alone and 0.775 with its linear layers too, instead of 0.764. Batch 8: medium 1.01 instead of 1.14.
+# (benchmarks/NOTES.md, the decoder step, 18, 22, 23, 25 and 27). Narrower ones have not been measured. Batch 1: large-v3 0.79
+# ms instead of 0.94, medium, of 1024 columns, 0.54 instead of 0.58. Batch 2: large-v3 1.06 instead of 1.32, medium 0.742 with
+# its attention alone and 0.775 with its linear layers too, instead of 0.764. Batch 8: medium 1.01 instead of 1.14.
 MIN_WIDTH = 1024
 MIN_WIDTH_OF_FEW = 1280  # linear layers of two to four rows
 

@@ -23,7 +23,7 @@ MAX_BLOCK_B = 32  # rows of x a program
 BLOCK_K = 256  # columns of a chunk, of which each warp has a share
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize_on_alignment=("B",))
 def _paced_rows_kernel(
     x_ptr,  # (B, K) fp16/bf16
     weight_0_ptr,  # (N, K)

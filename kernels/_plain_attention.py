@@ -34,7 +34,7 @@ def join_splits(
     return normalise(l, o)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("T", "S"))  # a build for all lengths
 def _decode_attention_kernel(
     query_ptr,  # (B, T, H, D) fp16/bf16/fp32
     key_cache_ptr,  # (B, H, S, D)
@@ -157,7 +157,7 @@ def _decode_attention_kernel(
             tl.store(sum_ptr + partial, l_i, mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("T",))
 def _merge_splits_kernel(
     partial_ptr,  # (B, H, T, num_splits, D) fp32
     max_ptr,  # (B, H, T, num_splits) fp32

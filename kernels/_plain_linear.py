@@ -45,7 +45,7 @@ def finish(y, bias, residual, scale, GELU: tl.constexpr):
     return y + residual
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("B", "ROW_TILES"))  # a build for all numbers of rows that share tiles
 def _skinny_linear_kernel(
     x_ptr,  # (B, K) fp16/bf16/fp32
     weight_0_ptr,  # (N, K)
@@ -62,6 +62,7 @@ def _skinny_linear_kernel(
     eps,
     B,
     N,
+    ROW_TILES,
     K: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -71,7 +72,6 @@ def _skinny_linear_kernel(
     GELU: tl.constexpr,
     USE_PDL: tl.constexpr,
     USE_DOT: tl.constexpr,  # tensor cores; else B is 1
-    ROW_TILES: tl.constexpr,
     BLOCK_B: tl.constexpr,  # a tensor-core tile
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -180,7 +180,7 @@ def _skinny_linear_kernel(
             tl.store(out_ptr + (offs_b[:, None] * NUM_PARTS + i_part) * N + offs_n[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("B",))
 def _sum_splits_kernel(
     partial_ptr,  # (SPLIT_K, B, N) fp32
     bias_ptr,  # (N,) or not read

@@ -55,7 +55,7 @@ def append_attention_reference(
     return attend_reference(query, key_cache, value_cache, forget_ended(limit, ended), scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("T", "S"))  # a build for all lengths
 def _append_attention_kernel(
     query_ptr,  # (B, T, H, D) fp16/bf16/fp32
     key_ptr,  # (B, T, H, D)

@@ -25,7 +25,7 @@ def embed_tokens_reference(
     return rows.masked_fill(~inside[..., None], 0).flatten(0, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("stride_ids_b", "T"))  # a build for all lengths
 def _embed_tokens_kernel(
     input_ids_ptr,  # (B, T) int64
     token_embedding_ptr,  # (V, K)

@@ -35,7 +35,7 @@ def update_kv_cache_reference(
     value_cache[b, :, slots[b, t]] = value[b, t]
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("T", "S"))  # a build for all lengths
 def _update_kv_cache_kernel(
     key_ptr,  # (B, T, H, D) fp16/bf16/fp32
     value_ptr,  # (B, T, H, D)
@@ -88,7 +88,7 @@ def _launch(
     cache_position: torch.Tensor,
 ) -> None:
     B, T, H, D = key.shape
-    BLOCK_T = min(32, triton.next_power_of_2(T))
+    BLOCK_T = 1 if T == 1 else 4 if T <= 4 else 32  # few, since each is a build
     _update_kv_cache_kernel[(H, triton.cdiv(T, BLOCK_T), B)](
         key_ptr=key,
         value_ptr=value,

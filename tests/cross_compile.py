@@ -7,6 +7,8 @@ constants and what Triton itself makes of the arguments (equal to 1, divisible b
 The tests build a selection. Every call for every target, after a change of tiles (some minutes):
 
     TRITON_CACHE_DIR=/tmp/cross PYTHONPATH=. python tests/cross_compile.py all > builds.json
+
+With `prompts` nothing is built: it prints what would be, by the number of a prompt's tokens.
 """
 
 from __future__ import annotations
@@ -358,7 +360,48 @@ def selection() -> Iterator[tuple[str, int]]:
         yield from ((target, number) for number in heavy[i :: len(TARGETS)])
 
 
+def prompt_calls(B: int, T: int) -> Iterator[Call]:
+    """What the chain launches for prompts of T tokens, by paced copies and without, and the attention of a model by name, whose
+    self cache is as long as the call asks for.
+    """
+    yield from (call for has_copies in (False, True) for call in linear_calls(B * T, has_copies))
+    states = torch.empty(B, T, 3, 20, 64, dtype=torch.float16)[:, :, 1]
+    cross = torch.empty(B, 20, 1500, 64, dtype=torch.float16)
+    position, out = torch.tensor(0), torch.empty(B, T, 20, 64, dtype=torch.float16)
+    yield Call("cross", partial(decode._launch, states, cross, cross, None, 1.0, False, False))
+    yield Call("embed", partial(embed._launch, torch.zeros(B, T, dtype=torch.int64), cross[0, 0], cross[0, 0], position))
+    for S in (448, T + 64):
+        cache = torch.empty(B, 20, S, 64, dtype=torch.float16)
+        yield Call("append", partial(append._launch, states, states, states, cache, cache, position, out, 1.0, S == 448))
+        yield Call("self", partial(decode._launch, states, cache, cache, position, 1.0, True, False))
+        yield Call("update", partial(update._launch, states, states, cache, cache, position))
+
+
+def prompts(B: int) -> dict[int, list[str]]:
+    """For prompts of 2 to 16 tokens, up to 64 rows: every kernel that is built for them, with all that tells builds apart."""
+    driver.set_active(CompileOnly("sm_90"))
+    for module in (_dispatch, _attend, _paced):
+        module.capability = lambda device: (9, 0)
+    asked: set[str] = set()
+
+    def note(*, key: object, fn: object, **others: object) -> bool:
+        asked.add(f"{fn.name} {key}")
+        return True  # is not to be built
+
+    knobs.runtime.jit_cache_hook = note
+    found = {}
+    for T in range(2, min(16, 64 // B) + 1):
+        asked.clear()
+        for call in prompt_calls(B, T):
+            call.launch()
+        found[T] = sorted(asked)
+    return found
+
+
 def main() -> None:
+    if sys.argv[1:] == ["prompts"]:
+        json.dump({B: prompts(B) for B in (1, 8)}, sys.stdout)
+        return
     everything = ((target, number) for target in TARGETS for number in range(len(CALLS)) if can_run(number, target))
     tasks = everything if sys.argv[1:] == ["all"] else selection()
     with multiprocessing.get_context("fork").Pool(2) as pool:

@@ -30,15 +30,19 @@ KERNELS = READ_AHEAD | {
 Build = dict[str, object]
 
 
-@pytest.fixture(scope="module")
-def builds(tmp_path_factory: pytest.TempPathFactory) -> list[Build]:
+def cross_compile(cache: Path, *arguments: str) -> object:
     """What tests/cross_compile.py reports. A process of its own, because the suite runs with the interpreter on."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    script = [sys.executable, str(ROOT / "tests" / "cross_compile.py")]
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
+    script = [sys.executable, str(ROOT / "tests" / "cross_compile.py"), *arguments]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> list[Build]:
+    return cross_compile(tmp_path_factory.mktemp("triton"))
 
 
 def of(builds: list[Build], target: str) -> list[Build]:
@@ -104,3 +108,22 @@ def test_memory_is_touched_only_after_the_previous_kernels_end(builds: list[Buil
         assert not any(access.startswith("st") for access in build["before_wait"]), build
     early = {build["kernel"] for build in of(builds, target) if build["before_wait"]}
     assert early - SEVERAL_ROWS == READ_AHEAD | paced(target)
+
+
+def test_another_prompt_length_builds_nothing_but_where_tiles_change(tmp_path: Path) -> None:
+    found = cross_compile(tmp_path, "prompts")
+    assert [*found] == ["1", "8"]
+    # By batch size and first length: what is built for it. Programs take 8, 16 or 32 rows, and all of them or a part.
+    expected = {
+        ("1", "5"): {"_update_kv_cache_kernel"},
+        ("1", "9"): {"_paced_rows_kernel"},
+        ("8", "3"): {"_paced_rows_kernel", "_skinny_linear_kernel"},
+        ("8", "5"): {"_update_kv_cache_kernel"},
+    }
+    for B, by_length in found.items():
+        built = set(by_length["2"])
+        assert len({build.partition(" ")[0].rpartition(".")[2] for build in built}) == 9
+        for T, builds in by_length.items():
+            new = {build.partition(" ")[0].rpartition(".")[2] for build in set(builds) - built}
+            assert new == expected.get((B, T), set()), (B, T)
+            built |= set(builds)
