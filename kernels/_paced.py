@@ -31,11 +31,13 @@ try:
         wait_group,
     )
 
+    constexpr_function = gluon.constexpr_function
     barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # named so before Triton 3.7
 except ImportError:
     HAS_GLUON = False
     gl = gluon = triton  # stands in for annotations and decorators: nothing here is launched then
     async_copy_global_to_shared = barrier = commit_group = mma_v2 = wait_group = None
+    constexpr_function = triton.jit
 else:
     HAS_GLUON = True
 
@@ -49,10 +51,12 @@ MIN_WIDTH_OF_FEW = 1280  # linear layers of two to four rows
 # Bytes of shared memory that a program can have: CUDA C++ Programming Guide, compute capability 9.0.
 SHARED_MEMORY = 227 << 10
 
-PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # of CUfunction_attribute, in percent
+# CUfunction_attribute
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # in percent
 
 logger = logging.getLogger(__name__)
-_asked: set[int] = set()  # handles of kernels, once `prefer_shared_memory` has been told of them
+_set: set[tuple[int, int]] = set()  # handles of kernels, and what attributes of theirs have been set
 _given_up: dict[int, str] = {}  # why, by GPU, once they have
 
 
@@ -86,18 +90,21 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+def set_attribute(kernel: triton.compiler.CompiledKernel, attribute: int, number: int) -> None:
+    """CUDA Driver API, cuFuncSetAttribute: of `kernel`, which is loaded. Once; where the driver refuses, nothing changes."""
+    if (kernel.function, attribute) not in _set:
+        _driver().cuFuncSetAttribute(ctypes.c_void_p(kernel.function), attribute, number)
+        _set.add((kernel.function, attribute))
+
+
 def prefer_shared_memory(kernel: triton.compiler.CompiledKernel) -> None:
-    """Asks the driver to set aside as much shared memory as there is on the multiprocessors that `kernel`, launched once at
-    least, runs on.
+    """Asks the driver to set aside as much shared memory as there is on the multiprocessors that `kernel` runs on.
 
     How much that is the driver chooses kernel by kernel, and a multiprocessor must be idle to change it: kernels that want
     different shares cannot overlap there. So all links of a chain should want the same. Of one row's links it took 2 % off a
-    step of large-v3, of several rows' nothing (benchmarks/NOTES.md, the decoder step, 18, 22 and 26). Where the driver does not
-    follow the kernel is as right as before. Source: CUDA Driver API, cuFuncSetAttribute.
+    step of large-v3, of several rows' nothing (benchmarks/NOTES.md, the decoder step, 18, 22 and 26).
     """
-    if kernel.function not in _asked:
-        _driver().cuFuncSetAttribute(ctypes.c_void_p(kernel.function), PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
-        _asked.add(kernel.function)
+    set_attribute(kernel, PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
 
 
 @gluon.jit
@@ -112,6 +119,7 @@ def wait_for_previous():
 
 __all__ = [
     "HAS_GLUON",
+    "MAX_DYNAMIC_SHARED_SIZE_BYTES",
     "MIN_WIDTH",
     "MIN_WIDTH_OF_FEW",
     "SHARED_MEMORY",
@@ -119,6 +127,7 @@ __all__ = [
     "async_copy_global_to_shared",
     "barrier",
     "commit_group",
+    "constexpr_function",
     "give_up",
     "gl",
     "gluon",
@@ -126,6 +135,7 @@ __all__ = [
     "launch_dependents",
     "mma_v2",
     "prefer_shared_memory",
+    "set_attribute",
     "wait_for_previous",
     "wait_group",
 ]

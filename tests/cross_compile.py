@@ -30,6 +30,10 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from whisper_triton.kernels._cluster import ClusterTiles
+from whisper_triton.kernels._clustered_cross import Projection, clustered_cross
+from whisper_triton.kernels._clustered_rows import RowTiles, clustered_rows
+from whisper_triton.kernels._clustered_self import clustered_self
 
 from whisper_triton.kernels import _attend, _dispatch, _paced
 
@@ -304,6 +308,23 @@ def paced_calls() -> Iterator[Call]:
         tensors = *states, cache, cache, position, torch.empty_like(states[0])
         launch = partial(append._launch, *tensors, 1.0, ahead, ended, append.PacedTiles(*tiles))
         yield Call(f"append paced {B=} {D=} {tiles=}", launch, read_ahead=ahead)
+    vector, square, x = (torch.empty(*shape, dtype=torch.float16) for shape in ((1280,), (1280, 1280), (1, 1280)))
+    own, cross = (torch.empty(8, 20, S, 64, dtype=torch.float16) for S in (448, 1500))
+    projection = Projection(square, vector, vector, vector, 1e-5, 0.125)
+    for tiles in (ClusterTiles(4, 4), ClusterTiles(8, 2)):
+        launch = partial(clustered_cross, x, projection, cross[:1], cross[:1], 1.0, None, tiles)
+        yield Call(f"clustered cross {tiles=}", launch, read_ahead=True)
+        ended = torch.zeros(8, dtype=torch.int64)
+        launch = partial(clustered_cross, own[:, :, :1].transpose(1, 2), None, cross, cross, 1.0, ended, tiles)
+        yield Call(f"clustered join {tiles=}", launch, read_ahead=True)
+        weights, biases = [square] * 3, [vector, None, vector]
+        tensors = own[:1], own[:1], torch.tensor(0)
+        launch = partial(clustered_self, x, weights, biases, vector, vector, 1e-5, 0.125, *tensors, 1.0, tiles)
+        yield Call(f"clustered self {tiles=}", launch, read_ahead=True)
+    for B in (8, 32):
+        x, weight = torch.empty(B, 5120, dtype=torch.float16), torch.empty(1280, 5120, dtype=torch.float16)
+        launch = partial(clustered_rows, x, weight, vector, x[:, :1280].contiguous(), RowTiles(32, 4, 2))
+        yield Call(f"clustered rows {B=}", launch, read_ahead=True)
 
 
 SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores

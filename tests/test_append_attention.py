@@ -40,6 +40,7 @@ from attention_cases import (
 from counts import KERNEL_CALLS, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whisper_triton.kernels._paced_append import covers_append
 
 from whisper_triton.kernels import _paced, append_attention, append_attention_reference, update_kv_cache
 
@@ -647,6 +648,19 @@ def test_paced_copies_in_a_captured_chain(tiles: module.PacedTiles, B: int, devi
             results.append((out if replay else step(synchronize=True)).clone())
     for i in range(shape.S):
         assert torch.equal(bits(results[i]), bits(results[shape.S + i])), i
+
+
+@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("B", [1, 2, 8, 64])
+def test_wide_models_take_paced_copies(B: int, D: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
+    heads = 1024 // D
+    tiles = module.choose_tiles(B, 1, heads, D, 2, has_copies=True)
+    assert isinstance(tiles, module.PacedTiles)
+    call = arguments(Shape(B, 1, 1, D, 448, 1), torch.float16, device)
+    assert covers_append(call["query"], call["key_cache"], call["value_cache"], tiles)
+    for others in ((B, 4, heads, D, 2, True), (B, 1, heads - 1, D, 2, True), (B, 1, heads, D, 2, False)):
+        assert isinstance(module.choose_tiles(*others), module.Tiles)
 
 
 @pytest.mark.parametrize(

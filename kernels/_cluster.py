@@ -1,0 +1,318 @@
+"""Thread-block clusters (Gluon, compute capability 9.0): what the kernels share in which the programs of a cluster work on one
+head together.
+
+A cluster's programs run at the same time and write into each other's shared memory. So what they hand each other, a query or
+the softmax states of their keys, costs them a barrier, where the way through global memory costs a launch, or a fence, a
+counter and a second reading. Gluon has no words for it yet: the instructions stand here as PTX. Sources: CUDA C++ Programming
+Guide, distributed shared memory; PTX ISA, `mapa`, `st.shared::cluster`, `barrier.cluster`.
+
+Tensors have the cluster's programs as their first dimension, so that each holds what is its own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ._paced import (
+    MAX_DYNAMIC_SHARED_SIZE_BYTES,
+    SHARED_MEMORY,
+    async_copy_global_to_shared,
+    commit_group,
+    constexpr_function,
+    gl,
+    gluon,
+    prefer_shared_memory,
+    set_attribute,
+    wait_group,
+)
+
+NUM_CTAS = 8  # of a cluster: the most that every GPU with clusters takes, and what `send_to_all` sends to
+BLOCK_K = 256  # columns of a chunk of weights: one warp's 16-byte copies of a row
+ROWS = 8  # keys of a piece for each warp
+
+
+class ClusterTiles(NamedTuple):
+    """Warps a program, pieces or chunks on their way."""
+
+    num_warps: int
+    PACE: int
+
+
+@constexpr_function
+def split_layout(size_per_thread, threads, warps, num_ctas):
+    """The last dimension fastest, the first split over the cluster's programs."""
+    rank = len(warps)
+    split = [[1 << i] + [0] * (rank - 1) for i in range(num_ctas.bit_length() - 1)]
+    return gl.BlockedLayout(size_per_thread, threads, warps, list(range(rank))[::-1], cga_layout=split)
+
+
+@constexpr_function
+def split_shared(rank, num_ctas):
+    split = [[1 << i] + [0] * (rank - 1) for i in range(num_ctas.bit_length() - 1)]
+    return gl.SwizzledSharedLayout(1, 1, 1, order=list(range(rank))[::-1], cga_layout=split)
+
+
+@constexpr_function
+def linear_layout(block_k, num_warps, num_ctas):
+    """(program, warp, column of a chunk): a row of weights a warp."""
+    return split_layout([1, 1, block_k // 32], [1, 1, 32], [1, num_warps, 1], num_ctas)
+
+
+@constexpr_function
+def norm_layout(block_k, num_warps, num_ctas):
+    """(program, column of a chunk)."""
+    return split_layout([1, block_k // 32], [1, 32], [1, num_warps], num_ctas)
+
+
+@constexpr_function
+def keys_layout(head_dim, num_warps, num_ctas):
+    """(program, warp, key, element)."""
+    return split_layout([1, 1, 1, 8], [1, 1, 256 // head_dim, head_dim // 8], [1, num_warps, 1, 1], num_ctas)
+
+
+@constexpr_function
+def join_layout(num_states, head_dim, num_warps, num_ctas):
+    """(state, element), the same in all programs; the states of an element lie within a warp."""
+    lanes = head_dim // num_warps
+    everywhere = [[0, 0] for _ in range(num_ctas.bit_length() - 1)]
+    return gl.BlockedLayout([num_states * lanes // 32, 1], [32 // lanes, lanes], [1, num_warps], [0, 1], cga_layout=everywhere)
+
+
+@constexpr_function
+def declare_floats(count):
+    return f"{{ .shared .align 16 .b8 cluster_floats[{4 * count}]; mov.u32 $0, cluster_floats; }}"
+
+
+@gluon.jit
+def cluster_begin():
+    """Tells the cluster that this program runs: what is sent to one that does not would be lost."""
+    gl.inline_asm_elementwise(
+        "barrier.cluster.arrive.relaxed.aligned; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_cluster():
+    """Until all programs have begun."""
+    gl.inline_asm_elementwise("barrier.cluster.wait.aligned; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def exchange():
+    """Until all programs have sent what they send, which can be read then."""
+    gl.inline_asm_elementwise(
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; // dummy $0",
+        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def shared_floats(COUNT: gl.constexpr):
+    """The address of so many floats of shared memory, beside Triton's own; to be called once in a kernel."""
+    asm: gl.constexpr = declare_floats(COUNT)
+    return gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def cluster_rank():
+    return gl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def ask_for_weights(
+    weight_ptrs,  # (rows, K) each: a tuple
+    K: gl.constexpr,
+    WARP_ROWS: gl.constexpr,  # of each weight, for a warp
+    PACE: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    NUM_CTAS: gl.constexpr,
+):
+    """Begins to copy each warp's rows, chunk by chunk: shared memory by chunk, weight and row."""
+    LAYOUT: gl.constexpr = linear_layout(BLOCK_K, NUM_WARPS, NUM_CTAS)
+    SHARED: gl.constexpr = split_shared(3, NUM_CTAS)
+    dtype: gl.constexpr = weight_ptrs[0].dtype.element_ty
+    rows = rows_of_warps(WARP_ROWS, LAYOUT, NUM_WARPS, NUM_CTAS)
+    offs_k = gl.expand_dims(gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT))), 0), 0)
+    weights = ()
+    for i in gl.static_range(K // BLOCK_K):
+        for i_part in gl.static_range(len(weight_ptrs)):
+            for i_n in gl.static_range(WARP_ROWS):
+                w = gl.allocate_shared_memory(dtype, [NUM_CTAS, NUM_WARPS, BLOCK_K], SHARED)
+                ptrs = weight_ptrs[i_part] + gl.expand_dims((rows + i_n) * K, 2) + offs_k + i * BLOCK_K
+                async_copy_global_to_shared(w, ptrs, eviction_policy="evict_first")
+                weights = weights + (w,)  # noqa: RUF005  Gluon knows no unpacking
+        commit_group()
+        wait_group(PACE - 1)
+    return weights
+
+
+@gluon.jit
+def rows_of_warps(WARP_ROWS: gl.constexpr, LAYOUT: gl.constexpr, NUM_WARPS: gl.constexpr, NUM_CTAS: gl.constexpr):
+    """(programs, warps): the first of each warp's rows of a head."""
+    i_c = gl.arange(0, NUM_CTAS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    i_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    return (i_c[:, None] * NUM_WARPS + i_w[None, :]) * WARP_ROWS
+
+
+@gluon.jit
+def ask_for_norm(
+    norm_weight_ptr,  # (K,)
+    norm_bias_ptr,  # (K,)
+    K: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    NUM_CTAS: gl.constexpr,
+):
+    """Begins to copy both to each program: shared memory by chunk."""
+    LAYOUT: gl.constexpr = norm_layout(BLOCK_K, NUM_WARPS, NUM_CTAS)
+    SHARED: gl.constexpr = split_shared(2, NUM_CTAS)
+    dtype: gl.constexpr = norm_weight_ptr.dtype.element_ty
+    i_c = gl.arange(0, NUM_CTAS, layout=gl.SliceLayout(1, LAYOUT))
+    offs_k = 0 * i_c[:, None] + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    weights, biases = (), ()
+    for i in gl.static_range(K // BLOCK_K):
+        g = gl.allocate_shared_memory(dtype, [NUM_CTAS, BLOCK_K], SHARED)
+        b = gl.allocate_shared_memory(dtype, [NUM_CTAS, BLOCK_K], SHARED)
+        async_copy_global_to_shared(g, norm_weight_ptr + i * BLOCK_K + offs_k)
+        async_copy_global_to_shared(b, norm_bias_ptr + i * BLOCK_K + offs_k)
+        weights, biases = weights + (g,), biases + (b,)  # noqa: RUF005
+    commit_group()
+    return weights, biases
+
+
+@gluon.jit
+def multiply(
+    x_ptr,  # (1, K)
+    weights,  # as `ask_for_weights` returns them
+    norm,  # as `ask_for_norm` returns it
+    eps,
+    K: gl.constexpr,
+    NUM_ROWS: gl.constexpr,  # of a warp, of all weights
+    BLOCK_K: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    NUM_CTAS: gl.constexpr,
+):
+    """The layer norm of x by each warp's rows, once all copies have come: a tuple of (programs, warps) fp32."""
+    LAYOUT: gl.constexpr = linear_layout(BLOCK_K, NUM_WARPS, NUM_CTAS)
+    NORM: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    nothing = gl.expand_dims(0 * rows_of_warps(1, LAYOUT, NUM_WARPS, NUM_CTAS), 2)
+    offs_k = gl.expand_dims(gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT))), 0), 0)
+    x, acc = (), ()
+    for i in gl.static_range(K // BLOCK_K):
+        x = x + (gl.load(x_ptr + nothing + offs_k + i * BLOCK_K),)  # noqa: RUF005
+    total = gl.zeros([NUM_CTAS, NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT)
+    squares = gl.zeros([NUM_CTAS, NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT)
+    for i in gl.static_range(K // BLOCK_K):
+        total += x[i].to(gl.float32)
+        squares += x[i].to(gl.float32) * x[i].to(gl.float32)
+    mean = gl.sum(total, axis=2) / K
+    rstd = gl.rsqrt(gl.maximum(gl.sum(squares, axis=2) / K - mean * mean, 0.0) + eps)
+    mean, rstd = gl.expand_dims(mean, 2), gl.expand_dims(rstd, 2)
+    for _ in gl.static_range(NUM_ROWS):
+        acc = acc + (gl.zeros([NUM_CTAS, NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT),)  # noqa: RUF005
+    wait_group(0)
+    for i in gl.static_range(K // BLOCK_K):
+        g = gl.expand_dims(norm[0][i].load(NORM).to(gl.float32), 1)
+        x_i = (x[i].to(gl.float32) - mean) * rstd * g + gl.expand_dims(norm[1][i].load(NORM).to(gl.float32), 1)
+        added = ()
+        for i_n in gl.static_range(NUM_ROWS):
+            added = added + (acc[i_n] + weights[i * NUM_ROWS + i_n].load(LAYOUT).to(gl.float32) * x_i,)  # noqa: RUF005
+        acc = added
+    products = ()
+    for i_n in gl.static_range(NUM_ROWS):
+        products = products + (gl.sum(acc[i_n], axis=2),)  # noqa: RUF005
+    return products
+
+
+@gluon.jit
+def send_to_all(place, value):
+    """A warp's `value` (8 programs, warps) fp32 to shared memory at `place`, in each program: a lane for each of the eight."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 a; mov.u32 a, %laneid; setp.lt.u32 p, a, 8; @p mapa.shared::cluster.u32 a, $1, a;"
+        " @p st.shared::cluster.f32 [a], $2; mov.u32 $0, 0; }",
+        "=r,r,f", [place, value], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@constexpr_function
+def send_four(lanes):
+    """Of each four elements a thread the first `lanes` lanes send theirs; what $4 says is where to."""
+    return (
+        f"{{ .reg .pred p; .reg .b32 a; mov.u32 a, %laneid; setp.lt.u32 p, a, {lanes}; mapa.shared::cluster.u32 a, $4, 0;"
+        " @p st.shared::cluster.v4.f32 [a], {$8, $9, $10, $11};"
+        " mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
+    )
+
+
+@gluon.jit
+def send_to_first(place, acc, m, l, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """A warp's softmax state, `acc` (programs, warps, HEAD_DIM) without the keys of `LAYOUT`, `m` and `l` (programs, warps), to
+    shared memory of the first program: HEAD_DIM floats at `place` (programs, warps), and two behind them.
+
+    The lanes of several keys hold the same by then: those of the first send it.
+    """
+    asm: gl.constexpr = send_four(HEAD_DIM // 8)
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))))
+    warps = gl.convert_layout(place, gl.SliceLayout(2, gl.SliceLayout(2, LAYOUT)))  # the same threads hold it
+    places = gl.expand_dims(warps, 2) + 4 * gl.expand_dims(gl.expand_dims(offs_d, 0), 0)
+    gl.inline_asm_elementwise(
+        asm, "=r,=r,=r,=r,r,r,r,r,f,f,f,f", [places, acc], dtype=gl.int32, is_pure=False, pack=4
+    )  # fmt: skip
+    gl.inline_asm_elementwise(
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, 0; st.shared::cluster.v2.f32 [a], {$2, $3}; mov.u32 $0, 0; }",
+        "=r,r,f,f", [place + 4 * HEAD_DIM, m, l], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def read_eight(place):
+    """What was sent to `place`, eight neighbours a thread."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r,r,r,r", [place], dtype=gl.float32, is_pure=False, pack=4
+    )
+
+
+@gluon.jit
+def join_states(here, NUM_STATES: gl.constexpr, HEAD_DIM: gl.constexpr, HAS_ENDED: gl.constexpr, LAYOUT: gl.constexpr):
+    """What the states at `here`, each HEAD_DIM + 4 floats, come to: (HEAD_DIM,)."""
+    offs_i = gl.arange(0, NUM_STATES, layout=gl.SliceLayout(1, LAYOUT))
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
+    place = here + offs_i * (4 * (HEAD_DIM + 4))
+    m_i, l_i = gl.inline_asm_elementwise(
+        "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [place + 4 * HEAD_DIM],
+        dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+    o_i = gl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [place[:, None] + 4 * offs_d[None, :]], dtype=gl.float32, is_pure=False, pack=1
+    )
+    top = gl.max(m_i, axis=0)
+    if HAS_ENDED:  # then there may be no keys
+        top = gl.where(top == float("-inf"), 0.0, top)
+    weight = gl.exp2(m_i - top)
+    total = gl.sum(l_i * weight, axis=0)
+    if HAS_ENDED:
+        total = gl.where(total > 0.0, total, 1.0)
+    return gl.sum(o_i * weight[:, None], axis=0) / total
+
+
+def launch_clusters(
+    kernel: gluon.jit, grid: tuple[int, ...], exchanged: int, num_warps: int, num_ctas: int, is_alone: bool, **arguments: object
+) -> None:
+    """Launches `kernel`, a cluster of `num_ctas` programs for each element of `grid`.
+
+    exchanged: how many `shared_floats` it declares, of which Triton does not know: it raises the limit of a program's shared
+    memory only where its own share is beyond 48 KB. is_alone: one row, whose links all want the largest share.
+    """
+    arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": num_ctas, "num_warps": num_warps, "num_ctas": num_ctas}
+    compiled = kernel.warmup(grid=grid, **arguments, launch_pdl=True)
+    compiled.run  # noqa: B018  loads it
+    set_attribute(compiled, MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_MEMORY - 4 * exchanged)
+    if is_alone:
+        prefer_shared_memory(compiled)
+    kernel[grid](**arguments, launch_pdl=True)
+
+
+def exchanged_floats(parts: int, head_dim: int, num_warps: int) -> int:
+    """What `parts` of a head, each a query, key or value, and the softmax states take."""
+    return parts * head_dim + NUM_CTAS * num_warps * (head_dim + 4)
