@@ -11,6 +11,7 @@ from whisper_triton.kernels._cluster import ClusterTiles
 from whisper_triton.kernels._clustered_cross import Projection, clustered_cross
 from whisper_triton.kernels._clustered_rows import RowTiles, clustered_rows
 from whisper_triton.kernels._clustered_self import clustered_self
+from whisper_triton.kernels._linear_call import LinearCall
 from whisper_triton.kernels.decode_attention import LOG2E
 from whisper_triton.kernels.skinny_linear import LayerNorm, skinny_linear_reference
 
@@ -127,12 +128,31 @@ def check_self(H: int, S: int, K: int, position: int, dtype: torch.dtype, tiles:
         assert torch.equal(storage(cache), storage(other))
 
 
-def check_rows(B: int, N: int, K: int, dtype: torch.dtype, tiles: RowTiles, device: torch.device) -> None:
-    """A linear layer with bias and residual; NaNs all around what is read and written."""
-    x, weight, residual = (
-        lay_out(torch.randn(1, 1, *shape, device=device).to(dtype), "contiguous")[0, 0] for shape in ((B, K), (N, K), (B, N))
-    )
-    bias = torch.randn(N, device=device).to(dtype)
-    out = clustered_rows(x, weight, bias, residual, tiles)
-    exact = skinny_linear_reference(x.double(), (weight.double(),), (bias.double(),), residual=residual.double())
-    assert_close_as_pytorch(out, exact, F.linear(x, weight, bias) + residual)
+def check_rows(link: str, B: int, N: int, K: int, dtype: torch.dtype, tiles: RowTiles, device: torch.device) -> None:
+    """A linear layer with what surrounds it in the link of a decoder's layer; NaNs all around what is read and written."""
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        values = (torch.randn(*shape, device=device) * scale).to(dtype)
+        return lay_out(values.view(1, 1, -1, shape[-1]), "contiguous").view(shape)
+
+    parts = 3 if link == "q/k/v" else 1
+    x, weights = normal(B, K), [normal(N, K, scale=2 * K**-0.5) for _ in range(parts)]
+    biases = [normal(N) if i != 1 else None for i in range(parts)]
+    has_norm, gelu, scale = link != "fc2", link == "fc1", SCALE if link in ("q/k/v", "cross query") else 1.0
+    norm = LayerNorm(1 + normal(K, scale=0.1), normal(K, scale=0.1), EPS) if has_norm else None
+    residual = None if has_norm else normal(B, N)
+    out = clustered_rows(LinearCall(x, weights, biases, *(norm or (None, None, 0.0)), scale, gelu, residual), tiles)
+
+    def of(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.double()
+
+    exact_norm = norm and LayerNorm(of(norm.weight), of(norm.bias), EPS)
+    exact = skinny_linear_reference(
+        of(x), tuple(map(of, weights)), tuple(map(of, biases)),
+        layer_norm=exact_norm, scale=scale, gelu=gelu, residual=of(residual),
+    )  # fmt: skip
+    y = x if norm is None else F.layer_norm(x, (K,), norm.weight, norm.bias, EPS)
+    products = [F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    pytorch = torch.cat([products[0] * scale, *products[1:]], dim=-1)
+    pytorch = F.gelu(pytorch) if gelu else pytorch
+    assert_close_as_pytorch(out, exact, pytorch if residual is None else pytorch + residual)

@@ -34,6 +34,7 @@ from whisper_triton.kernels._cluster import ClusterTiles
 from whisper_triton.kernels._clustered_cross import Projection, clustered_cross
 from whisper_triton.kernels._clustered_rows import RowTiles, clustered_rows
 from whisper_triton.kernels._clustered_self import clustered_self
+from whisper_triton.kernels._linear_call import LinearCall
 
 from whisper_triton.kernels import _attend, _dispatch, _paced
 
@@ -321,10 +322,15 @@ def paced_calls() -> Iterator[Call]:
         tensors = own[:1], own[:1], torch.tensor(0)
         launch = partial(clustered_self, x, weights, biases, vector, vector, 1e-5, 0.125, *tensors, 1.0, tiles)
         yield Call(f"clustered self {tiles=}", launch, read_ahead=True)
-    for B in (8, 32):
-        x, weight = torch.empty(B, 5120, dtype=torch.float16), torch.empty(1280, 5120, dtype=torch.float16)
-        launch = partial(clustered_rows, x, weight, vector, x[:, :1280].contiguous(), RowTiles(32, 4, 2))
-        yield Call(f"clustered rows {B=}", launch, read_ahead=True)
+    weight, wide = torch.empty(1280, 5120, dtype=torch.float16), torch.empty(5120, 1280, dtype=torch.float16)
+    for B, tiles in ((8, RowTiles(32, 4, 4, 2)), (8, RowTiles(32, 2, 4, 2)), (32, RowTiles(32, 4, 4, 2))):
+        x, y = torch.empty(B, 1280, dtype=torch.float16), torch.empty(B, 5120, dtype=torch.float16)
+        for link, linear_call in {
+            "q/k/v": LinearCall(x, [square] * 3, [vector, None, vector], vector, vector, 1e-5, 0.125, False, None),
+            "fc1": LinearCall(x, [wide], [wide[:, 0].contiguous()], vector, vector, 1e-5, 1.0, True, None),
+            "fc2": LinearCall(y, [weight], [vector], None, None, 0.0, 1.0, False, x),
+        }.items():
+            yield Call(f"clustered rows {link} {B=} {tiles=}", partial(clustered_rows, linear_call, tiles), read_ahead=True)
 
 
 SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores

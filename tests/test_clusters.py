@@ -50,10 +50,11 @@ def test_self(tiles: ClusterTiles, dtype: torch.dtype, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tiles", [RowTiles(32, 4, 2), RowTiles(16, 4, 1), RowTiles(64, 8, 4)], ids=str)
-def test_rows(tiles: RowTiles, dtype: torch.dtype, device: torch.device) -> None:
-    for B, N, K in ((8, 1280, 5120), (2, 1280, 5120), (16, 1024, 4096), (9, 100, 1024), (32, 1280, 5120), (1, 16, 1024)):
-        check_rows(B, N, K, dtype, tiles, device)
+@pytest.mark.parametrize("link", ["q/k/v", "cross query", "fc1", "fc2"])
+@pytest.mark.parametrize("tiles", [RowTiles(32, 4, 4, 2), RowTiles(16, 2, 4, 1), RowTiles(64, 4, 4, 4)], ids=str)
+def test_rows(tiles: RowTiles, link: str, dtype: torch.dtype, device: torch.device) -> None:
+    for B, N, K in ((8, 1280, 1280), (2, 1280, 5120), (16, 1024, 4096), (9, 100, 1024), (32, 1280, 1280), (1, 16, 1024)):
+        check_rows(link, B, N, K, dtype, tiles, device)
 
 
 @pytest.mark.parametrize("tiles", TILES, ids=str)
