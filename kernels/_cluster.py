@@ -29,6 +29,7 @@ from ._paced import (
 NUM_CTAS = 8  # of a cluster: the most that every GPU with clusters takes, and what `send_to_all` sends to
 BLOCK_K = 256  # columns of a chunk of weights: one warp's 16-byte copies of a row
 ROWS = 8  # keys of a piece for each warp
+MAX_DECLARED = 48 << 10  # bytes of shared memory that a kernel can declare itself: PTX ISA
 
 
 class ClusterTiles(NamedTuple):
@@ -303,7 +304,12 @@ def launch_clusters(
 
     exchanged: how many `shared_floats` it declares, of which Triton does not know: it raises the limit of a program's shared
     memory only where its own share is beyond 48 KB. is_alone: one row, whose links all want the largest share.
+
+    Raises:
+        ValueError: more is exchanged than can be declared so.
     """
+    if 4 * exchanged > MAX_DECLARED:
+        raise ValueError(f"{4 * exchanged} bytes are to be exchanged by {kernel.__name__}, {MAX_DECLARED} at most can be")
     arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": num_ctas, "num_warps": num_warps, "num_ctas": num_ctas}
     compiled = kernel.warmup(grid=grid, **arguments, launch_pdl=True)
     compiled.run  # noqa: B018  loads it

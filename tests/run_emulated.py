@@ -1,0 +1,283 @@
+"""Runs the kernels in Gluon without a GPU, their PTX in the emulator of ptx.py, and prints a JSON line a case.
+
+Each goes through its launcher, on small CPU tensors, against the float64 reference, with the suite's bound: twice the error of
+PyTorch in the same dtype. Unused slots and results nobody wrote are NaN. The last cases damage the PTX, which must be noticed.
+A script, because nothing is compiled where `TRITON_INTERPRET=1` is set, as the suite does:
+
+    TRITON_CACHE_DIR=/tmp/emulated PYTHONPATH=. python tests/run_emulated.py [words of which a case's name has one]
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from attention_cases import Shape, poisoned_allocations, random_caches, random_states, relative_error, sdpa, storage, twin
+from cluster_cases import check_cross, check_join, check_rows, check_self
+from ptx import emulate
+from ptx_memory import Fault
+from test_skinny_linear import double, make
+from whisper_triton.kernels._cluster import ClusterTiles
+from whisper_triton.kernels._clustered_rows import RowTiles
+from whisper_triton.kernels._paced_append import PacedTiles
+from whisper_triton.kernels._paced_attention import paced_attention
+
+append, decode, linear, update = (
+    importlib.import_module(f"whisper_triton.kernels.{name}")
+    for name in ("append_attention", "decode_attention", "skinny_linear", "update_kv_cache")
+)
+
+CPU = torch.device("cpu")
+SCALE = 0.2  # of attention's scores: no power of two
+Judged = tuple[float, float]  # an error and its bound
+Case = tuple[str, Callable[[], Judged]]
+
+
+def judge(result: torch.Tensor, exact: torch.Tensor, pytorch: torch.Tensor) -> Judged:
+    yardstick = max(relative_error(pytorch, exact), relative_error(exact.to(result.dtype), exact))
+    return relative_error(result, exact), 2 * yardstick
+
+
+def run_linear(B: int, K: int, N: int, tiles: linear.Tiles, parts: int, dtype: torch.dtype, link: str) -> Judged:
+    """`link`: what surrounds the product, as in a layer of Whisper's decoder."""
+    x, weights, biases, norm, residual = make(B, K, N, parts, dtype, CPU)
+    around = {
+        "norm, scale": {"layer_norm": norm, "scale": 0.125},
+        "norm, gelu": {"layer_norm": norm, "gelu": True},
+        "residual": {"residual": residual},
+        "norm, no bias": {"layer_norm": norm},
+        "scale": {"scale": 0.125},
+    }[link]
+    biases = (None,) * parts if link == "norm, no bias" else biases
+    exact = linear.skinny_linear_reference(
+        double(x), double(weights), double(biases), **{name: double(value) for name, value in around.items()}
+    )
+    # As test_skinny_linear.py has it: PyTorch's own layers, each result rounded.
+    y = torch.nn.functional.layer_norm(x, (K,), norm.weight, norm.bias, norm.eps) if "layer_norm" in around else x
+    outs = [torch.nn.functional.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    outs[0] = outs[0] * around.get("scale", 1.0)
+    stock = torch.cat(outs, -1)
+    stock = torch.nn.functional.gelu(stock) if "gelu" in around else stock
+    stock = stock + residual if "residual" in around else stock
+    with poisoned_allocations():
+        out = linear._launch(
+            x, list(weights), list(biases), *around.get("layer_norm", (None, None, 0.0)), around.get("scale", 1.0),
+            around.get("gelu", False), around.get("residual"), [int(number) for number in tiles],
+        )  # fmt: skip
+    return judge(out, exact, stock)
+
+
+def run_attention(B: int, H: int, D: int, S: int, dtype: torch.dtype, has_ended: bool) -> Judged:
+    """With `has_ended` every second sequence has, and its keys and values are NaN."""
+    shape = Shape(B=B, T=1, H=H, D=D, S=S, length=S)
+    (query,), caches = random_states(shape, dtype, CPU, 1), random_caches(shape, dtype, CPU, [S] * B)
+    counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.arange(B) % 2 if has_ended else None
+    exact = decode.decode_attention_reference(query.double(), *(c.double() for c in caches), scale=SCALE, ended=ended)
+    stock = sdpa(query, *caches, [S] * B, scale=SCALE)
+    if has_ended:
+        stock[ended != 0] = 0
+        for cache in caches:
+            cache[ended != 0] = torch.nan
+    with poisoned_allocations():
+        out = paced_attention(query, *caches, SCALE * decode.LOG2E, counters, ended)
+    if counters.any():
+        raise Fault(f"counters are {counters.tolist()} afterwards")
+    return judge(out, exact, stock)
+
+
+def run_append(
+    tiles: tuple[int, int, int], positions: list[int], D: int, dtype: torch.dtype, read_ahead: bool, ended: list[int] | None
+) -> Judged:
+    """A sequence a position, each over 2 heads and 160 slots; what has ended has NaN in the slots before its position."""
+    B, H, S = len(positions), 2, 160
+    shape = Shape(B=B, T=1, H=H, D=D, S=S, length=S)
+    query, key, value = random_states(shape, dtype, CPU, 3)
+    caches = random_caches(shape, dtype, CPU, [min(max(position, 0), S) for position in positions])
+    place = torch.tensor(positions if B > 1 else positions[0])
+    flags = None if ended is None else torch.tensor(ended, dtype=torch.int32)
+    wanted = [twin(cache) for cache in caches]
+    update.update_kv_cache_reference(key, value, *wanted, place)
+    lengths = [position + 1 for position in positions]
+    rows = [b for b in range(B) if 0 < lengths[b] <= S]  # of which a result has a meaning
+    tensors = [tensor[rows] for tensor in (query, *wanted)]
+    exact = sdpa(*(tensor.double() for tensor in tensors), [lengths[b] for b in rows], scale=SCALE) if rows else None
+    stock = sdpa(*tensors, [lengths[b] for b in rows], scale=SCALE) if rows else None
+    for i, b in enumerate(rows):
+        if ended is not None and ended[b]:  # it sees its new token alone
+            exact[i], stock[i] = value[b], value[b]
+            for cache in (*caches, *wanted):
+                cache[b, :, : positions[b]] = torch.nan
+    with poisoned_allocations():
+        out = query.new_empty(query.shape)
+    append._launch(query, key, value, *caches, place, out, SCALE, read_ahead, flags, PacedTiles(*tiles))
+    for cache, expected in zip(caches, wanted, strict=True):
+        if changed := int((storage(cache) != storage(expected)).sum()):
+            raise Fault(f"{changed} elements of a cache are not as the reference leaves them")
+    return judge(out[rows], exact, stock) if rows else (0.0, 0.0)
+
+
+def linear_cases() -> Iterator[Case]:
+    half, brain = torch.float16, torch.bfloat16
+    for K, N, numbers, parts, dtype, link in (
+        (512, 48, (8, 1, 4, False, 2), 3, half, "norm, scale"),
+        (512, 48, (8, 1, 4, False, 2), 3, half, "scale"),
+        (512, 48, (16, 1, 4, False, 2), 1, half, "norm, gelu"),
+        (1280, 16, (4, 1, 2, False, 8), 1, half, "residual"),
+        (384, 16, (8, 1, 2, False, 1), 1, half, "norm, no bias"),
+        (64, 16, (8, 1, 8, False, 9), 1, half, "residual"),
+        (512, 48, (8, 1, 4, False, 2), 3, brain, "norm, scale"),
+    ):
+        tiles = linear.Tiles(*numbers)
+        run = functools.partial(run_linear, 1, K, N, tiles, parts, dtype, link)
+        yield f"linear {K=} {N=} {parts=} {link} {tuple(tiles)} {dtype}", run
+    for B in (2, 8, 9, 17):
+        # Rows of weights that do not fill their tiles, and some that do. 17 rows: two programs share them.
+        for K, N, numbers, parts, dtype, link in (
+            (512, 51, (16, 1, 4, True, 2), 3, half, "norm, scale"),
+            (256, 70, (64, 1, 8, True, 1), 1, half, "norm, gelu"),
+            (1024, 48, (32, 1, 4, True, 3), 1, half, "residual"),
+            (1024, 48, (32, 4, 4, True, 2), 1, half, "residual"),
+            *([(512, 51, (16, 1, 16, True, 2), 3, brain, "norm, scale")] if B == 9 else []),
+        ):
+            tiles = linear.Tiles(*numbers)
+            run = functools.partial(run_linear, B, K, N, tiles, parts, dtype, link)
+            yield f"rows {B=} {K=} {N=} {parts=} {link} {tuple(tiles)} {dtype}", run
+    tiles = linear.Tiles(16, 1, 4, True, 2)
+    yield "rows of two programs B=35", functools.partial(run_linear, 35, 256, 20, tiles, 1, half, "norm, gelu")
+
+
+def attention_cases() -> Iterator[Case]:
+    for B, H, D, S, dtype, has_ended in (
+        (1, 2, 64, 1500, torch.float16, False),
+        (1, 1, 64, 513, torch.float16, False),
+        (1, 1, 32, 513, torch.float16, False),
+        (2, 1, 64, 1500, torch.float16, True),
+        (2, 2, 32, 513, torch.float16, True),
+        (2, 1, 64, 513, torch.bfloat16, False),
+    ):
+        run = functools.partial(run_attention, B, H, D, S, dtype, has_ended)
+        yield f"attention {B=} {H=} {D=} {S=} {has_ended=} {dtype}", run
+
+
+def append_cases() -> Iterator[Case]:
+    half, inside = torch.float16, [0, 1, 63, 64, 130]
+    for (tiles, D, dtype), read_ahead in itertools.product(
+        (((16, 2, 1), 64, half), ((32, 4, 3), 64, half), ((64, 4, 2), 32, half), ((32, 4, 3), 64, torch.bfloat16)),
+        (True, False),
+    ):
+        if read_ahead or (D == 64 and dtype == half):
+            name = f"append {tiles=} {D=} {read_ahead=} {dtype}"
+            yield name, functools.partial(run_append, tiles, inside, D, dtype, read_ahead, None)
+    for ended in ([0, 1, 0, 1, 1], [0] * 5):
+        yield f"append {ended=}", functools.partial(run_append, (32, 4, 3), inside, 64, half, True, ended)
+    for position in inside:
+        yield f"append one {position=}", functools.partial(run_append, (32, 4, 4), [position], 64, half, True, None)
+    outside = [-1, -4, 160, 161, 2**32 + 3, 2**62, -(2**62), 159]
+    yield f"append {outside=}", functools.partial(run_append, (32, 4, 3), outside, 64, half, True, None)
+
+
+def cluster_cases() -> Iterator[Case]:
+    def case(check: Callable[..., None], *arguments: object, **others: object) -> Case:
+        def run() -> Judged:
+            check(*arguments, CPU, **others)  # it raises what is wrong
+            return 0.0, 0.0
+
+        name = " ".join(str(argument) for argument in (*arguments, *others.values()))
+        return f"{check.__name__.replace('check_', 'cluster ')} {name}", run
+
+    half, brain, four, eight = torch.float16, torch.bfloat16, ClusterTiles(4, 4), ClusterTiles(8, 1)
+    yield case(check_cross, 2, 1500, 256, half, four)
+    yield case(check_cross, 2, 1499, 1280, half, eight)
+    yield case(check_cross, 8, 1, 512, brain, four)
+    yield case(check_cross, 2, 300, 256, half, eight, B=2)
+    yield case(check_join, 2, 2, 1500, half, four)
+    yield case(check_join, 3, 1, 513, brain, eight)
+    for position in (0, 1, 63, 64, 255, 256, 447, 448, -1, 2**40):
+        yield case(check_self, 8, 448, 256, position, half, four if position % 2 else eight)
+    yield case(check_self, 4, 8, 1280, 7, brain, four)
+    for link, tiles in itertools.product(
+        ("q/k/v", "cross query", "fc1", "fc2"), (RowTiles(32, 4, 4, 2), RowTiles(16, 2, 8, 1))
+    ):
+        yield case(check_rows, link, 8, 64, 1280 if tiles.num_warps == 4 else 512, half, tiles)
+    yield case(check_rows, "q/k/v", 2, 100, 1024, brain, RowTiles(64, 4, 4, 4))
+    yield case(check_rows, "fc2", 17, 70, 2048, half, RowTiles(32, 4, 4, 2))
+    yield case(check_rows, "fc1", 32, 32, 1024, half, RowTiles(16, 4, 4, 2))
+
+
+def replaced(pattern: str, by: str, ptx: str) -> str:
+    """`ptx` with the first match replaced.
+
+    Raises:
+        ValueError: there is none.
+    """
+    ptx, count = re.subn(pattern, by, ptx, count=1)
+    if not count:
+        raise ValueError(f"no {pattern}")
+    return ptx
+
+
+def run_damaged(pattern: str, by: str, run: Callable[[], Judged]) -> Judged:
+    """0 where `run` notices that the first `pattern` in the PTX is replaced, 1 where it does not."""
+    with emulate(functools.partial(replaced, pattern, by)):
+        try:
+            error, bound = run()
+        except Fault:
+            return 0.0, 0.0
+    return float(error <= bound), 0.0
+
+
+def damaged_cases() -> Iterator[Case]:
+    one_row = functools.partial(run_linear, 1, 512, 48, linear.Tiles(8, 1, 4, PACE=2), 3, torch.float16, "scale")
+    appended = functools.partial(run_append, (32, 4, 3), [130], 64, torch.float16, True, None)
+    for name, pattern, by, run in (
+        ("source offset", r"(cp\.async\.cg[^,]*, \[ %rd\d+ \+ )0", r"\g<1>16", one_row),
+        ("target offset", r"(cp\.async\.cg\S* \[ %r\d+ \+ )0", r"\g<1>16", one_row),
+        ("far offset", r"(cp\.async\.cg[^,]*, \[ %rd\d+ \+ )0", r"\g<1>1048576", one_row),
+        ("too weak a wait", r"cp\.async\.wait_group\s+0", "cp.async.wait_group 1", one_row),
+        ("too weak a wait in a loop", r"cp\.async\.wait_group\s+2", "cp.async.wait_group 3", appended),
+        ("another lane", r"(shfl\.sync\.bfly\.b32[^,]*,[^,]*, )16", r"\g<1>8", one_row),
+    ):
+        yield f"damaged: {name}", functools.partial(run_damaged, pattern, by, run)
+
+
+def report(name: str, run: Callable[[], Judged]) -> bool:
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    try:
+        error, bound = run()
+    except Exception as failure:
+        error, bound = f"{type(failure).__name__}: {failure}", None
+    ok = bound is not None and error <= bound
+    seconds = round(time.perf_counter() - start, 2)
+    print(json.dumps({"name": name, "error": error, "bound": bound, "ok": ok, "seconds": seconds}), flush=True)
+    return ok
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    words = sys.argv[1:] or [""]
+    results = []
+    early = [("copies at once: " + name, run) for name, run in append_cases()]
+    for options, cases in (
+        ({}, [*linear_cases(), *attention_cases(), *append_cases(), *cluster_cases()]),
+        ({"early": True}, early),
+        (None, [*damaged_cases()]),
+    ):
+        chosen = [case for case in cases if any(word in case[0] for word in words)]
+        if options is None:
+            results += [report(*case) for case in chosen]
+        else:
+            with emulate(**options):
+                results += [report(*case) for case in chosen]
+    sys.exit(not all(results))
+
+
+if __name__ == "__main__":
+    main()
