@@ -115,7 +115,7 @@ def clustered(choice: Choice) -> Iterator[None]:
         yield
 
 
-LINEAR = ("fc2", "cross query", "q/k/v", "fc1", "out")
+LINEAR = ("fc2", "cross query", "q/k/v", "fc1", "out", "LM head")
 
 
 def candidates(B: int, K: int) -> Iterator[list[Choice]]:
@@ -154,8 +154,8 @@ def compile_links(task: tuple[str, int, Choice]) -> None:
             biases = [vector, None, vector]
             clustered_self(x, [square] * 3, biases, *norm, 0.125, own, own, position, LOG2E, choice.own)
         for link, tiles in choice.rows:
-            N, K = {"fc1": (4 * C, C), "fc2": (C, 4 * C)}.get(link, (C, C))
-            weights, biases = [empty(N, K)], [empty(N)]
+            N, K = {"fc1": (4 * C, C), "fc2": (C, 4 * C), "LM head": (SHAPES[name].vocabulary, C)}.get(link, (C, C))
+            weights, biases = [empty(N, K)], [None if link == "LM head" else empty(N)]
             if link == "q/k/v":
                 weights, biases = weights * 3, [vector, None, vector]
             has_norm, scale = link not in ("fc2", "out"), 0.125 if link in ("q/k/v", "cross query") else 1.0
