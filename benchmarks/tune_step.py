@@ -4,8 +4,8 @@
 
 A link timed alone says little: what counts is how it overlaps with its neighbours. So this takes one link after the other,
 tries its candidates in the captured step, and keeps the best before it goes on. The tables of `choose_tiles` in
-kernels/skinny_linear.py, decode_attention.py and append_attention.py, and of `choose_attention_tiles` in
-_paced_attention.py, are set from its output.
+kernels/skinny_linear.py, decode_attention.py and append_attention.py, of `choose_attention_tiles` in _paced_attention.py and of
+`choose_append_tiles` in _paced_append.py are set from its output.
 """
 
 from __future__ import annotations
