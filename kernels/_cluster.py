@@ -13,14 +13,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from ._paced import (
     MAX_DYNAMIC_SHARED_SIZE_BYTES,
-    SHARED_MEMORY,
+    are_aligned,
     async_copy_global_to_shared,
+    barrier,
     commit_group,
     constexpr_function,
     gl,
     gluon,
+    has_paced_copies,
     prefer_shared_memory,
     set_attribute,
     wait_group,
@@ -212,6 +216,7 @@ def multiply(
     mean, rstd = gl.expand_dims(mean, 2), gl.expand_dims(rstd, 2)
     for _ in gl.static_range(NUM_ROWS):
         acc = acc + (gl.zeros([NUM_CTAS, NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT),)  # noqa: RUF005
+    barrier()  # so that x is asked for before, not behind, the wait for all copies
     wait_group(0)
     for i in gl.static_range(K // BLOCK_K):
         g = gl.expand_dims(norm[0][i].load(NORM).to(gl.float32), 1)
@@ -307,16 +312,41 @@ def launch_clusters(
 
     Raises:
         ValueError: more is exchanged than can be declared so.
+        RuntimeError: the driver does not raise the limit.
     """
     if 4 * exchanged > MAX_DECLARED:
         raise ValueError(f"{4 * exchanged} bytes are to be exchanged by {kernel.__name__}, {MAX_DECLARED} at most can be")
     arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": num_ctas, "num_warps": num_warps, "num_ctas": num_ctas}
     compiled = kernel.warmup(grid=grid, **arguments, launch_pdl=True)
     compiled.run  # noqa: B018  loads it
-    set_attribute(compiled, MAX_DYNAMIC_SHARED_SIZE_BYTES, SHARED_MEMORY - 4 * exchanged)
+    if set_attribute(compiled, MAX_DYNAMIC_SHARED_SIZE_BYTES, compiled.metadata.shared):
+        raise RuntimeError(f"{kernel.__name__} cannot have its {compiled.metadata.shared} bytes of shared memory")
     if is_alone:
         prefer_shared_memory(compiled)
     kernel[grid](**arguments, launch_pdl=True)
+
+
+def check_call(x: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], K: int, num_warps: int) -> None:
+    """That attention by clusters takes these; K: columns of x that are projected, or 0.
+
+    Raises:
+        ValueError: they are not for it.
+    """
+    D = caches[0].shape[-1]
+    if not (
+        has_paced_copies(x.device, x.dtype)
+        and are_aligned(*caches)
+        and D % (NUM_CTAS * num_warps) == 0
+        and D in (32, 64, 128)
+        and 32 % (D // num_warps) == 0
+        and K % BLOCK_K == 0
+        and (K == 0 or x.is_contiguous())
+    ):
+        raise ValueError(
+            "clusters are for one fp16 or bf16 token on an H100, whole chunks of contiguous columns, caches that begin and go"
+            f" on at multiples of 16 and a row of a head a warp at least, got {tuple(x.shape)} {x.dtype} on {x.device}, caches"
+            f" {tuple(caches[0].shape)} with strides {caches[0].stride()} and {caches[1].stride()}, {num_warps} warps"
+        )
 
 
 def exchanged_floats(parts: int, head_dim: int, num_warps: int) -> int:

@@ -23,6 +23,7 @@ from ._cluster import (
     ClusterTiles,
     ask_for_norm,
     ask_for_weights,
+    check_call,
     cluster_begin,
     cluster_rank,
     exchange,
@@ -198,8 +199,12 @@ def clustered_cross(
     """Launches `_clustered_cross_kernel` over all slots; returns (B, 1, H, D).
 
     query: (B, 1, H, D), or with a projection x (B, K). `qk_scale` is for a softmax in base 2.
+
+    Raises:
+        ValueError: what `check_call` does not take.
     """
     B, H, S, D = key_cache.shape
+    check_call(query, (key_cache, value_cache), query.shape[1] if projection else 0, tiles.num_warps)
     out = query.new_empty(B, 1, H, D)
     weight, bias, norm_weight, norm_bias, eps, scale = projection or (query, query, query, query, 0.0, 1.0)
     launch_clusters(

@@ -21,6 +21,7 @@ from ._paced import (
     constexpr_function,
     gl,
     gluon,
+    has_paced_copies,
     launch_dependents,
     mma_v2,
     wait_for_previous,
@@ -122,6 +123,7 @@ def _clustered_rows_kernel(
     ALL_WARPS: gl.constexpr = NUM_CTAS * NUM_WARPS
     NUM_CHUNKS: gl.constexpr = K // (NUM_CTAS * BLOCK_K)
     OWN_N: gl.constexpr = BLOCK_N // NUM_CTAS  # columns that a program adds up
+    STRIDE: gl.constexpr = BLOCK_B + 4  # of them in shared memory: in banks of their own
     # Weights are the tensor cores' first operand, as in `_paced_rows.py`, and columns come in an order that suits the copies.
     MMA: gl.constexpr = mma_layout(NUM_WARPS, NUM_CTAS)
     LAYOUT_W: gl.constexpr = gl.DotOperandLayout(0, MMA, WARP_K // 8)
@@ -172,8 +174,8 @@ def _clustered_rows_kernel(
     bias = gl.zeros([NUM_CTAS, OWN_N, 1], gl.float32, layout=SUMS)
     if HAS_BIAS != 0:
         bias = gl.load(bias_ptr + offs_n, mask=(offs_n < N) & has_bias, other=0.0).to(gl.float32)
-    here = shared_floats(ALL_WARPS * BLOCK_B * (OWN_N + 2))
-    told = here + 4 * ALL_WARPS * OWN_N * BLOCK_B  # moments, by warp and row
+    here = shared_floats(ALL_WARPS * (OWN_N * STRIDE + 2 * BLOCK_B))
+    told = here + 4 * ALL_WARPS * OWN_N * STRIDE  # moments, by warp and row
     wait_for_cluster()
     wait_for_previous()  # all above is constant; x and the residual are the previous kernels' work
 
@@ -228,18 +230,18 @@ def _clustered_rows_kernel(
     acc_i = gl.arange(0, ALL_WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None, None]
     acc_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :, None]
     acc_b = gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, None, :]
-    place = here + 4 * ((acc_i * OWN_N + acc_n % OWN_N) * BLOCK_B + acc_b)
+    place = here + 4 * ((acc_i * OWN_N + acc_n % OWN_N) * STRIDE + acc_b)
     gl.inline_asm_elementwise(  # two neighbours a thread, to the program that adds up their column
         "{ .reg .b32 a; mapa.shared::cluster.u32 a, $2, $4; st.shared::cluster.v2.f32 [a], {$6, $7};"
         " mov.u32 $0, 0; mov.u32 $1, 0; }",
         "=r,=r,r,r,r,r,f,f", [place, acc_n // OWN_N, acc], dtype=gl.int32, is_pure=False, pack=2,
     )  # fmt: skip
     exchange()
-    place = here + 4 * (sums_n * BLOCK_B + sums_b + 0 * sums_c)
+    place = here + 4 * (sums_n * STRIDE + sums_b + 0 * sums_c)
     y = gl.zeros([NUM_CTAS, OWN_N, BLOCK_B], gl.float32, layout=SUMS)
     for i in gl.static_range(ALL_WARPS):  # in this order, whoever sent first
         y += gl.inline_asm_elementwise(
-            "ld.shared.f32 $0, [$1];", "=f,r", [place + 4 * i * OWN_N * BLOCK_B], dtype=gl.float32, is_pure=False, pack=1
+            "ld.shared.f32 $0, [$1];", "=f,r", [place + 4 * i * OWN_N * STRIDE], dtype=gl.float32, is_pure=False, pack=1
         )
     y = finish(y, bias, residual, scale, GELU)
     gl.store(out_ptr + (sums_b * NUM_PARTS + i_part) * N + offs_n, y.to(dtype), mask=mask)
@@ -261,23 +263,33 @@ class RowTiles(NamedTuple):
 
 
 def clustered_rows(call: LinearCall, tiles: RowTiles) -> torch.Tensor:
-    """Launches `_clustered_rows_kernel`; returns (B, len(weights) * N)."""
+    """Launches `_clustered_rows_kernel`; returns (B, len(weights) * N).
+
+    Raises:
+        ValueError: tiles that do not fit.
+    """
     (B, K), N, parts = call.x.shape, call.weights[0].shape[0], len(call.weights)
     BLOCK_B, out = max(8, triton.next_power_of_2(B)), call.x.new_empty(B, parts * N)
+    BLOCK_N, NUM_CTAS, num_warps, PACE = tiles
+    if not (has_paced_copies(call.x.device, call.x.dtype) and BLOCK_N % 16 == 0 and NUM_CTAS in (2, 4) and tiles.block_k(K)):
+        raise ValueError(
+            "clusters of two or four programs are for fp16 or bf16 on an H100, 16 columns or more and a share of K a warp,"
+            f" got {tuple(call.x.shape)} {call.x.dtype} on {call.x.device}, {tiles}"
+        )
     arguments = call.arguments()
     launch_clusters(
         _clustered_rows_kernel,
-        (triton.cdiv(N, tiles.BLOCK_N), parts),
-        tiles.NUM_CTAS * tiles.num_warps * BLOCK_B * (tiles.BLOCK_N // tiles.NUM_CTAS + 2),
-        tiles.num_warps,
-        tiles.NUM_CTAS,
+        (triton.cdiv(N, BLOCK_N), parts),
+        NUM_CTAS * num_warps * (BLOCK_N // NUM_CTAS * (BLOCK_B + 4) + 2 * BLOCK_B),
+        num_warps,
+        NUM_CTAS,
         False,
         **arguments,
         out_ptr=out,
         B=B,
-        PACE=tiles.PACE,
+        PACE=PACE,
         BLOCK_B=BLOCK_B,
-        BLOCK_N=tiles.BLOCK_N,
+        BLOCK_N=BLOCK_N,
         BLOCK_K=tiles.block_k(K),
     )
     return out

@@ -22,6 +22,7 @@ from ._cluster import (
     ClusterTiles,
     ask_for_norm,
     ask_for_weights,
+    check_call,
     cluster_begin,
     cluster_rank,
     exchange,
@@ -138,19 +139,14 @@ def _clustered_self_kernel(
     wait_for_previous()  # none of the kernels before writes what is read above; x is the previous one's work
 
     products = multiply(x_ptr, weights, norm, eps, K, 3 * WARP_ROWS, BLOCK_K, NUM_WARPS, NUM_CTAS)
-    is_inside = (position >= 0) & (position < S)
+    new = ()
     for i in gl.static_range(3 * WARP_ROWS):
-        n = rows + i % WARP_ROWS
         y = products[i] + biases[i]
         if i < WARP_ROWS:
             y = y * scale
         y = y.to(dtype)
-        send_to_all(here + 4 * (i // WARP_ROWS * HEAD_DIM + n), y.to(gl.float32))
-        if i >= WARP_ROWS:
-            if i < 2 * WARP_ROWS:
-                gl.store(key_cache_ptr + position * stride_kc_s + n, y, mask=(n >= 0) & is_inside)
-            else:
-                gl.store(value_cache_ptr + position * stride_vc_s + n, y, mask=(n >= 0) & is_inside)
+        send_to_all(here + 4 * (i // WARP_ROWS * HEAD_DIM + rows + i % WARP_ROWS), y.to(gl.float32))
+        new = new + (y,)  # noqa: RUF005
     exchange()
 
     place = here + 4 * keys_d
@@ -174,6 +170,11 @@ def _clustered_self_kernel(
         o += gl.expand_dims(p, 3) * values[i].load(KEYS).to(gl.float32)
     send_to_first(states + state * (4 * (HEAD_DIM + 4)), gl.sum(o, axis=2), m, gl.sum(l, axis=2), HEAD_DIM, KEYS)
     exchange()
+    # Now, since `exchange` waits for all that was stored before it.
+    is_inside = (rows >= 0) & (position >= 0) & (position < S)
+    for i in gl.static_range(WARP_ROWS):
+        gl.store(key_cache_ptr + position * stride_kc_s + rows + i, new[WARP_ROWS + i], mask=is_inside)
+        gl.store(value_cache_ptr + position * stride_vc_s + rows + i, new[2 * WARP_ROWS + i], mask=is_inside)
     out = join_states(states, NUM_STATES, HEAD_DIM, False, JOIN)
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, JOIN))
     gl.store(out_ptr + i_h * HEAD_DIM + offs_d, out.to(dtype), mask=cluster_rank() + 0 * offs_d == 0)
@@ -193,8 +194,13 @@ def clustered_self(
     qk_scale: float,
     tiles: ClusterTiles,
 ) -> torch.Tensor:
-    """Launches `_clustered_self_kernel`; returns (1, 1, H, D)."""
+    """Launches `_clustered_self_kernel`; returns (1, 1, H, D).
+
+    Raises:
+        ValueError: what `check_call` does not take.
+    """
     _, H, S, D = key_cache.shape
+    check_call(x, (key_cache, value_cache), x.shape[1], tiles.num_warps)
     out = x.new_empty(1, 1, H, D)
     arguments = {f"weight_{i}_ptr": weight for i, weight in enumerate(weights)}
     arguments |= {f"bias_{i}_ptr": x if bias is None else bias for i, bias in enumerate(biases)}

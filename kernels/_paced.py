@@ -90,11 +90,14 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def set_attribute(kernel: triton.compiler.CompiledKernel, attribute: int, number: int) -> None:
-    """CUDA Driver API, cuFuncSetAttribute: of `kernel`, which is loaded. Once; where the driver refuses, nothing changes."""
-    if (kernel.function, attribute) not in _set:
-        _driver().cuFuncSetAttribute(ctypes.c_void_p(kernel.function), attribute, number)
+def set_attribute(kernel: triton.compiler.CompiledKernel, attribute: int, number: int) -> int:
+    """CUDA Driver API, cuFuncSetAttribute: of `kernel`, which is loaded, until the driver has taken it; its answer."""
+    if (kernel.function, attribute) in _set:
+        return 0
+    answer = _driver().cuFuncSetAttribute(ctypes.c_void_p(kernel.function), attribute, number)
+    if answer == 0:
         _set.add((kernel.function, attribute))
+    return answer
 
 
 def prefer_shared_memory(kernel: triton.compiler.CompiledKernel) -> None:

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from whisper_triton.kernels import _attend, _dispatch, _paced
+from whisper_triton.kernels import _attend, _cluster, _dispatch, _paced
 
 
 class Launcher:
@@ -98,7 +98,8 @@ def emulate(change: Callable[[str], str] = str, early: bool = False) -> Iterator
     with ExitStack() as stack:
         for module in (_dispatch, _attend, _paced):
             stack.enter_context(mock.patch.object(module, "capability", return_value=(9, 0)))
-        stack.enter_context(mock.patch.object(_paced, "_driver", mock.MagicMock()))
+        stack.enter_context(mock.patch.object(_paced, "set_attribute", return_value=0))
+        stack.enter_context(mock.patch.object(_cluster, "set_attribute", return_value=0))
         stack.enter_context(mock.patch.object(_paced, "is_tritons", return_value=False))
         stack.enter_context(mock.patch.object(driver, "_active", Emulator(change, early)))
         yield
