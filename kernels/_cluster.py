@@ -3,8 +3,10 @@ head together.
 
 A cluster's programs run at the same time and write into each other's shared memory. So what they hand each other, a query or
 the softmax states of their keys, costs them a barrier, where the way through global memory costs a launch, or a fence, a
-counter and a second reading. Gluon has no words for it yet: the instructions stand here as PTX. Sources: CUDA C++ Programming
-Guide, distributed shared memory; PTX ISA, `mapa`, `st.shared::cluster`, `barrier.cluster`.
+counter and a second reading. What is sent counts its bytes off a barrier of the program that gets it (`st.async`), which waits
+for no more than that: a barrier of the whole cluster would have all that each has stored anywhere be visible first. Gluon has
+no words for it: the instructions stand here as PTX. Sources: CUDA C++ Programming Guide, distributed shared memory; PTX ISA,
+`mapa`, `st.async`, `mbarrier`, `barrier.cluster`.
 
 Tensors have the cluster's programs as their first dimension, so that each holds what is its own.
 """
@@ -83,17 +85,42 @@ def join_layout(num_states, head_dim, num_warps, num_ctas):
     return gl.BlockedLayout([num_states * lanes // 32, 1], [32 // lanes, lanes], [1, num_warps], [0, 1], cga_layout=everywhere)
 
 
+BARRIERS = 16  # bytes before what is exchanged: two barriers, one an exchange
+
+
 @constexpr_function
-def declare_floats(count):
-    return f"{{ .shared .align 16 .b8 cluster_floats[{4 * count}]; mov.u32 $0, cluster_floats; }}"
+def begin(floats, *expected):
+    """Declares shared memory and sets up its barriers for so many bytes each; tells the cluster that this program runs."""
+    setup = "".join(
+        f" @p mbarrier.init.shared::cta.b64 [$0+{8 * i}], 1;"
+        f" @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0+{8 * i}], {nbytes};"
+        for i, nbytes in enumerate(expected)
+        if nbytes
+    )
+    return (
+        f"{{ .shared .align 16 .b8 exchanged[{BARRIERS + 4 * floats}]; .reg .pred p; .reg .b32 a;"
+        f" mov.u32 $0, exchanged; mov.u32 a, %tid.x; setp.eq.u32 p, a, 0;{setup}"
+        " @p fence.mbarrier_init.release.cluster; barrier.cluster.arrive.relaxed.aligned; }"
+    )
+
+
+@constexpr_function
+def wait(i):
+    return (
+        f"{{ .reg .pred p; exchange_{i}: mbarrier.try_wait.parity.shared::cta.b64 p, [$1+{8 * i}], 0;"
+        f" @!p bra exchange_{i}; mov.u32 $0, 0; }}"
+    )
 
 
 @gluon.jit
-def cluster_begin():
-    """Tells the cluster that this program runs: what is sent to one that does not would be lost."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.relaxed.aligned; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+def cluster_begin(FLOATS: gl.constexpr, EXPECTED_0: gl.constexpr, EXPECTED_1: gl.constexpr):
+    """Once, first thing in a kernel. Returns where two barriers lie in shared memory, and behind them so many floats.
+
+    EXPECTED_0, EXPECTED_1: how many bytes this program will be sent before it goes on from each `exchange`; 0: it is not used.
+    What is sent to a program that does not run yet would be lost: see `wait_for_cluster`.
+    """
+    asm: gl.constexpr = begin(FLOATS, EXPECTED_0, EXPECTED_1)
+    return gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -103,19 +130,10 @@ def wait_for_cluster():
 
 
 @gluon.jit
-def exchange():
-    """Until all programs have sent what they send, which can be read then."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; // dummy $0",
-        "=r", [], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def shared_floats(COUNT: gl.constexpr):
-    """The address of so many floats of shared memory, beside Triton's own; to be called once in a kernel."""
-    asm: gl.constexpr = declare_floats(COUNT)
-    return gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+def exchange(barriers, I: gl.constexpr):
+    """Until all that is expected at barrier `I` has come."""
+    asm: gl.constexpr = wait(I)
+    gl.inline_asm_elementwise(asm, "=r,r", [barriers], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -231,44 +249,58 @@ def multiply(
     return products
 
 
-@gluon.jit
-def send_to_all(place, value):
-    """A warp's `value` (8 programs, warps) fp32 to shared memory at `place`, in each program: a lane for each of the eight."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 a; mov.u32 a, %laneid; setp.lt.u32 p, a, 8; @p mapa.shared::cluster.u32 a, $1, a;"
-        " @p st.shared::cluster.f32 [a], $2; mov.u32 $0, 0; }",
-        "=r,r,f", [place, value], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @constexpr_function
-def send_four(lanes):
-    """Of each four elements a thread the first `lanes` lanes send theirs; what $4 says is where to."""
+def send(lanes, rank, place, barrier, values):
+    """The first `lanes` lanes send `values`, registers, to `place` in the program `rank`; `r` names a lane's own number."""
+    vector = f".v{len(values)}" if len(values) > 1 else ""
+    data = ", ".join(values)
+    data = f"{{{data}}}" if vector else data
     return (
-        f"{{ .reg .pred p; .reg .b32 a; mov.u32 a, %laneid; setp.lt.u32 p, a, {lanes}; mapa.shared::cluster.u32 a, $4, 0;"
-        " @p st.shared::cluster.v4.f32 [a], {$8, $9, $10, $11};"
-        " mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; }"
+        f"{{ .reg .pred p; .reg .b32 a, b, r; mov.u32 r, %laneid; setp.lt.u32 p, r, {lanes};"
+        f" @p mapa.shared::cluster.u32 a, {place}, {rank}; @p mapa.shared::cluster.u32 b, {barrier}, {rank};"
+        f" @p st.async.shared::cluster.mbarrier::complete_tx::bytes{vector}.f32 [a], {data}, [b];"
     )
 
 
+@constexpr_function
+def send_one_to_all(num_ctas):
+    return send(num_ctas, "r", "$1", "$2", ["$3"]) + " mov.u32 $0, 0; }"
+
+
+@constexpr_function
+def send_four_to_first(lanes):
+    nothing = "".join(f" mov.u32 ${i}, 0;" for i in range(4))
+    return send(lanes, 0, "$4", "$8", [f"${i}" for i in range(12, 16)]) + nothing + " }"
+
+
+@constexpr_function
+def send_two_to_first():
+    return send(1, 0, "$1", "$2", ["$3", "$4"]) + " mov.u32 $0, 0; }"
+
+
 @gluon.jit
-def send_to_first(place, acc, m, l, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+def send_to_all(barrier, place, value, NUM_CTAS: gl.constexpr):
+    """A warp's `value` (programs, warps) fp32 to shared memory at `place`, in each program: a lane for each of them."""
+    asm: gl.constexpr = send_one_to_all(NUM_CTAS)
+    gl.inline_asm_elementwise(asm, "=r,r,r,f", [place, barrier, value], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def send_to_first(barrier, place, acc, m, l, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """A warp's softmax state, `acc` (programs, warps, HEAD_DIM) without the keys of `LAYOUT`, `m` and `l` (programs, warps), to
     shared memory of the first program: HEAD_DIM floats at `place` (programs, warps), and two behind them.
 
     The lanes of several keys hold the same by then: those of the first send it.
     """
-    asm: gl.constexpr = send_four(HEAD_DIM // 8)
+    four: gl.constexpr = send_four_to_first(HEAD_DIM // 8)
+    two: gl.constexpr = send_two_to_first()
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))))
     warps = gl.convert_layout(place, gl.SliceLayout(2, gl.SliceLayout(2, LAYOUT)))  # the same threads hold it
     places = gl.expand_dims(warps, 2) + 4 * gl.expand_dims(gl.expand_dims(offs_d, 0), 0)
     gl.inline_asm_elementwise(
-        asm, "=r,=r,=r,=r,r,r,r,r,f,f,f,f", [places, acc], dtype=gl.int32, is_pure=False, pack=4
-    )  # fmt: skip
-    gl.inline_asm_elementwise(
-        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $1, 0; st.shared::cluster.v2.f32 [a], {$2, $3}; mov.u32 $0, 0; }",
-        "=r,r,f,f", [place + 4 * HEAD_DIM, m, l], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+        four, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,f,f,f,f", [places, barrier, acc], dtype=gl.int32, is_pure=False, pack=4
+    )
+    gl.inline_asm_elementwise(two, "=r,r,r,f,f", [place + 4 * HEAD_DIM, barrier, m, l], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -307,15 +339,17 @@ def launch_clusters(
 ) -> None:
     """Launches `kernel`, a cluster of `num_ctas` programs for each element of `grid`.
 
-    exchanged: how many `shared_floats` it declares, of which Triton does not know: it raises the limit of a program's shared
-    memory only where its own share is beyond 48 KB. is_alone: one row, whose links all want the largest share.
+    exchanged: how many floats it declares for itself (`cluster_begin`), of which Triton does not know: it raises the limit of a
+    program's shared memory only where its own share is beyond 48 KB. is_alone: one row, whose links all want the largest share.
 
     Raises:
         ValueError: more is exchanged than can be declared so.
         RuntimeError: the driver does not raise the limit.
     """
-    if 4 * exchanged > MAX_DECLARED:
-        raise ValueError(f"{4 * exchanged} bytes are to be exchanged by {kernel.__name__}, {MAX_DECLARED} at most can be")
+    if BARRIERS + 4 * exchanged > MAX_DECLARED:
+        raise ValueError(
+            f"{BARRIERS + 4 * exchanged} bytes are to be exchanged by {kernel.__name__}, {MAX_DECLARED} at most can be"
+        )
     arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": num_ctas, "num_warps": num_warps, "num_ctas": num_ctas}
     compiled = kernel.warmup(grid=grid, **arguments, launch_pdl=True)
     compiled.run  # noqa: B018  loads it

@@ -17,6 +17,7 @@ import torch
 
 from ._arguments import cache_arguments
 from ._cluster import (
+    BARRIERS,
     BLOCK_K,
     NUM_CTAS,
     ROWS,
@@ -38,7 +39,6 @@ from ._cluster import (
     rows_of_warps,
     send_to_all,
     send_to_first,
-    shared_floats,
     split_shared,
     wait_for_cluster,
 )
@@ -86,11 +86,11 @@ def _clustered_cross_kernel(
     PACE: gl.constexpr,
     BLOCK_K: gl.constexpr,
     ROWS: gl.constexpr,
+    BARRIERS_SIZE: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     NUM_CTAS: gl.constexpr,
 ):
     launch_dependents()
-    cluster_begin()
     LINEAR: gl.constexpr = linear_layout(BLOCK_K, NUM_WARPS, NUM_CTAS)
     KEYS: gl.constexpr = keys_layout(HEAD_DIM, NUM_WARPS, NUM_CTAS)
     KEYS_ROWS: gl.constexpr = gl.SliceLayout(3, KEYS)  # (program, warp, key)
@@ -100,6 +100,11 @@ def _clustered_cross_kernel(
     JOIN: gl.constexpr = join_layout(NUM_STATES, HEAD_DIM, NUM_WARPS, NUM_CTAS)
     WARP_ROWS: gl.constexpr = HEAD_DIM // NUM_STATES
     dtype: gl.constexpr = query_ptr.dtype.element_ty
+    barriers = cluster_begin(
+        HEAD_DIM + NUM_STATES * (HEAD_DIM + 4), 4 * HEAD_DIM * HAS_PROJECTION, NUM_STATES * (4 * HEAD_DIM + 8)
+    )
+    here = barriers + BARRIERS_SIZE
+    states = here + 4 * HEAD_DIM
     i_h = gl.program_id(0).to(gl.int64)
     i_b = gl.program_id(1).to(gl.int64)
     if HAS_ENDED:
@@ -132,8 +137,6 @@ def _clustered_cross_kernel(
             values = values + (piece,)  # noqa: RUF005
         commit_group()
         wait_group(PACE - 1)
-    here = shared_floats(HEAD_DIM + NUM_STATES * (HEAD_DIM + 4))
-    states = here + 4 * HEAD_DIM
     if HAS_PROJECTION:
         rows = rows_of_warps(WARP_ROWS, LINEAR, NUM_WARPS, NUM_CTAS)
         biases = ()
@@ -144,8 +147,8 @@ def _clustered_cross_kernel(
         products = multiply(query_ptr + i_b * K, weights, norm, eps, K, WARP_ROWS, BLOCK_K, NUM_WARPS, NUM_CTAS)
         for i_n in gl.static_range(WARP_ROWS):
             part = (products[i_n] + biases[i_n]) * scale
-            send_to_all(here + 4 * (rows + i_n), part.to(dtype).to(gl.float32))
-        exchange()
+            send_to_all(barriers, here + 4 * (rows + i_n), part.to(dtype).to(gl.float32), NUM_CTAS)
+        exchange(barriers, 0)
         q = read_eight(here + 4 * keys_d)
     else:
         wait_for_cluster()
@@ -169,11 +172,13 @@ def _clustered_cross_kernel(
         l += p
         o += gl.expand_dims(p, 3) * values[i].load(KEYS).to(gl.float32)
     state = keys_c[:, None] * NUM_WARPS + keys_w[None, :]
-    send_to_first(states + state * (4 * (HEAD_DIM + 4)), gl.sum(o, axis=2), m, gl.sum(l, axis=2), HEAD_DIM, KEYS)
-    exchange()
-    out = join_states(states, NUM_STATES, HEAD_DIM, HAS_ENDED, JOIN)
-    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, JOIN))
-    gl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, out.to(dtype), mask=cluster_rank() + 0 * offs_d == 0)
+    place = states + state * (4 * (HEAD_DIM + 4))
+    send_to_first(barriers + 8, place, gl.sum(o, axis=2), m, gl.sum(l, axis=2), HEAD_DIM, KEYS)
+    if cluster_rank() == 0:
+        exchange(barriers, 1)
+        out = join_states(states, NUM_STATES, HEAD_DIM, HAS_ENDED, JOIN)
+        offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, JOIN))
+        gl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, out.to(dtype))
 
 
 class Projection(NamedTuple):
@@ -217,6 +222,7 @@ def clustered_cross(
         PACE=tiles.PACE,
         BLOCK_K=BLOCK_K,
         ROWS=ROWS,
+        BARRIERS_SIZE=BARRIERS,
         query_ptr=query,
         weight_ptr=weight,
         bias_ptr=bias,

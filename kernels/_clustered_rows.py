@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._cluster import cluster_begin, exchange, launch_clusters, shared_floats, wait_for_cluster
+from ._cluster import BARRIERS, cluster_begin, exchange, launch_clusters, wait_for_cluster
 from ._dispatch import triton
 from ._linear_call import LinearCall
 from ._paced import (
@@ -73,11 +73,12 @@ def copy_norm_layout(warp_k, num_warps, num_ctas):
 
 
 @constexpr_function
-def tell_all(num_ctas):
-    """Four lanes hold the moments of a row: each tells another program."""
+def send_moments(num_ctas):
+    """Four lanes hold the moments of a row: each sends them to another program."""
     return (
-        f"{{ .reg .pred p; .reg .b32 a; mov.u32 a, %laneid; and.b32 a, a, 3; setp.lt.u32 p, a, {num_ctas};"
-        " @p mapa.shared::cluster.u32 a, $1, a; @p st.shared::cluster.v2.f32 [a], {$2, $3}; mov.u32 $0, 0; }"
+        f"{{ .reg .pred p; .reg .b32 a, b, r; mov.u32 r, %laneid; and.b32 r, r, 3; setp.lt.u32 p, r, {num_ctas};"
+        " @p mapa.shared::cluster.u32 a, $1, r; @p mapa.shared::cluster.u32 b, $2, r;"
+        " @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {$3, $4}, [b]; mov.u32 $0, 0; }"
     )
 
 
@@ -114,11 +115,11 @@ def _clustered_rows_kernel(
     BLOCK_B: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    BARRIERS_SIZE: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     NUM_CTAS: gl.constexpr,
 ):
     launch_dependents()
-    cluster_begin()
     WARP_K: gl.constexpr = BLOCK_K // NUM_WARPS
     ALL_WARPS: gl.constexpr = NUM_CTAS * NUM_WARPS
     NUM_CHUNKS: gl.constexpr = K // (NUM_CTAS * BLOCK_K)
@@ -136,6 +137,11 @@ def _clustered_rows_kernel(
     SHARED_NORM: gl.constexpr = norm_shared(NUM_CTAS)
     SUMS: gl.constexpr = sums_layout(NUM_WARPS, NUM_CTAS)
     dtype: gl.constexpr = x_ptr.dtype.element_ty
+    barriers = cluster_begin(
+        ALL_WARPS * (OWN_N * STRIDE + 2 * BLOCK_B), 8 * ALL_WARPS * BLOCK_B * HAS_NORM, 4 * ALL_WARPS * OWN_N * BLOCK_B
+    )
+    here = barriers + BARRIERS_SIZE
+    told = here + 4 * ALL_WARPS * OWN_N * STRIDE  # moments, by warp and row
     first_n = gl.program_id(0) * BLOCK_N
     i_part = gl.program_id(1)
     weight_ptr, bias_ptr, has_bias, scale = part_of(
@@ -174,8 +180,6 @@ def _clustered_rows_kernel(
     bias = gl.zeros([NUM_CTAS, OWN_N, 1], gl.float32, layout=SUMS)
     if HAS_BIAS != 0:
         bias = gl.load(bias_ptr + offs_n, mask=(offs_n < N) & has_bias, other=0.0).to(gl.float32)
-    here = shared_floats(ALL_WARPS * (OWN_N * STRIDE + 2 * BLOCK_B))
-    told = here + 4 * ALL_WARPS * OWN_N * STRIDE  # moments, by warp and row
     wait_for_cluster()
     wait_for_previous()  # all above is constant; x and the residual are the previous kernels' work
 
@@ -197,14 +201,15 @@ def _clustered_rows_kernel(
             x_i = x[i].to(gl.float32)
             total += x_i
             squares += x_i * x_i
-        tell: gl.constexpr = tell_all(NUM_CTAS)
+        tell: gl.constexpr = send_moments(NUM_CTAS)
         told_i = gl.arange(0, ALL_WARPS, layout=gl.SliceLayout(1, MOMENTS))[:, None]
         told_b = gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, MOMENTS))
+        place = told + 8 * (told_i * BLOCK_B + told_b[None, :])
+        moments = gl.sum(total, axis=1), gl.sum(squares, axis=1)
         gl.inline_asm_elementwise(
-            tell, "=r,r,f,f", [told + 8 * (told_i * BLOCK_B + told_b[None, :]), gl.sum(total, axis=1), gl.sum(squares, axis=1)],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-        exchange()
+            tell, "=r,r,r,f,f", [place, barriers, moments[0], moments[1]], dtype=gl.int32, is_pure=False, pack=1
+        )
+        exchange(barriers, 0)
         total = gl.zeros([BLOCK_B], gl.float32, layout=gl.SliceLayout(0, MOMENTS))
         squares = gl.zeros([BLOCK_B], gl.float32, layout=gl.SliceLayout(0, MOMENTS))
         for i in gl.static_range(ALL_WARPS):
@@ -232,11 +237,11 @@ def _clustered_rows_kernel(
     acc_b = gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, None, :]
     place = here + 4 * ((acc_i * OWN_N + acc_n % OWN_N) * STRIDE + acc_b)
     gl.inline_asm_elementwise(  # two neighbours a thread, to the program that adds up their column
-        "{ .reg .b32 a; mapa.shared::cluster.u32 a, $2, $4; st.shared::cluster.v2.f32 [a], {$6, $7};"
-        " mov.u32 $0, 0; mov.u32 $1, 0; }",
-        "=r,=r,r,r,r,r,f,f", [place, acc_n // OWN_N, acc], dtype=gl.int32, is_pure=False, pack=2,
+        "{ .reg .b32 a, b; mapa.shared::cluster.u32 a, $2, $4; mapa.shared::cluster.u32 b, $6, $4;"
+        " st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {$8, $9}, [b]; mov.u32 $0, 0; mov.u32 $1, 0; }",
+        "=r,=r,r,r,r,r,r,r,f,f", [place, acc_n // OWN_N, barriers + 8, acc], dtype=gl.int32, is_pure=False, pack=2,
     )  # fmt: skip
-    exchange()
+    exchange(barriers, 1)
     place = here + 4 * (sums_n * STRIDE + sums_b + 0 * sums_c)
     y = gl.zeros([NUM_CTAS, OWN_N, BLOCK_B], gl.float32, layout=SUMS)
     for i in gl.static_range(ALL_WARPS):  # in this order, whoever sent first
@@ -291,5 +296,6 @@ def clustered_rows(call: LinearCall, tiles: RowTiles) -> torch.Tensor:
         BLOCK_B=BLOCK_B,
         BLOCK_N=BLOCK_N,
         BLOCK_K=tiles.block_k(K),
+        BARRIERS_SIZE=BARRIERS,
     )
     return out

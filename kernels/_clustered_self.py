@@ -16,6 +16,7 @@ import torch
 
 from ._arguments import cache_arguments
 from ._cluster import (
+    BARRIERS,
     BLOCK_K,
     NUM_CTAS,
     ROWS,
@@ -37,7 +38,6 @@ from ._cluster import (
     rows_of_warps,
     send_to_all,
     send_to_first,
-    shared_floats,
     split_shared,
     wait_for_cluster,
 )
@@ -84,11 +84,11 @@ def _clustered_self_kernel(
     PACE: gl.constexpr,
     BLOCK_K: gl.constexpr,
     ROWS: gl.constexpr,
+    BARRIERS_SIZE: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     NUM_CTAS: gl.constexpr,
 ):
     launch_dependents()
-    cluster_begin()
     LINEAR: gl.constexpr = linear_layout(BLOCK_K, NUM_WARPS, NUM_CTAS)
     KEYS: gl.constexpr = keys_layout(HEAD_DIM, NUM_WARPS, NUM_CTAS)
     KEYS_ROWS: gl.constexpr = gl.SliceLayout(3, KEYS)  # (program, warp, key)
@@ -98,6 +98,9 @@ def _clustered_self_kernel(
     JOIN: gl.constexpr = join_layout(NUM_STATES, HEAD_DIM, NUM_WARPS, NUM_CTAS)
     WARP_ROWS: gl.constexpr = HEAD_DIM // NUM_STATES
     dtype: gl.constexpr = x_ptr.dtype.element_ty
+    barriers = cluster_begin(3 * HEAD_DIM + NUM_STATES * (HEAD_DIM + 4), 12 * HEAD_DIM, NUM_STATES * (4 * HEAD_DIM + 8))
+    here = barriers + BARRIERS_SIZE
+    states = here + 4 * 3 * HEAD_DIM
     i_h = gl.program_id(0).to(gl.int64)
     position = gl.load(cache_position_ptr).to(gl.int64)
     end = gl.minimum(gl.maximum(position, 0), S).to(gl.int32)  # of the keys that are in the cache already
@@ -133,8 +136,6 @@ def _clustered_self_kernel(
         if (HAS_BIAS >> (i // WARP_ROWS)) & 1:
             bias = gl.load(bias_ptrs[i // WARP_ROWS] + i_h * HEAD_DIM + rows + i % WARP_ROWS).to(gl.float32)
         biases = biases + (bias,)  # noqa: RUF005
-    here = shared_floats(3 * HEAD_DIM + NUM_STATES * (HEAD_DIM + 4))
-    states = here + 4 * 3 * HEAD_DIM
     wait_for_cluster()
     wait_for_previous()  # none of the kernels before writes what is read above; x is the previous one's work
 
@@ -145,9 +146,15 @@ def _clustered_self_kernel(
         if i < WARP_ROWS:
             y = y * scale
         y = y.to(dtype)
-        send_to_all(here + 4 * (i // WARP_ROWS * HEAD_DIM + rows + i % WARP_ROWS), y.to(gl.float32))
+        place = here + 4 * (i // WARP_ROWS * HEAD_DIM + rows + i % WARP_ROWS)
+        send_to_all(barriers, place, y.to(gl.float32), NUM_CTAS)
         new = new + (y,)  # noqa: RUF005
-    exchange()
+    # None of the programs waits for these.
+    is_inside = (rows >= 0) & (position >= 0) & (position < S)
+    for i in gl.static_range(WARP_ROWS):
+        gl.store(key_cache_ptr + position * stride_kc_s + rows + i, new[WARP_ROWS + i], mask=is_inside)
+        gl.store(value_cache_ptr + position * stride_vc_s + rows + i, new[2 * WARP_ROWS + i], mask=is_inside)
+    exchange(barriers, 0)
 
     place = here + 4 * keys_d
     q = gl.expand_dims(gl.expand_dims(gl.expand_dims(read_eight(place) * qk_scale, 0), 0), 0)
@@ -168,16 +175,13 @@ def _clustered_self_kernel(
         p = gl.exp2(scores[i] - safe_m)
         l += p
         o += gl.expand_dims(p, 3) * values[i].load(KEYS).to(gl.float32)
-    send_to_first(states + state * (4 * (HEAD_DIM + 4)), gl.sum(o, axis=2), m, gl.sum(l, axis=2), HEAD_DIM, KEYS)
-    exchange()
-    # Now, since `exchange` waits for all that was stored before it.
-    is_inside = (rows >= 0) & (position >= 0) & (position < S)
-    for i in gl.static_range(WARP_ROWS):
-        gl.store(key_cache_ptr + position * stride_kc_s + rows + i, new[WARP_ROWS + i], mask=is_inside)
-        gl.store(value_cache_ptr + position * stride_vc_s + rows + i, new[2 * WARP_ROWS + i], mask=is_inside)
-    out = join_states(states, NUM_STATES, HEAD_DIM, False, JOIN)
-    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, JOIN))
-    gl.store(out_ptr + i_h * HEAD_DIM + offs_d, out.to(dtype), mask=cluster_rank() + 0 * offs_d == 0)
+    place = states + state * (4 * (HEAD_DIM + 4))
+    send_to_first(barriers + 8, place, gl.sum(o, axis=2), m, gl.sum(l, axis=2), HEAD_DIM, KEYS)
+    if cluster_rank() == 0:
+        exchange(barriers, 1)
+        out = join_states(states, NUM_STATES, HEAD_DIM, False, JOIN)
+        offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, JOIN))
+        gl.store(out_ptr + i_h * HEAD_DIM + offs_d, out.to(dtype))
 
 
 def clustered_self(
@@ -214,6 +218,7 @@ def clustered_self(
         PACE=tiles.PACE,
         BLOCK_K=BLOCK_K,
         ROWS=ROWS,
+        BARRIERS_SIZE=BARRIERS,
         x_ptr=x,
         **arguments,
         norm_weight_ptr=norm_weight,

@@ -322,7 +322,7 @@ def paced_calls() -> Iterator[Call]:
         launch = partial(clustered_self, x, weights, biases, vector, vector, 1e-5, 0.125, *tensors, 1.0, tiles)
         yield Call(f"clustered self {tiles=}", launch, read_ahead=True)
     weight, wide = torch.empty(1280, 5120, dtype=torch.float16), torch.empty(5120, 1280, dtype=torch.float16)
-    for B, tiles in ((8, RowTiles(32, 4, 4, 2)), (8, RowTiles(32, 2, 4, 2)), (32, RowTiles(32, 4, 4, 2))):
+    for B, tiles in ((8, RowTiles(32, 4, 4, 2)), (32, RowTiles(32, 4, 4, 2))):
         x, y = torch.empty(B, 1280, dtype=torch.float16), torch.empty(B, 5120, dtype=torch.float16)
         for link, linear_call in {
             "q/k/v": LinearCall(x, [square] * 3, [vector, None, vector], vector, vector, 1e-5, 0.125, False, None),

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from ptx_memory import OFFSET, RANK_SHIFT, Buffers, Cluster, Copy, Fault, Parameters, Piece, Shared, typed
+from ptx_memory import OFFSET, RANK_SHIFT, Barrier, Buffers, Cluster, Copy, Fault, Parameters, Piece, Shared, typed
 from ptx_numbers import DTYPES, FUNCTIONS, OPPOSITE, SHUFFLES, literal, narrow, widen
 from ptx_text import ADDRESS, OPERAND, Kernel, Statement
 from whisper_triton.kernels._paced import SHARED_MEMORY
 
 WARP = 32
-MAX_STEPS = 100_000  # blocks of instructions a cluster: more is a loop that waits for what never comes
+MAX_STEPS = 10_000  # blocks of instructions a cluster: more is a loop that waits for what never comes
 
 Where = np.ndarray | bool  # the threads that execute an instruction, (threads,) bool; True: all
 Run = Callable[[Where], None]
@@ -409,6 +409,54 @@ class Machine:
                     self.perform(copy.select(is_done))
                 if not is_done.all():
                     self.copies.append(copy.select(~is_done))
+
+        return run
+
+    @rule(r"mbarrier\.(?P<step>init|arrive\.expect_tx|try_wait\.parity)\.shared::cta\.b64")
+    def barrier_of_bytes(self, operands: list[str], step: str) -> Run:
+        """The first phase of an mbarrier object."""
+        done = self.target(operands[0], "pred") if step.startswith("try_wait") else None
+        address = self.address(operands[0] if step == "init" else operands[1])
+        (numbers,) = self.many(operands[-1], "u32")  # of arrivals, of bytes, of the phase
+
+        def run(where: Where) -> None:
+            at = self.active(where)
+            for some, _, places in self.shared.locate(address(at), at, 8, 8):
+                for thread, place in zip(some.tolist(), places.tolist(), strict=True):
+                    number = int(numbers[thread])
+                    if step == "init":
+                        self.cluster.barriers[place] = Barrier(number)
+                        continue
+                    barrier = self.cluster.barrier(place)
+                    if done is None:
+                        barrier.expected += number
+                        barrier.arrivals -= 1
+                    elif number:
+                        raise Fault("waits for another phase than the first")
+                    else:
+                        done[thread] = barrier.is_complete()
+
+        return run
+
+    @rule(r"st\.async\.shared::cluster\.mbarrier::complete_tx::bytes(?P<vector>\.v[24])?\.(?P<kind>f32|b32|u32)")
+    def send(self, operands: list[str], vector: str | None, kind: str) -> Run:
+        to, barrier_at, dtype = self.address(operands[0]), self.address(operands[2]), DTYPES[kind]
+        values = self.many(operands[1], kind)
+        nbytes = dtype.itemsize * self.count(vector, values)
+        locate = self.access("shared::cluster")
+
+        def run(where: Where) -> None:
+            at = self.active(where)
+            self.cluster.check_met(len(at) > 0)
+            ((_, data, places),) = locate(to(at), at, nbytes, nbytes)
+            ((_, _, barriers),) = locate(barrier_at(at), at, 8, 8)
+            if (self.shared.program_of(places) != self.shared.program_of(barriers)).any():
+                raise Fault("counts bytes off a barrier of another program than they are sent to")
+            memory, index = typed(data, dtype), places // dtype.itemsize
+            for place in set(barriers.tolist()):
+                mine, barrier = barriers == place, self.cluster.barrier(place)
+                barrier.nbytes += nbytes * int(mine.sum())
+                barrier.sent += [(memory, index[mine] + k, value[at[mine]].copy()) for k, value in enumerate(values)]
 
         return run
 

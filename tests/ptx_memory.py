@@ -106,18 +106,46 @@ def typed(data: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
+class Barrier:
+    """An mbarrier object: who has yet to arrive, how many bytes are expected, and what is on its way to be counted off."""
+
+    def __init__(self, arrivals: int) -> None:
+        self.arrivals, self.expected, self.nbytes = arrivals, 0, 0
+        self.sent: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # memory, index, values
+
+    def is_complete(self) -> bool:
+        """Whether its first phase is; what was sent is there then, and not before."""
+        if self.nbytes > self.expected:
+            raise Fault(f"{self.nbytes} bytes come to a barrier that expects {self.expected}")
+        if self.arrivals or self.nbytes < self.expected:
+            return False
+        for memory, index, values in self.sent:
+            memory[index] = values
+        self.sent.clear()
+        return True
+
+
 class Cluster:
-    """What a cluster's programs know of each other, from one barrier of all to the next."""
+    """What a cluster's programs know of each other, from one barrier of all to the next, and their mbarrier objects."""
 
     def __init__(self) -> None:
         self.has_arrived = self.has_met = False
         self.sent: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # memory, index, values: to other programs
         self.released: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # the same, of before they arrived at a barrier
+        self.barriers: dict[int, Barrier] = {}  # by where they lie
+
+    def barrier(self, place: int) -> Barrier:
+        if place not in self.barriers:
+            raise Fault(f"there is no barrier at {place:#x}")
+        return self.barriers[place]
 
     def send(self, memory: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
-        if len(index) and not self.has_met:
-            raise Fault("is sent to a program that may not have begun")
+        self.check_met(len(index) > 0)
         self.sent.append((memory, index, values))
+
+    def check_met(self, is_sent: bool) -> None:
+        if is_sent and not self.has_met:
+            raise Fault("is sent to a program that may not have begun")
 
     def release(self) -> None:
         self.released += self.sent
@@ -129,8 +157,9 @@ class Cluster:
         self.released.clear()
 
     def end(self, name: str) -> None:
-        if self.has_arrived or any(len(index) for _, index, _ in self.sent + self.released):
-            raise Fault(f"{name}: a program ends before all have met once more")
+        is_unread = any(len(index) for _, index, _ in self.sent + self.released)
+        if self.has_arrived or is_unread or any(barrier.sent for barrier in self.barriers.values()):
+            raise Fault(f"{name}: a program ends before all have met once more, or without what it was sent")
 
 
 class Copy(NamedTuple):

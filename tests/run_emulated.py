@@ -183,14 +183,23 @@ def append_cases() -> Iterator[Case]:
     yield f"append {outside=}", functools.partial(run_append, (32, 4, 3), outside, 64, half, True, None)
 
 
+def judged(check: Callable[..., None], *arguments: object, **others: object) -> Callable[[], Judged]:
+    """A check that raises what is wrong, as those that return an error and its bound."""
+
+    def run() -> Judged:
+        try:
+            check(*arguments, CPU, **others)
+        except AssertionError as error:
+            raise Fault(str(error)) from error
+        return 0.0, 0.0
+
+    return run
+
+
 def cluster_cases() -> Iterator[Case]:
     def case(check: Callable[..., None], *arguments: object, **others: object) -> Case:
-        def run() -> Judged:
-            check(*arguments, CPU, **others)  # it raises what is wrong
-            return 0.0, 0.0
-
         name = " ".join(str(argument) for argument in (*arguments, *others.values()))
-        return f"{check.__name__.replace('check_', 'cluster ')} {name}", run
+        return f"{check.__name__.replace('check_', 'cluster ')} {name}", judged(check, *arguments, **others)
 
     half, brain, four, eight = torch.float16, torch.bfloat16, ClusterTiles(4, 4), ClusterTiles(8, 1)
     yield case(check_cross, 2, 1500, 256, half, four)
@@ -236,12 +245,18 @@ def run_damaged(pattern: str, by: str, run: Callable[[], Judged]) -> Judged:
 def damaged_cases() -> Iterator[Case]:
     one_row = functools.partial(run_linear, 1, 512, 48, linear.Tiles(8, 1, 4, PACE=2), 3, torch.float16, "scale")
     appended = functools.partial(run_append, (32, 4, 3), [130], 64, torch.float16, True, None)
+    crossed = judged(check_cross, 1, 100, 256, torch.float16, ClusterTiles(4, 4))
     for name, pattern, by, run in (
         ("source offset", r"(cp\.async\.cg[^,]*, \[ %rd\d+ \+ )0", r"\g<1>16", one_row),
         ("target offset", r"(cp\.async\.cg\S* \[ %r\d+ \+ )0", r"\g<1>16", one_row),
         ("far offset", r"(cp\.async\.cg[^,]*, \[ %rd\d+ \+ )0", r"\g<1>1048576", one_row),
         ("too weak a wait", r"cp\.async\.wait_group\s+0", "cp.async.wait_group 1", one_row),
         ("too weak a wait in a loop", r"cp\.async\.wait_group\s+2", "cp.async.wait_group 3", appended),
+        ("too many bytes expected", r"(expect_tx[^;]*, )256;", r"\g<1>260;", crossed),
+        ("too few bytes expected", r"(expect_tx[^;]*, )256;", r"\g<1>252;", crossed),
+        ("no wait for what is sent", r"mbarrier\.try_wait[^;]*;", "setp.eq.u32 p, 0, 0;", crossed),
+        ("sent to another program", r"(mapa\.shared::cluster\.u32 a, %r\d+, )0;", r"\g<1>1;", crossed),
+        ("not all have begun", r"barrier\.cluster\.wait\.aligned;", "", crossed),
         ("another lane", r"(shfl\.sync\.bfly\.b32[^,]*,[^,]*, )16", r"\g<1>8", one_row),
     ):
         yield f"damaged: {name}", functools.partial(run_damaged, pattern, by, run)
