@@ -66,8 +66,8 @@ def link_of(weights: tuple[torch.Tensor, ...], has_norm: bool) -> str:
 
 
 @contextmanager
-def clustered(choice: Choice) -> Iterator[None]:
-    """The chain with these links by clusters, for whoever captures it within the block."""
+def clustered(choice: Choice, B: int) -> Iterator[None]:
+    """The chain with these links by clusters, for whoever captures a step of B rows within the block."""
     stock_own, stock_cross, rows = FusedDecoder._self_attention, FusedDecoder._cross_attention, dict(choice.rows)
 
     def self_attention(
@@ -103,7 +103,7 @@ def clustered(choice: Choice) -> Iterator[None]:
         x: torch.Tensor, weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor | None, ...], **around: object
     ) -> torch.Tensor:
         norm = around.get("layer_norm")
-        tiles = rows.get(link_of(weights, norm is not None)) if 1 < x.shape[0] <= 32 else None
+        tiles = rows.get(link_of(weights, norm is not None)) if x.shape[0] == B else None  # a prompt has more
         if tiles is None:
             return skinny_linear(x, weights, biases, **around)
         others = around.get("scale", 1.0), around.get("gelu", False), around.get("residual")
@@ -187,7 +187,7 @@ class Tuner:
         self.errors: dict[object, tuple[float, float]] = {}
 
     def time(self, choice: Choice) -> float:
-        with clustered(choice):
+        with clustered(choice, self.B):
             kernels = choice.kernels()
             if kernels not in self.errors:
                 self.errors[kernels] = check(self.model, self.B)
