@@ -18,12 +18,9 @@ import torch
 from ._arguments import cache_arguments
 from ._cluster import (
     BARRIERS,
-    BLOCK_K,
     NUM_CTAS,
     ROWS,
     ClusterTiles,
-    ask_for_norm,
-    ask_for_weights,
     check_call,
     cluster_begin,
     cluster_rank,
@@ -33,15 +30,13 @@ from ._cluster import (
     join_states,
     keys_layout,
     launch_clusters,
-    linear_layout,
-    multiply,
     read_eight,
-    rows_of_warps,
     send_to_all,
     send_to_first,
     split_shared,
     wait_for_cluster,
 )
+from ._clustered_linear import BLOCK_K, ask_for_norm, ask_for_weights, linear_layout, multiply, rows_of_warps
 from ._dispatch import triton
 from ._paced import (
     async_copy_global_to_shared,
@@ -209,7 +204,7 @@ def clustered_cross(
         ValueError: what `check_call` does not take.
     """
     B, H, S, D = key_cache.shape
-    check_call(query, (key_cache, value_cache), query.shape[1] if projection else 0, tiles.num_warps)
+    check_call(query, (key_cache, value_cache), query.shape[1] % BLOCK_K if projection else None, tiles.num_warps)
     out = query.new_empty(B, 1, H, D)
     weight, bias, norm_weight, norm_bias, eps, scale = projection or (query, query, query, query, 0.0, 1.0)
     launch_clusters(

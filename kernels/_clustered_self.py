@@ -17,12 +17,9 @@ import torch
 from ._arguments import cache_arguments
 from ._cluster import (
     BARRIERS,
-    BLOCK_K,
     NUM_CTAS,
     ROWS,
     ClusterTiles,
-    ask_for_norm,
-    ask_for_weights,
     check_call,
     cluster_begin,
     cluster_rank,
@@ -32,15 +29,13 @@ from ._cluster import (
     join_states,
     keys_layout,
     launch_clusters,
-    linear_layout,
-    multiply,
     read_eight,
-    rows_of_warps,
     send_to_all,
     send_to_first,
     split_shared,
     wait_for_cluster,
 )
+from ._clustered_linear import BLOCK_K, ask_for_norm, ask_for_weights, linear_layout, multiply, rows_of_warps
 from ._dispatch import triton
 from ._paced import (
     async_copy_global_to_shared,
@@ -204,7 +199,7 @@ def clustered_self(
         ValueError: what `check_call` does not take.
     """
     _, H, S, D = key_cache.shape
-    check_call(x, (key_cache, value_cache), x.shape[1], tiles.num_warps)
+    check_call(x, (key_cache, value_cache), x.shape[1] % BLOCK_K, tiles.num_warps)
     out = x.new_empty(1, 1, H, D)
     arguments = {f"weight_{i}_ptr": weight for i, weight in enumerate(weights)}
     arguments |= {f"bias_{i}_ptr": x if bias is None else bias for i, bias in enumerate(biases)}
