@@ -24,6 +24,7 @@ from ._paced import (
     gl,
     gluon,
     has_paced_copies,
+    join_softmax,
     prefer_shared_memory,
     set_attribute,
 )
@@ -41,17 +42,21 @@ class ClusterTiles(NamedTuple):
 
 
 @constexpr_function
+def split(rank, num_ctas):
+    """The first of so many dimensions over a cluster's programs."""
+    return [[1 << i] + [0] * (rank - 1) for i in range(num_ctas.bit_length() - 1)]
+
+
+@constexpr_function
 def split_layout(size_per_thread, threads, warps, num_ctas):
     """The last dimension fastest, the first split over the cluster's programs."""
     rank = len(warps)
-    split = [[1 << i] + [0] * (rank - 1) for i in range(num_ctas.bit_length() - 1)]
-    return gl.BlockedLayout(size_per_thread, threads, warps, list(range(rank))[::-1], cga_layout=split)
+    return gl.BlockedLayout(size_per_thread, threads, warps, list(range(rank))[::-1], cga_layout=split(rank, num_ctas))
 
 
 @constexpr_function
 def split_shared(rank, num_ctas):
-    split = [[1 << i] + [0] * (rank - 1) for i in range(num_ctas.bit_length() - 1)]
-    return gl.SwizzledSharedLayout(1, 1, 1, order=list(range(rank))[::-1], cga_layout=split)
+    return gl.SwizzledSharedLayout(1, 1, 1, order=list(range(rank))[::-1], cga_layout=split(rank, num_ctas))
 
 
 @constexpr_function
@@ -125,13 +130,16 @@ def cluster_rank():
 
 
 @constexpr_function
-def send(lanes, rank, place, barrier, values):
-    """The first `lanes` lanes send `values`, registers, to `place` in the program `rank`; `r` names a lane's own number."""
+def send(lanes, rank, place, barrier, values, alike=32):
+    """The first `lanes` of each `alike` lanes send `values`, registers, to `place` in the program `rank`.
+
+    `r` names a lane's number among these.
+    """
     vector = f".v{len(values)}" if len(values) > 1 else ""
     data = ", ".join(values)
     data = f"{{{data}}}" if vector else data
     return (
-        f"{{ .reg .pred p; .reg .b32 a, b, r; mov.u32 r, %laneid; setp.lt.u32 p, r, {lanes};"
+        f"{{ .reg .pred p; .reg .b32 a, b, r; mov.u32 r, %laneid; and.b32 r, r, {alike - 1}; setp.lt.u32 p, r, {lanes};"
         f" @p mapa.shared::cluster.u32 a, {place}, {rank}; @p mapa.shared::cluster.u32 b, {barrier}, {rank};"
         f" @p st.async.shared::cluster.mbarrier::complete_tx::bytes{vector}.f32 [a], {data}, [b];"
     )
@@ -187,26 +195,88 @@ def read_eight(place):
 
 
 @gluon.jit
-def join_states(here, NUM_STATES: gl.constexpr, HEAD_DIM: gl.constexpr, HAS_ENDED: gl.constexpr, LAYOUT: gl.constexpr):
-    """What the states at `here`, each HEAD_DIM + 4 floats, come to: (HEAD_DIM,)."""
-    offs_i = gl.arange(0, NUM_STATES, layout=gl.SliceLayout(1, LAYOUT))
-    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
-    place = here + offs_i * (4 * (HEAD_DIM + 4))
-    m_i, l_i = gl.inline_asm_elementwise(
-        "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [place + 4 * HEAD_DIM],
-        dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
-    )  # fmt: skip
-    o_i = gl.inline_asm_elementwise(
-        "ld.shared.f32 $0, [$1];", "=f,r", [place[:, None] + 4 * offs_d[None, :]], dtype=gl.float32, is_pure=False, pack=1
-    )
-    top = gl.max(m_i, axis=0)
-    if HAS_ENDED:  # then there may be no keys
-        top = gl.where(top == float("-inf"), 0.0, top)
-    weight = gl.exp2(m_i - top)
-    total = gl.sum(l_i * weight, axis=0)
-    if HAS_ENDED:
-        total = gl.where(total > 0.0, total, 1.0)
-    return gl.sum(o_i * weight[:, None], axis=0) / total
+def first_keys(
+    WARPS_APART: gl.constexpr, LAYOUT: gl.constexpr, ROWS: gl.constexpr, NUM_WARPS: gl.constexpr, NUM_CTAS: gl.constexpr
+):
+    """(programs, warps, ROWS): each warp's keys of the first piece, those of a program so many warps' after the last one's."""
+    PIECE: gl.constexpr = gl.SliceLayout(3, LAYOUT)
+    i_c = gl.arange(0, NUM_CTAS, layout=gl.SliceLayout(1, gl.SliceLayout(2, PIECE)))
+    i_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
+    i_r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(0, PIECE)))
+    first = (i_c[:, None] * WARPS_APART + i_w[None, :]) * ROWS
+    return gl.expand_dims(first, 2) + gl.expand_dims(gl.expand_dims(i_r, 0), 0)
+
+
+@gluon.jit
+def along_keys(x):
+    """A vector (D,) of elements as (1, 1, 1, D)."""
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(x, 0), 0), 0)
+
+
+@gluon.jit
+def attend(
+    q,  # (1, 1, 1, D), times the scale
+    keys,  # pieces in shared memory, (programs, warps, keys, D) each
+    values,
+    offs_s,  # (programs, warps, keys): of the first piece
+    STEP: gl.constexpr,  # from one piece's to the next one's
+    end,  # of the keys
+    score_new,  # (programs, warps, keys): of one key more each, -inf for none
+    v_new,  # (1, 1, 1, D): its value
+    LAYOUT: gl.constexpr,
+):
+    """Each warp's softmax state in base 2: maxima and sums (programs, warps), accumulators (programs, warps, D)."""
+    m = gl.max(score_new, axis=2)
+    scores = ()
+    for i in gl.static_range(len(keys)):
+        score = gl.sum(q * keys[i].load(LAYOUT).to(gl.float32), axis=3)
+        score = gl.where(offs_s + i * STEP < end, score, float("-inf"))
+        scores = scores + (score,)  # noqa: RUF005  Gluon knows no unpacking
+        m = gl.maximum(m, gl.max(score, axis=2))
+    safe_m = gl.expand_dims(gl.where(m == float("-inf"), 0.0, m), 2)  # a warp past the last key
+    l = gl.exp2(score_new - safe_m)
+    o = gl.expand_dims(l, 3) * v_new
+    for i in gl.static_range(len(keys)):
+        p = gl.exp2(scores[i] - safe_m)
+        l += p
+        o += gl.expand_dims(p, 3) * values[i].load(LAYOUT).to(gl.float32)
+    return m, gl.sum(l, axis=2), gl.sum(o, axis=2)
+
+
+@gluon.jit
+def join_states(
+    barriers,  # of the cluster; the second one is for the states
+    states,  # where they are sent to, in shared memory
+    m,  # as `attend` returns them
+    l,
+    o,
+    out_ptr,  # (HEAD_DIM,)
+    HAS_ENDED: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    NUM_CTAS: gl.constexpr,
+):
+    """Sends all states to the first program, HEAD_DIM + 4 floats each, which writes what they come to."""
+    NUM_STATES: gl.constexpr = NUM_CTAS * NUM_WARPS
+    JOIN: gl.constexpr = join_layout(NUM_STATES, HEAD_DIM, NUM_WARPS, NUM_CTAS)
+    WARPS: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))
+    i_c = gl.arange(0, NUM_CTAS, layout=gl.SliceLayout(1, WARPS))
+    i_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(0, WARPS))
+    own = states + (i_c[:, None] * NUM_WARPS + i_w[None, :]) * (4 * (HEAD_DIM + 4))
+    send_to_first(barriers + 8, own, o, m, l, HEAD_DIM, LAYOUT)
+    if cluster_rank() == 0:
+        exchange(barriers, 1)
+        offs_i = gl.arange(0, NUM_STATES, layout=gl.SliceLayout(1, JOIN))
+        offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, JOIN))
+        state = states + offs_i * (4 * (HEAD_DIM + 4))
+        m_i, l_i = gl.inline_asm_elementwise(
+            "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [state + 4 * HEAD_DIM],
+            dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
+        places = state[:, None] + 4 * offs_d[None, :]
+        o_i = gl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [places], dtype=gl.float32, is_pure=False, pack=1)
+        gl.store(out_ptr + offs_d, join_softmax(m_i, l_i, o_i, HAS_ENDED).to(out_ptr.dtype.element_ty))
 
 
 def launch_clusters(

@@ -21,18 +21,18 @@ from ._cluster import (
     NUM_CTAS,
     ROWS,
     ClusterTiles,
+    along_keys,
+    attend,
     check_call,
     cluster_begin,
-    cluster_rank,
     exchange,
     exchanged_floats,
-    join_layout,
+    first_keys,
     join_states,
     keys_layout,
     launch_clusters,
     read_eight,
     send_to_all,
-    send_to_first,
     split_shared,
     wait_for_cluster,
 )
@@ -88,18 +88,14 @@ def _clustered_cross_kernel(
     launch_dependents()
     LINEAR: gl.constexpr = linear_layout(BLOCK_K, NUM_WARPS, NUM_CTAS)
     KEYS: gl.constexpr = keys_layout(HEAD_DIM, NUM_WARPS, NUM_CTAS)
-    KEYS_ROWS: gl.constexpr = gl.SliceLayout(3, KEYS)  # (program, warp, key)
-    KEYS_WARPS: gl.constexpr = gl.SliceLayout(2, KEYS_ROWS)  # (program, warp)
     SHARED: gl.constexpr = split_shared(4, NUM_CTAS)
     NUM_STATES: gl.constexpr = NUM_CTAS * NUM_WARPS
-    JOIN: gl.constexpr = join_layout(NUM_STATES, HEAD_DIM, NUM_WARPS, NUM_CTAS)
     WARP_ROWS: gl.constexpr = HEAD_DIM // NUM_STATES
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     barriers = cluster_begin(
         HEAD_DIM + NUM_STATES * (HEAD_DIM + 4), 4 * HEAD_DIM * HAS_PROJECTION, NUM_STATES * (4 * HEAD_DIM + 8)
     )
     here = barriers + BARRIERS_SIZE
-    states = here + 4 * HEAD_DIM
     i_h = gl.program_id(0).to(gl.int64)
     i_b = gl.program_id(1).to(gl.int64)
     if HAS_ENDED:
@@ -108,13 +104,9 @@ def _clustered_cross_kernel(
     if HAS_PROJECTION:
         weights = ask_for_weights((weight_ptr + i_h * HEAD_DIM * K,), K, WARP_ROWS, PACE, BLOCK_K, NUM_WARPS, NUM_CTAS)
         norm = ask_for_norm(norm_weight_ptr, norm_bias_ptr, K, BLOCK_K, NUM_WARPS, NUM_CTAS)
-    keys_c = gl.arange(0, NUM_CTAS, layout=gl.SliceLayout(1, KEYS_WARPS))
-    keys_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(0, KEYS_WARPS))
-    keys_r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(0, KEYS_ROWS)))
-    keys_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KEYS))))
-    elements = gl.expand_dims(gl.expand_dims(gl.expand_dims(keys_d, 0), 0), 0)
-    first_s = gl.expand_dims((keys_c[:, None] * (NUM_PIECES * NUM_WARPS) + keys_w[None, :]) * ROWS, 2)
-    first_s = first_s + gl.expand_dims(gl.expand_dims(keys_r, 0), 0)
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KEYS))))
+    elements = along_keys(offs_d)
+    first_s = first_keys(NUM_PIECES * NUM_WARPS, KEYS, ROWS, NUM_WARPS, NUM_CTAS)
     key_cache_ptr += i_b * stride_kc_b + i_h * stride_kc_h
     value_cache_ptr += i_b * stride_vc_b + i_h * stride_vc_h
     keys, values = (), ()
@@ -144,36 +136,18 @@ def _clustered_cross_kernel(
             part = (products[i_n] + biases[i_n]) * scale
             send_to_all(barriers, here + 4 * (rows + i_n), part.to(dtype).to(gl.float32), NUM_CTAS)
         exchange(barriers, 0)
-        q = read_eight(here + 4 * keys_d)
+        q = read_eight(here + 4 * offs_d)
     else:
         wait_for_cluster()
         wait_for_previous()
-        q = gl.load(query_ptr + i_b * stride_q_b + i_h * stride_q_h + keys_d).to(gl.float32)
+        q = gl.load(query_ptr + i_b * stride_q_b + i_h * stride_q_h + offs_d).to(gl.float32)
         wait_group(0)
 
-    q = gl.expand_dims(gl.expand_dims(gl.expand_dims(q * qk_scale, 0), 0), 0)
-    scores = ()
-    m = gl.full([NUM_CTAS, NUM_WARPS], float("-inf"), gl.float32, layout=KEYS_WARPS)
-    for i in gl.static_range(NUM_PIECES):
-        score = gl.sum(q * keys[i].load(KEYS).to(gl.float32), axis=3)
-        score = gl.where(first_s + i * (ROWS * NUM_WARPS) < S, score, float("-inf"))
-        scores = scores + (score,)  # noqa: RUF005
-        m = gl.maximum(m, gl.max(score, axis=2))
-    safe_m = gl.expand_dims(gl.where(m == float("-inf"), 0.0, m), 2)  # a warp past the last key
-    l = gl.zeros([NUM_CTAS, NUM_WARPS, ROWS], gl.float32, layout=KEYS_ROWS)
-    o = gl.zeros([NUM_CTAS, NUM_WARPS, ROWS, HEAD_DIM], gl.float32, layout=KEYS)
-    for i in gl.static_range(NUM_PIECES):
-        p = gl.exp2(scores[i] - safe_m)
-        l += p
-        o += gl.expand_dims(p, 3) * values[i].load(KEYS).to(gl.float32)
-    state = keys_c[:, None] * NUM_WARPS + keys_w[None, :]
-    place = states + state * (4 * (HEAD_DIM + 4))
-    send_to_first(barriers + 8, place, gl.sum(o, axis=2), m, gl.sum(l, axis=2), HEAD_DIM, KEYS)
-    if cluster_rank() == 0:
-        exchange(barriers, 1)
-        out = join_states(states, NUM_STATES, HEAD_DIM, HAS_ENDED, JOIN)
-        offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, JOIN))
-        gl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_d, out.to(dtype))
+    no_score = gl.full([NUM_CTAS, NUM_WARPS, ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(3, KEYS))
+    no_value = gl.zeros([1, 1, 1, HEAD_DIM], gl.float32, layout=KEYS)
+    m, l, o = attend(along_keys(q * qk_scale), keys, values, first_s, ROWS * NUM_WARPS, S, no_score, no_value, KEYS)
+    out_ptr += (i_b * H + i_h) * HEAD_DIM
+    join_states(barriers, here + 4 * HEAD_DIM, m, l, o, out_ptr, HAS_ENDED, HEAD_DIM, KEYS, NUM_WARPS, NUM_CTAS)
 
 
 class Projection(NamedTuple):

@@ -12,7 +12,17 @@ from typing import NamedTuple
 
 import torch
 
-from ._cluster import BARRIERS, cluster_begin, exchange, launch_clusters, wait_for_cluster
+from ._cluster import (
+    BARRIERS,
+    cluster_begin,
+    exchange,
+    launch_clusters,
+    send,
+    split,
+    split_layout,
+    split_shared,
+    wait_for_cluster,
+)
 from ._dispatch import triton
 from ._linear_call import LinearCall
 from ._paced import (
@@ -35,51 +45,36 @@ MAX_BLOCK_K = 256  # columns of a program's chunk, of which each warp has a shar
 @constexpr_function
 def mma_layout(num_warps, num_ctas):
     """(warp of the cluster, row of weights, row of x)."""
-    split = [[1 << i, 0, 0] for i in range(num_ctas.bit_length() - 1)]
-    return gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8], cga_layout=split)
+    return gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8], cga_layout=split(3, num_ctas))
 
 
 @constexpr_function
 def copy_layout(warp_k, num_warps, num_ctas):
     """(warp of the cluster, row of weights, column of its share)."""
-    split = [[1 << i, 0, 0] for i in range(num_ctas.bit_length() - 1)]
-    return gl.BlockedLayout([1, 1, 8], [1, 256 // warp_k, warp_k // 8], [num_warps, 1, 1], [2, 1, 0], cga_layout=split)
-
-
-@constexpr_function
-def weights_shared(warp_k, num_ctas):
-    split = [[1 << i, 0, 0] for i in range(num_ctas.bit_length() - 1)]
-    return gl.SwizzledSharedLayout(8, 64 // warp_k, warp_k // 8, order=[2, 1, 0], cga_layout=split)
-
-
-@constexpr_function
-def sums_layout(num_warps, num_ctas):
-    """(program, column of out that it adds up, row), the columns fastest, as they lie in memory."""
-    split = [[1 << i, 0, 0] for i in range(num_ctas.bit_length() - 1)]
-    return gl.BlockedLayout([1, 1, 1], [1, 8, 4], [1, 1, num_warps], [1, 2, 0], cga_layout=split)
-
-
-@constexpr_function
-def norm_shared(num_ctas):
-    split = [[1 << i, 0] for i in range(num_ctas.bit_length() - 1)]
-    return gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0], cga_layout=split)
+    return split_layout([1, 1, 8], [1, 256 // warp_k, warp_k // 8], [num_warps, 1, 1], num_ctas)
 
 
 @constexpr_function
 def copy_norm_layout(warp_k, num_warps, num_ctas):
     """(warp of the cluster, column of its share)."""
-    split = [[1 << i, 0] for i in range(num_ctas.bit_length() - 1)]
-    return gl.BlockedLayout([1, 8], [256 // warp_k, warp_k // 8], [num_warps, 1], [1, 0], cga_layout=split)
+    return split_layout([1, 8], [256 // warp_k, warp_k // 8], [num_warps, 1], num_ctas)
+
+
+@constexpr_function
+def weights_shared(warp_k, num_ctas):
+    return gl.SwizzledSharedLayout(8, 64 // warp_k, warp_k // 8, order=[2, 1, 0], cga_layout=split(3, num_ctas))
+
+
+@constexpr_function
+def sums_layout(num_warps, num_ctas):
+    """(program, column of out that it adds up, row), the columns fastest, as they lie in memory."""
+    return gl.BlockedLayout([1, 1, 1], [1, 8, 4], [1, 1, num_warps], [1, 2, 0], cga_layout=split(3, num_ctas))
 
 
 @constexpr_function
 def send_moments(num_ctas):
     """Four lanes hold the moments of a row: each sends them to another program."""
-    return (
-        f"{{ .reg .pred p; .reg .b32 a, b, r; mov.u32 r, %laneid; and.b32 r, r, 3; setp.lt.u32 p, r, {num_ctas};"
-        " @p mapa.shared::cluster.u32 a, $1, r; @p mapa.shared::cluster.u32 b, $2, r;"
-        " @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {$3, $4}, [b]; mov.u32 $0, 0; }"
-    )
+    return send(num_ctas, "r", "$1", "$2", ["$3", "$4"], alike=4) + " mov.u32 $0, 0; }"
 
 
 @gluon.jit
@@ -134,7 +129,7 @@ def _clustered_rows_kernel(
     COPY: gl.constexpr = copy_layout(WARP_K, NUM_WARPS, NUM_CTAS)
     COPY_NORM: gl.constexpr = copy_norm_layout(WARP_K, NUM_WARPS, NUM_CTAS)
     SHARED: gl.constexpr = weights_shared(WARP_K, NUM_CTAS)
-    SHARED_NORM: gl.constexpr = norm_shared(NUM_CTAS)
+    SHARED_NORM: gl.constexpr = split_shared(2, NUM_CTAS)
     SUMS: gl.constexpr = sums_layout(NUM_WARPS, NUM_CTAS)
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     barriers = cluster_begin(

@@ -20,18 +20,18 @@ from ._cluster import (
     NUM_CTAS,
     ROWS,
     ClusterTiles,
+    along_keys,
+    attend,
     check_call,
     cluster_begin,
-    cluster_rank,
     exchange,
     exchanged_floats,
-    join_layout,
+    first_keys,
     join_states,
     keys_layout,
     launch_clusters,
     read_eight,
     send_to_all,
-    send_to_first,
     split_shared,
     wait_for_cluster,
 )
@@ -86,16 +86,12 @@ def _clustered_self_kernel(
     launch_dependents()
     LINEAR: gl.constexpr = linear_layout(BLOCK_K, NUM_WARPS, NUM_CTAS)
     KEYS: gl.constexpr = keys_layout(HEAD_DIM, NUM_WARPS, NUM_CTAS)
-    KEYS_ROWS: gl.constexpr = gl.SliceLayout(3, KEYS)  # (program, warp, key)
-    KEYS_WARPS: gl.constexpr = gl.SliceLayout(2, KEYS_ROWS)  # (program, warp)
     SHARED: gl.constexpr = split_shared(4, NUM_CTAS)
     NUM_STATES: gl.constexpr = NUM_CTAS * NUM_WARPS
-    JOIN: gl.constexpr = join_layout(NUM_STATES, HEAD_DIM, NUM_WARPS, NUM_CTAS)
     WARP_ROWS: gl.constexpr = HEAD_DIM // NUM_STATES
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     barriers = cluster_begin(3 * HEAD_DIM + NUM_STATES * (HEAD_DIM + 4), 12 * HEAD_DIM, NUM_STATES * (4 * HEAD_DIM + 8))
     here = barriers + BARRIERS_SIZE
-    states = here + 4 * 3 * HEAD_DIM
     i_h = gl.program_id(0).to(gl.int64)
     position = gl.load(cache_position_ptr).to(gl.int64)
     end = gl.minimum(gl.maximum(position, 0), S).to(gl.int32)  # of the keys that are in the cache already
@@ -104,17 +100,13 @@ def _clustered_self_kernel(
     weight_ptrs = (weight_0_ptr + first, weight_1_ptr + first, weight_2_ptr + first)
     weights = ask_for_weights(weight_ptrs, K, WARP_ROWS, PACE, BLOCK_K, NUM_WARPS, NUM_CTAS)
     norm = ask_for_norm(norm_weight_ptr, norm_bias_ptr, K, BLOCK_K, NUM_WARPS, NUM_CTAS)
-    keys_c = gl.arange(0, NUM_CTAS, layout=gl.SliceLayout(1, KEYS_WARPS))
-    keys_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(0, KEYS_WARPS))
-    keys_r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(0, KEYS_ROWS)))
-    keys_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KEYS))))
-    elements = gl.expand_dims(gl.expand_dims(gl.expand_dims(keys_d, 0), 0), 0)
-    state = keys_c[:, None] * NUM_WARPS + keys_w[None, :]
-    first_s = gl.expand_dims(state * ROWS, 2) + gl.expand_dims(gl.expand_dims(keys_r, 0), 0)
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KEYS))))
+    elements = along_keys(offs_d)
+    first_s = first_keys(NUM_WARPS, KEYS, ROWS, NUM_WARPS, NUM_CTAS)  # of few keys, too, each program has some
     key_cache_ptr += i_h * stride_kc_h
     value_cache_ptr += i_h * stride_vc_h
     keys, values = (), ()
-    for i in gl.static_range(NUM_PIECES):  # few keys are shared by all programs, too
+    for i in gl.static_range(NUM_PIECES):
         offs_s = first_s + i * (NUM_STATES * ROWS)
         mask = gl.expand_dims(offs_s < end, 3) & (elements < HEAD_DIM)
         k = gl.allocate_shared_memory(dtype, [NUM_CTAS, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
@@ -151,32 +143,13 @@ def _clustered_self_kernel(
         gl.store(value_cache_ptr + position * stride_vc_s + rows + i, new[2 * WARP_ROWS + i], mask=is_inside)
     exchange(barriers, 0)
 
-    place = here + 4 * keys_d
-    q = gl.expand_dims(gl.expand_dims(gl.expand_dims(read_eight(place) * qk_scale, 0), 0), 0)
-    k_new = gl.expand_dims(gl.expand_dims(gl.expand_dims(read_eight(place + 4 * HEAD_DIM), 0), 0), 0)
-    v_new = gl.expand_dims(gl.expand_dims(gl.expand_dims(read_eight(place + 8 * HEAD_DIM), 0), 0), 0)
+    place = here + 4 * offs_d
+    q = along_keys(read_eight(place) * qk_scale)
+    k_new, v_new = along_keys(read_eight(place + 4 * HEAD_DIM)), along_keys(read_eight(place + 8 * HEAD_DIM))
     score_new = gl.where(first_s == 0, gl.sum(q * k_new, axis=3), float("-inf"))  # beside the first key
-    m = gl.max(score_new, axis=2)
-    scores = ()
-    for i in gl.static_range(NUM_PIECES):
-        score = gl.sum(q * keys[i].load(KEYS).to(gl.float32), axis=3)
-        score = gl.where(first_s + i * (NUM_STATES * ROWS) < end, score, float("-inf"))
-        scores = scores + (score,)  # noqa: RUF005
-        m = gl.maximum(m, gl.max(score, axis=2))
-    safe_m = gl.expand_dims(gl.where(m == float("-inf"), 0.0, m), 2)  # a warp past the last key
-    l = gl.exp2(score_new - safe_m)
-    o = gl.expand_dims(l, 3) * v_new
-    for i in gl.static_range(NUM_PIECES):
-        p = gl.exp2(scores[i] - safe_m)
-        l += p
-        o += gl.expand_dims(p, 3) * values[i].load(KEYS).to(gl.float32)
-    place = states + state * (4 * (HEAD_DIM + 4))
-    send_to_first(barriers + 8, place, gl.sum(o, axis=2), m, gl.sum(l, axis=2), HEAD_DIM, KEYS)
-    if cluster_rank() == 0:
-        exchange(barriers, 1)
-        out = join_states(states, NUM_STATES, HEAD_DIM, False, JOIN)
-        offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, JOIN))
-        gl.store(out_ptr + i_h * HEAD_DIM + offs_d, out.to(dtype))
+    m, l, o = attend(q, keys, values, first_s, NUM_STATES * ROWS, end, score_new, v_new, KEYS)
+    out_ptr += i_h * HEAD_DIM
+    join_states(barriers, here + 12 * HEAD_DIM, m, l, o, out_ptr, False, HEAD_DIM, KEYS, NUM_WARPS, NUM_CTAS)
 
 
 def clustered_self(

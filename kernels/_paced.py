@@ -105,7 +105,8 @@ def prefer_shared_memory(kernel: triton.compiler.CompiledKernel) -> None:
 
     How much that is the driver chooses kernel by kernel, and a multiprocessor must be idle to change it: kernels that want
     different shares cannot overlap there. So all links of a chain should want the same. Of one row's links it took 2 % off a
-    step of large-v3, of several rows' nothing (benchmarks/NOTES.md, the decoder step, 18, 22 and 26).
+    step of large-v3, of several rows' nothing (benchmarks/NOTES.md, the decoder step, 18, 22 and 26). A hint: if the driver
+    refuses it the kernel is as right as before.
     """
     set_attribute(kernel, PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
 
@@ -118,6 +119,19 @@ def launch_dependents():
 @gluon.jit
 def wait_for_previous():
     gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def join_softmax(m_i, l_i, o_i, HAS_ENDED: gl.constexpr):
+    """What softmax states come to, maxima and sums (n,) and accumulators (n, D) in base 2: (D,)."""
+    top = gl.max(m_i, axis=0)
+    if HAS_ENDED:  # then there may be no keys
+        top = gl.where(top == float("-inf"), 0.0, top)
+    weight = gl.exp2(m_i - top)
+    total = gl.sum(l_i * weight, axis=0)
+    if HAS_ENDED:
+        total = gl.where(total > 0.0, total, 1.0)
+    return gl.sum(o_i * weight[:, None], axis=0) / total
 
 
 __all__ = [
@@ -135,6 +149,7 @@ __all__ = [
     "gl",
     "gluon",
     "has_paced_copies",
+    "join_softmax",
     "launch_dependents",
     "mma_v2",
     "prefer_shared_memory",

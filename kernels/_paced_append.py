@@ -174,8 +174,8 @@ class PacedTiles(NamedTuple):
 
 
 def choose_append_tiles(B: int) -> PacedTiles:
-    """Tiles for B sequences. Measured by benchmarks/tune_step.py on one H100 80GB HBM3, in steps of large-v3 of 1 and 8 rows at
-    positions 64 and 420, fp16, 2026-11-29.
+    """Tiles for B sequences. Measured on one H100 80GB HBM3, as benchmarks/tune_step.py does, in steps of large-v3 of 1 and 8
+    rows at positions 64 and 420, fp16, 2026-11-29.
 
     For one row larger pieces, of 64 keys, gain 4 % of a step at 420 and cost 1 % at 64, which more steps are near.
     """

@@ -17,6 +17,7 @@ from ._paced import (
     gl,
     gluon,
     has_paced_copies,
+    join_softmax,
     launch_dependents,
     prefer_shared_memory,
     wait_for_previous,
@@ -133,14 +134,7 @@ def _paced_attention_kernel(
         l_i = gl.load(sum_ptr + rows_i, mask=mask_i, other=0.0, cache_modifier=".cg")
         mask_io = mask_i[:, None] & (offs_o < HEAD_DIM)[None, :]
         o_i = gl.load(partial_ptr + rows_i[:, None] * HEAD_DIM + offs_o[None, :], mask=mask_io, other=0.0, cache_modifier=".cg")
-        top = gl.max(m_i, axis=0)
-        if HAS_ENDED:  # then there may be no keys
-            top = gl.where(top == float("-inf"), 0.0, top)
-        weight = gl.exp2(m_i - top)
-        total = gl.sum(l_i * weight, axis=0)
-        if HAS_ENDED:
-            total = gl.where(total > 0.0, total, 1.0)
-        out = gl.sum(o_i * weight[:, None], axis=0) / total
+        out = join_softmax(m_i, l_i, o_i, HAS_ENDED)
         gl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_o, out.to(dtype))
 
 

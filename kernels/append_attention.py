@@ -199,7 +199,7 @@ def _launch(
 ) -> None:
     B, T, H, D = query.shape
     if tiles is None:
-        # By itself, where no link before it leaves it time to read ahead, the plain kernel is as fast.
+        # Paced copies have been measured in a step alone, whose links read ahead.
         has_copies = read_ahead and has_paced_copies(query.device, query.dtype) and are_aligned(key_cache, value_cache)
         tiles = choose_tiles(B, T, H, D, query.element_size(), has_copies)
     if isinstance(tiles, PacedTiles):

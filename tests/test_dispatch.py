@@ -1,16 +1,18 @@
 """Where an op runs: the choice between kernel, interpreter and reference, dependent launch, and how an op is registered."""
 
+import ctypes
 import inspect
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from attention_cases import dtype_name
 
 from whisper_triton import kernels
-from whisper_triton.kernels import _dispatch
+from whisper_triton.kernels import _dispatch, _paced
 
 ROOT = Path(__file__).parents[1]
 HOPPER = torch.device("cuda", 0)
@@ -184,3 +186,19 @@ def test_the_schema_names_what_is_mutated(name: str) -> None:
     )
     # An op that mutates a cache returns nothing, so that `torch.compile` can functionalise it.
     assert bool(mutated) is (not schema.returns)
+
+
+def test_a_kernels_attribute_is_set_until_the_driver_has_taken_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answers = [], [1, 0, 0]
+
+    def ask(function: ctypes.c_void_p, attribute: int, number: int) -> int:
+        asked.append((function.value, attribute, number))
+        return answers.pop(0)
+
+    monkeypatch.setattr(_paced, "_driver", lambda: SimpleNamespace(cuFuncSetAttribute=ask))
+    monkeypatch.setattr(_paced, "_set", set())
+    one, other = SimpleNamespace(function=1 << 40), SimpleNamespace(function=7)
+    for kernel in (one, one, one, other, other):
+        _paced.prefer_shared_memory(kernel)
+    share = _paced.PREFERRED_SHARED_MEMORY_CARVEOUT, 100
+    assert asked == [(1 << 40, *share), (1 << 40, *share), (7, *share)]
