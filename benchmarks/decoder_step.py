@@ -34,7 +34,7 @@ from whisper_triton import fused
 from whisper_triton.decoder import DecoderStep
 
 POSITION = 64
-LINKS = ("q/k/v", "self-attention", "self out", "cross query", "cross-attention", "cross out", "fc1", "fc2")  # of a layer
+LINKS = ("q/k/v", "self-attention", "self out", "cross-attention", "cross out", "fc1", "fc2")  # of a layer
 MODES = ("reduce-overhead", "max-autotune", "none")
 
 
@@ -44,15 +44,13 @@ def step_bytes(model: WhisperForConditionalGeneration, step: DecoderStep) -> dic
     The input's embeddings are left out: a step reads a row of each.
     """
     own, cross = (part.layers for part in (step.cache.self_attention_cache, step.cache.cross_attention_cache))
-    found = dict.fromkeys(
-        ("q/k/v", "self-attention", "self out", "cross query", "cross-attention", "cross out", "fc1", "fc2"), 0
-    )
+    found = dict.fromkeys(LINKS, 0)
     for layer, of_self, of_cross in zip(model.model.decoder.layers, own, cross, strict=False):
         mine, other = layer.self_attn, layer.encoder_attn
         for link, modules in {
             "q/k/v": (layer.self_attn_layer_norm, mine.q_proj, mine.k_proj, mine.v_proj),
             "self out": (mine.out_proj,),
-            "cross query": (layer.encoder_attn_layer_norm, other.q_proj),
+            "cross-attention": (layer.encoder_attn_layer_norm, other.q_proj),  # with its query, which some launch together
             "cross out": (other.out_proj,),
             "fc1": (layer.final_layer_norm, layer.fc1),
             "fc2": (layer.fc2,),
@@ -104,7 +102,6 @@ def without(model: WhisperForConditionalGeneration, link: str) -> Iterator[None]
         weights |= {
             layer.self_attn.q_proj.weight: "q/k/v",
             layer.self_attn.out_proj.weight: "self out",
-            layer.encoder_attn.q_proj.weight: "cross query",
             layer.encoder_attn.out_proj.weight: "cross out",
             layer.fc1.weight: "fc1",
             layer.fc2.weight: "fc2",
@@ -116,10 +113,10 @@ def without(model: WhisperForConditionalGeneration, link: str) -> Iterator[None]
             return linear(x, parts, *args, **kwargs)
         return x.new_empty(x.shape[0], sum(len(part) for part in parts))
 
-    def no_attention(query: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        return query.new_empty(query.shape)
+    def no_attention(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return x.new_empty(x.shape)
 
-    names = {"self-attention": "append_attention", "cross-attention": "decode_attention"}
+    names = {"self-attention": "append_attention", "cross-attention": "cross_attention"}
     replacement = (names[link], no_attention) if link in names else ("skinny_linear", maybe_linear)
     with mock.patch.object(fused, *replacement):
         yield

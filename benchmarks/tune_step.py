@@ -3,9 +3,10 @@
     python benchmarks/tune_step.py --model large-v3 --batch 1,2,4,8,16,32
 
 A link timed alone says little: what counts is how it overlaps with its neighbours. So this takes one link after the other,
-tries its candidates in the captured step, and keeps the best before it goes on. The tables of `choose_tiles` in
-kernels/skinny_linear.py, decode_attention.py and append_attention.py, of `choose_attention_tiles` in _paced_attention.py and of
-`choose_append_tiles` in _paced_append.py are set from its output.
+tries its candidates in the captured step, and keeps the best before it goes on; `--links` leaves others as they are. The tables
+of `choose_tiles` in kernels/skinny_linear.py, decode_attention.py and append_attention.py, of `choose_attention_tiles` in
+_paced_attention.py, `choose_append_tiles` in _paced_append.py and `choose_cross_tiles` in _clustered_cross.py are set from its
+output.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from transformers import WhisperForConditionalGeneration
 from whisper_triton.benchmarks.decoder_step import POSITION
 from whisper_triton.benchmarks.harness import parse, time_graph, write_rows
 from whisper_triton.benchmarks.models import SHAPES, build_model
+from whisper_triton.kernels._clustered_append import ClusterTiles
+from whisper_triton.kernels._clustered_cross import CrossTiles, clustered_cross
+from whisper_triton.kernels._linear_call import LinearCall
 from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels._paced_append import PacedTiles as PacedAppendTiles
 from whisper_triton.kernels._paced_attention import AttentionTiles as PacedTiles
@@ -33,12 +37,13 @@ from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep
-from whisper_triton.kernels import _paced_attention
+from whisper_triton.kernels import _clustered_cross, _paced_attention
 
 append = sys.modules["whisper_triton.kernels.append_attention"]
 decode = sys.modules["whisper_triton.kernels.decode_attention"]
 skinny = sys.modules["whisper_triton.kernels.skinny_linear"]
 
+LINKS = ("linear", "append", "cross", "paced cross", "clustered cross")
 Link = tuple[object, ...]
 chosen: dict[Link, object] = {}
 
@@ -53,11 +58,11 @@ def overridable(module: object, key: Callable[..., Link], name: str = "choose_ti
     setattr(module, name, choose)
 
 
-def step_ms(model: WhisperForConditionalGeneration, B: int) -> float:
+def step_ms(model: WhisperForConditionalGeneration, B: int, position: int = POSITION) -> float:
     step = DecoderStep(model, B, model.config.max_source_positions)
     step.cache.is_updated.update(dict.fromkeys(step.cache.is_updated, True))
     step(model, torch.full((B, 1), 1000, device="cuda"))
-    step.cache.get_seq_length().fill_(POSITION - 10)
+    step.cache.get_seq_length().fill_(position - 10)
     return time_graph(step.graph, 1, replays=20)[0] / 1000
 
 
@@ -86,7 +91,10 @@ def candidates(link: Link, B: int) -> list[object]:
         if has_paced_copies(torch.device("cuda", 0), torch.float16):
             cuts = itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 4))
             tiles += [PacedAppendTiles(*cut) for cut in cuts if cut[0] // cut[1] <= 32 and cut[0] * cut[2] <= 256]
+            tiles += [ClusterTiles(*cut) for cut in itertools.product((2, 4, 8), (2, 4, 8))]
         return tiles
+    if link[0] == "clustered cross":
+        return [None, *(CrossTiles(*cut) for cut in itertools.product((4, 8), (1, 2, 3, 4, 5, 6)))]
     if link[0] == "paced cross":
         cuts = itertools.product((64, 96, 128, 160, 192, 256), (2, 4, 8), (1, 2, 3, 4))
         return [PacedTiles(*cut) for cut in cuts if cut[0] % (_paced_attention.ROWS * cut[1]) == 0]
@@ -118,13 +126,30 @@ def candidates(link: Link, B: int) -> list[object]:
     return linear_candidates(B, *link[1:3], *link[4:])
 
 
-def compile_linear(task: tuple[int, Link, Tiles]) -> None:
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.float16, device="cuda")
+
+
+def compile_link(task: tuple[str, int, Link, object]) -> None:
     """Compiles what `task` launches, as whisper_triton/fused.py would: Triton keeps it on the disk."""
-    B, (_, N, K, parts, has_norm, _), tiles = task
+    name, B, link, tiles = task
+    if link[0] == "linear":
+        return compile_linear(B, link, tiles)
+    C, H = SHAPES[name].d_model, SHAPES[name].heads
+    with suppress(Exception):  # the measurement meets it again
+        if link[0] == "append":
+            states, cache = empty(B, 1, 3, H, C // H), empty(B, H, 448, C // H)
+            position = torch.tensor(0, device="cuda")
+            tensors = *states.unbind(2), cache, cache.clone(), position, empty(B, 1, H, C // H)
+            append._launch(*tensors, 1.0, True, None, tiles)
+        elif tiles is not None:
+            cache, vector = empty(B, H, 1500, C // H), empty(C)
+            call = LinearCall(empty(B, C), [empty(C, C)], [vector], vector, vector, 1e-5, 0.125, False, None)
+            clustered_cross(call, cache, cache, 1.0, None, tiles)
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=torch.float16, device="cuda")
 
+def compile_linear(B: int, link: Link, tiles: Tiles) -> None:
+    _, N, K, parts, has_norm, _ = link
     is_head = N > 16384
     biases = (None,) if is_head else (empty(N), None, empty(N)) if parts == 3 else (empty(N),)
     with suppress(Exception):  # the measurement meets it again
@@ -140,26 +165,34 @@ def compile_linear(task: tuple[int, Link, Tiles]) -> None:
         )
 
 
-def tune(model: WhisperForConditionalGeneration, name: str, B: int) -> list[dict[str, object]]:
+LATE = 420  # a position late in a cache
+
+
+def told(tiles: tuple[object, ...] | None) -> str:
+    return "none" if tiles is None else str(tuple(tiles))
+
+
+def tune(model: WhisperForConditionalGeneration, name: str, B: int, names: list[str]) -> list[dict[str, object]]:
     chosen.clear()
     best, rows = step_ms(model, B), []
-    print(f"{name} batch {B}: {best:.4f} ms at the start", flush=True)
-    for link in list(chosen):
+    print(f"{name} batch {B}: {best:.4f} ms at the start, {step_ms(model, B, LATE):.4f} at {LATE}", flush=True)
+    for link in [link for link in chosen if link[0] in names]:
         kept, seen = chosen[link], []
         for tiles in candidates(link, B):
             chosen[link] = tiles
             try:
                 ms = step_ms(model, B)
+                late_ms = step_ms(model, B, LATE) if link[0] == "append" else None
             except Exception as error:  # a tile that does not fit is not a candidate
-                print(f"  {link} {tuple(tiles)}: {type(error).__name__}", flush=True)
+                print(f"  {link} {told(tiles)}: {type(error).__name__}", flush=True)
                 continue
-            seen.append((ms, tuple(tiles)))
-            rows.append({"model": name, "B": B, "link": list(link), "tiles": list(tiles), "step_ms": ms})
+            seen.append((ms, f"{told(tiles)}{'' if late_ms is None else f' {late_ms:.4f}'}"))
+            rows.append({"model": name, "B": B, "link": list(link), "tiles": told(tiles), "step_ms": ms, "late_ms": late_ms})
             if ms < 0.998 * best:
                 best, kept = ms, tiles
         chosen[link] = kept
-        nearest = ", ".join(f"{ms:.4f} {tiles}" for ms, tiles in sorted(seen)[:4])
-        print(f"  {best:.4f} ms with {link} as {tuple(kept)}; {nearest}", flush=True)
+        nearest = ", ".join(f"{ms:.4f} {tiles}" for ms, tiles in sorted(seen)[:6])
+        print(f"  {best:.4f} ms with {link} as {told(kept)}; {nearest}", flush=True)
     return rows
 
 
@@ -167,28 +200,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
     parser.add_argument("--batch", default="1", help="batch sizes, separated by commas")
+    parser.add_argument("--links", default=",".join(LINKS), help="separated by commas; all by default")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "tune_step.jsonl")
     args = parse(parser)
+    links = args.links.split(",")
     batches = [int(B) for B in args.batch.split(",")]
     tasks, has_copies = [], has_paced_copies(torch.device("cuda", 0), torch.float16)
     for name in args.model.split(","):
         C, vocabulary = SHAPES[name][0], SHAPES[name][5]
-        links = [(C, C, 3, True), (C, C, 1, False), (C, C, 1, True), (4 * C, C, 1, True), (C, 4 * C, 1, False)]
-        for B, link in itertools.product(batches, [*links, (vocabulary, C, 1, True)]):
-            tasks += [
-                (B, ("linear", *link, has_copies), tiles) for tiles in linear_candidates(B, *link[:2], link[3], has_copies)
-            ]
+        shapes = [(C, C, 3, True), (C, C, 1, False), (C, C, 1, True), (4 * C, C, 1, True), (C, 4 * C, 1, False)]
+        linear = [("linear", *shape, has_copies) for shape in (*shapes, (vocabulary, C, 1, True))]
+        for B, link in itertools.product(batches, [*linear, ("append",), ("clustered cross",)]):
+            tasks += [(name, B, link, tiles) for tiles in candidates(link, B) if link[0] in links]
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count())) as pool:
-        pool.map(compile_linear, tasks, chunksize=4)
+        pool.map(compile_link, tasks, chunksize=2)
     overridable(skinny, lambda B, *rest: ("linear", *rest))
     overridable(append, lambda *args: ("append",))
     overridable(decode, lambda *args: ("cross",))
     overridable(_paced_attention, lambda *args: ("paced cross",), "choose_attention_tiles")
+    overridable(_clustered_cross, lambda *args: ("clustered cross",), "choose_cross_tiles")
     rows = []
     for name in args.model.split(","):
         model = whisper_triton.accelerate(build_model(name))
         for B in batches:
-            rows += tune(model, name, B)
+            rows += tune(model, name, B, links)
         del model
     write_rows(args.output, rows)
 

@@ -13,8 +13,6 @@ Tensors have the cluster's programs as their first dimension, so that each holds
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ._paced import (
@@ -29,16 +27,9 @@ from ._paced import (
     set_attribute,
 )
 
-NUM_CTAS = 8  # of a cluster: the most that every GPU with clusters takes, and what `send_to_all` sends to
+NUM_CTAS = 8  # of a cluster, where all that it has is one head's: the most that every GPU with clusters takes
 ROWS = 8  # keys of a piece for each warp
 MAX_DECLARED = 48 << 10  # bytes of shared memory that a kernel can declare itself: PTX ISA
-
-
-class ClusterTiles(NamedTuple):
-    """Warps a program, pieces or chunks on their way."""
-
-    num_warps: int
-    PACE: int
 
 
 @constexpr_function
@@ -305,28 +296,13 @@ def launch_clusters(
     kernel[grid](**arguments, launch_pdl=True)
 
 
-def check_call(x: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], remainder: int | None, num_warps: int) -> None:
-    """That attention by clusters takes these; remainder: columns of x past the last whole chunk, None if x is not projected.
-
-    Raises:
-        ValueError: they are not for it.
-    """
-    D = caches[0].shape[-1]
-    if not (
+def covers_heads(x: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], num_warps: int) -> bool:
+    """Whether attention by clusters takes tensors like x and these caches; a head's elements divide among warps and lanes."""
+    D = caches[0].shape[3]
+    return (
         has_paced_copies(x.device, x.dtype)
         and are_aligned(*caches)
-        and D % (NUM_CTAS * num_warps) == 0
         and D in (32, 64, 128)
+        and num_warps in (2, 4, 8)
         and 32 % (D // num_warps) == 0
-        and (remainder is None or (remainder == 0 and x.is_contiguous()))
-    ):
-        raise ValueError(
-            "clusters are for one fp16 or bf16 token on an H100, whole chunks of contiguous columns, caches that begin and go"
-            f" on at multiples of 16 and a row of a head a warp at least, got {tuple(x.shape)} {x.dtype} on {x.device}, caches"
-            f" {tuple(caches[0].shape)} with strides {caches[0].stride()} and {caches[1].stride()}, {num_warps} warps"
-        )
-
-
-def exchanged_floats(parts: int, head_dim: int, num_warps: int) -> int:
-    """What `parts` of a head, each a query, key or value, and the softmax states take."""
-    return parts * head_dim + NUM_CTAS * num_warps * (head_dim + 4)
+    )

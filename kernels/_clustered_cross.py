@@ -1,12 +1,11 @@
-"""Cross-attention of one token, a cluster of programs a head and row, with the layer norm and the projection of its query in
-the same launch, or without them: see `_cluster.py`.
+"""Cross-attention of one token with the layer norm and the projection of its query, a cluster of programs a head and row: see
+`_cluster.py`.
 
     q = (layer_norm(x) @ weight[h].T + bias[h]) * scale     rounded to x's dtype, as a launch of its own would leave it
     out[b, h] = softmax(q . key_cache[b, h].T) @ value_cache[b, h]
 
-Each program attends to an eighth of the keys, and the first one joins the states. Where the query is projected here, each
-computes an eighth of it before, and sends it to all. Weights, keys and values come by paced copies, before the wait for the
-kernel before.
+Each program computes an eighth of a head's query and sends it to all, attends to an eighth of the keys, and the first one joins
+the states. Weights, keys and values come by paced copies, before the wait for the kernel before.
 """
 
 from __future__ import annotations
@@ -20,13 +19,11 @@ from ._cluster import (
     BARRIERS,
     NUM_CTAS,
     ROWS,
-    ClusterTiles,
     along_keys,
     attend,
-    check_call,
     cluster_begin,
+    covers_heads,
     exchange,
-    exchanged_floats,
     first_keys,
     join_states,
     keys_layout,
@@ -38,7 +35,9 @@ from ._cluster import (
 )
 from ._clustered_linear import BLOCK_K, ask_for_norm, ask_for_weights, linear_layout, multiply, rows_of_warps
 from ._dispatch import triton
+from ._linear_call import LinearCall
 from ._paced import (
+    MIN_WIDTH,
     async_copy_global_to_shared,
     commit_group,
     gl,
@@ -51,8 +50,8 @@ from ._paced import (
 
 @gluon.jit
 def _clustered_cross_kernel(
-    query_ptr,  # (B, 1, H, D) fp16/bf16; with HAS_PROJECTION x (B, K)
-    weight_ptr,  # (H * D, K); as the next three, read with HAS_PROJECTION alone
+    x_ptr,  # (B, K) fp16/bf16
+    weight_ptr,  # (H * D, K)
     bias_ptr,  # (H * D,)
     norm_weight_ptr,  # (K,)
     norm_bias_ptr,  # (K,)
@@ -63,8 +62,6 @@ def _clustered_cross_kernel(
     scale,
     eps,
     qk_scale,
-    stride_q_b,
-    stride_q_h,
     stride_kc_b,
     stride_kc_h,
     stride_kc_s,
@@ -73,7 +70,6 @@ def _clustered_cross_kernel(
     stride_vc_s,
     H,
     S,
-    HAS_PROJECTION: gl.constexpr,
     HAS_ENDED: gl.constexpr,
     K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -91,19 +87,16 @@ def _clustered_cross_kernel(
     SHARED: gl.constexpr = split_shared(4, NUM_CTAS)
     NUM_STATES: gl.constexpr = NUM_CTAS * NUM_WARPS
     WARP_ROWS: gl.constexpr = HEAD_DIM // NUM_STATES
-    dtype: gl.constexpr = query_ptr.dtype.element_ty
-    barriers = cluster_begin(
-        HEAD_DIM + NUM_STATES * (HEAD_DIM + 4), 4 * HEAD_DIM * HAS_PROJECTION, NUM_STATES * (4 * HEAD_DIM + 8)
-    )
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    barriers = cluster_begin(HEAD_DIM + NUM_STATES * (HEAD_DIM + 4), 4 * HEAD_DIM, NUM_STATES * (4 * HEAD_DIM + 8))
     here = barriers + BARRIERS_SIZE
     i_h = gl.program_id(0).to(gl.int64)
     i_b = gl.program_id(1).to(gl.int64)
     if HAS_ENDED:
         S = gl.where(gl.load(ended_ptr + i_b) == 0, S, 0)
 
-    if HAS_PROJECTION:
-        weights = ask_for_weights((weight_ptr + i_h * HEAD_DIM * K,), K, WARP_ROWS, PACE, BLOCK_K, NUM_WARPS, NUM_CTAS)
-        norm = ask_for_norm(norm_weight_ptr, norm_bias_ptr, K, BLOCK_K, NUM_WARPS, NUM_CTAS)
+    weights = ask_for_weights((weight_ptr + i_h * HEAD_DIM * K,), K, WARP_ROWS, PACE, BLOCK_K, NUM_WARPS, NUM_CTAS)
+    norm = ask_for_norm(norm_weight_ptr, norm_bias_ptr, K, BLOCK_K, NUM_WARPS, NUM_CTAS)
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KEYS))))
     elements = along_keys(offs_d)
     first_s = first_keys(NUM_PIECES * NUM_WARPS, KEYS, ROWS, NUM_WARPS, NUM_CTAS)
@@ -124,25 +117,19 @@ def _clustered_cross_kernel(
             values = values + (piece,)  # noqa: RUF005
         commit_group()
         wait_group(PACE - 1)
-    if HAS_PROJECTION:
-        rows = rows_of_warps(WARP_ROWS, LINEAR, NUM_WARPS, NUM_CTAS)
-        biases = ()
-        for i_n in gl.static_range(WARP_ROWS):
-            biases = biases + (gl.load(bias_ptr + i_h * HEAD_DIM + rows + i_n).to(gl.float32),)  # noqa: RUF005
-        wait_for_cluster()
-        wait_for_previous()  # all above is constant during a step; x is the previous kernel's work
-        products = multiply(query_ptr + i_b * K, weights, norm, eps, K, WARP_ROWS, BLOCK_K, NUM_WARPS, NUM_CTAS)
-        for i_n in gl.static_range(WARP_ROWS):
-            part = (products[i_n] + biases[i_n]) * scale
-            send_to_all(barriers, here + 4 * (rows + i_n), part.to(dtype).to(gl.float32), NUM_CTAS)
-        exchange(barriers, 0)
-        q = read_eight(here + 4 * offs_d)
-    else:
-        wait_for_cluster()
-        wait_for_previous()
-        q = gl.load(query_ptr + i_b * stride_q_b + i_h * stride_q_h + offs_d).to(gl.float32)
-        wait_group(0)
+    rows = rows_of_warps(WARP_ROWS, LINEAR, NUM_WARPS, NUM_CTAS)
+    biases = ()
+    for i_n in gl.static_range(WARP_ROWS):
+        biases = biases + (gl.load(bias_ptr + i_h * HEAD_DIM + rows + i_n).to(gl.float32),)  # noqa: RUF005
+    wait_for_cluster()
+    wait_for_previous()  # all above is constant during a step; x is the previous kernel's work
 
+    products = multiply(x_ptr + i_b * K, weights, norm, eps, K, WARP_ROWS, BLOCK_K, NUM_WARPS, NUM_CTAS)
+    for i_n in gl.static_range(WARP_ROWS):
+        part = (products[i_n] + biases[i_n]) * scale
+        send_to_all(barriers, here + 4 * (rows + i_n), part.to(dtype).to(gl.float32), NUM_CTAS)
+    exchange(barriers, 0)
+    q = read_eight(here + 4 * offs_d)
     no_score = gl.full([NUM_CTAS, NUM_WARPS, ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(3, KEYS))
     no_value = gl.zeros([1, 1, 1, HEAD_DIM], gl.float32, layout=KEYS)
     m, l, o = attend(along_keys(q * qk_scale), keys, values, first_s, ROWS * NUM_WARPS, S, no_score, no_value, KEYS)
@@ -150,67 +137,98 @@ def _clustered_cross_kernel(
     join_states(barriers, here + 4 * HEAD_DIM, m, l, o, out_ptr, HAS_ENDED, HEAD_DIM, KEYS, NUM_WARPS, NUM_CTAS)
 
 
-class Projection(NamedTuple):
-    """What makes a query of x: weight (H * D, K), bias (H * D,), layer norm (K,), (K,) and epsilon, scale."""
+class CrossTiles(NamedTuple):
+    """Warps a program, pieces or chunks on their way."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor
-    norm_weight: torch.Tensor
-    norm_bias: torch.Tensor
-    eps: float
-    scale: float
+    num_warps: int
+    PACE: int
+
+
+def choose_cross_tiles(B: int) -> CrossTiles | None:
+    """Tiles for B sequences, or None where two launches are as fast. Measured by benchmarks/tune_step.py on one NVIDIA H200 in
+    steps of large-v3, fp16, 2026-11-29.
+    """
+    return CrossTiles(4, 4) if B == 1 else None
+
+
+MAX_KEYS = 2048  # more have not been measured
+
+
+def covers_cross(call: LinearCall, key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
+    """Whether `_clustered_cross_kernel` takes these and is the faster way: few rows of a wide model; from shapes, strides and
+    the device alone.
+    """
+    B, H, S, D = key_cache.shape
+    tiles = choose_cross_tiles(B)
+    return tiles is not None and H * D >= MIN_WIDTH and S <= MAX_KEYS and fits_cross(call, key_cache, value_cache, tiles)
+
+
+def fits_cross(call: LinearCall, key_cache: torch.Tensor, value_cache: torch.Tensor, tiles: CrossTiles) -> bool:
+    """Whether the kernel takes these: a token a sequence, a bias, whole chunks of columns, rows of a head for each warp."""
+    x, D = call.x, key_cache.shape[3]
+    return (
+        x.shape[0] == key_cache.shape[0]
+        and x.shape[1] % BLOCK_K == 0
+        and call.biases[0] is not None
+        and call.norm_weight is not None
+        and D % (NUM_CTAS * tiles.num_warps) == 0
+        and covers_heads(x, (key_cache, value_cache), tiles.num_warps)
+    )
 
 
 def clustered_cross(
-    query: torch.Tensor,
-    projection: Projection | None,
+    call: LinearCall,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     qk_scale: float,
     ended: torch.Tensor | None,
-    tiles: ClusterTiles,
+    tiles: CrossTiles | None = None,
 ) -> torch.Tensor:
     """Launches `_clustered_cross_kernel` over all slots; returns (B, 1, H, D).
 
-    query: (B, 1, H, D), or with a projection x (B, K). `qk_scale` is for a softmax in base 2.
+    call: the query's projection, x (B, K). `qk_scale` is for a softmax in base 2; tiles: other than `choose_cross_tiles` says.
 
     Raises:
-        ValueError: what `check_call` does not take.
+        ValueError: what `fits_cross` says does not fit.
     """
+    tiles = tiles or choose_cross_tiles(key_cache.shape[0])
+    if not fits_cross(call, key_cache, value_cache, tiles):
+        raise ValueError(
+            "clusters are for a token a sequence in fp16 or bf16 on an H100, whole chunks of columns, and caches that begin and"
+            f" go on at multiples of 16 (`fits_cross` in _clustered_cross.py), got {tuple(call.x.shape)} {call.x.dtype} on"
+            f" {call.x.device}, caches {tuple(key_cache.shape)} with strides {key_cache.stride()} and {value_cache.stride()},"
+            f" {tiles}"
+        )
     B, H, S, D = key_cache.shape
-    check_call(query, (key_cache, value_cache), query.shape[1] % BLOCK_K if projection else None, tiles.num_warps)
-    out = query.new_empty(B, 1, H, D)
-    weight, bias, norm_weight, norm_bias, eps, scale = projection or (query, query, query, query, 0.0, 1.0)
+    out = call.x.new_empty(B, 1, H, D)
+    states = NUM_CTAS * tiles.num_warps
     launch_clusters(
         _clustered_cross_kernel,
         (H, B),
-        exchanged_floats(1, D, tiles.num_warps),
+        D + states * (D + 4),
         tiles.num_warps,
         NUM_CTAS,
         B == 1,
+        x_ptr=call.x,
+        weight_ptr=call.weights[0],
+        bias_ptr=call.biases[0],
+        norm_weight_ptr=call.norm_weight,
+        norm_bias_ptr=call.norm_bias,
+        **cache_arguments(key_cache, value_cache),
+        out_ptr=out,
+        ended_ptr=call.x if ended is None else ended,
+        scale=call.scale,
+        eps=call.eps,
+        qk_scale=qk_scale,
+        H=H,
+        S=S,
+        HAS_ENDED=ended is not None,
+        K=call.x.shape[1],
+        HEAD_DIM=D,
+        NUM_PIECES=triton.cdiv(S, states * ROWS),
         PACE=tiles.PACE,
         BLOCK_K=BLOCK_K,
         ROWS=ROWS,
         BARRIERS_SIZE=BARRIERS,
-        query_ptr=query,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
-        **cache_arguments(key_cache, value_cache),
-        out_ptr=out,
-        ended_ptr=query if ended is None else ended,
-        scale=scale,
-        eps=eps,
-        qk_scale=qk_scale,
-        stride_q_b=query.stride(0),
-        stride_q_h=0 if projection else query.stride(2),
-        H=H,
-        S=S,
-        HAS_PROJECTION=projection is not None,
-        HAS_ENDED=ended is not None,
-        K=query.shape[1] if projection else 0,
-        HEAD_DIM=D,
-        NUM_PIECES=triton.cdiv(S, NUM_CTAS * tiles.num_warps * ROWS),
     )
     return out

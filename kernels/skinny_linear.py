@@ -243,7 +243,7 @@ def skinny_linear(
         ValueError: shapes, dtypes, devices, strides or tiles that do not fit.
     """
     norm = (None, None, 0.0) if layer_norm is None else layer_norm
-    _check(x, weights, biases, layer_norm, residual)
+    check_linear(x, weights, biases, layer_norm, residual)
     (B, K), N = x.shape, weights[0].shape[0]
     has_copies = has_paced_copies(x.device, x.dtype)
     has_norm, is_plain = layer_norm is not None, not (gelu or scale != 1.0)
@@ -273,7 +273,7 @@ def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool) -> None:
         raise ValueError("only a plain linear layer can have its K split")
 
 
-def _check(
+def check_linear(
     x: torch.Tensor,
     weights: tuple[torch.Tensor, ...],
     biases: tuple[torch.Tensor | None, ...],

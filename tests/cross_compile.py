@@ -29,20 +29,17 @@ import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from whisper_triton.kernels._cluster import ClusterTiles
-from whisper_triton.kernels._clustered_cross import Projection, clustered_cross
-from whisper_triton.kernels._clustered_rows import RowTiles, clustered_rows
-from whisper_triton.kernels._clustered_self import clustered_self
-from whisper_triton.kernels._linear_call import LinearCall
+from whisper_triton.kernels._clustered_cross import CrossTiles
 
 from whisper_triton.kernels import _attend, _cluster, _dispatch, _paced
 
-update, decode, append, linear, embed, project, norm, gelu, select = (
+update, decode, append, cross, linear, embed, project, norm, gelu, select = (
     importlib.import_module(f"whisper_triton.kernels.{name}")
     for name in (
         "update_kv_cache",
         "decode_attention",
         "append_attention",
+        "cross_attention",
         "skinny_linear",
         "embed_tokens",
         "project_cross_kv",
@@ -302,34 +299,26 @@ def paced_calls() -> Iterator[Call]:
         counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.zeros(B, dtype=torch.int64) if B > 1 else None
         launch = partial(decode._launch, query, cache, cache, None, 1.0, False, True, counters, ended)
         yield Call(f"decode paced {B=} {D=}", launch, read_ahead=True)
-    for B, D, ahead, tiles in ((1, 64, True, (64, 4, 2)), (8, 64, False, (128, 4, 2)), (1, 128, True, (32, 2, 4))):
+    for B, D, ahead, tiles in (
+        (1, 64, True, append.PacedTiles(64, 4, 2)),
+        (8, 64, False, append.PacedTiles(128, 4, 2)),
+        (1, 128, True, append.PacedTiles(32, 2, 4)),
+        (1, 64, True, append.choose_tiles(1, 1, 20, 448, 64, 2, has_copies=True)),
+        (8, 64, False, append.ClusterTiles(2, 4)),
+        (1, 128, True, append.ClusterTiles(8, 8)),
+    ):
         states, cache = torch.empty(3, B, 1, 12, D, dtype=torch.float16), torch.empty(B, 12, 448, D, dtype=torch.float16)
         position, ended = torch.tensor(0), torch.zeros(B, dtype=torch.int64) if B > 1 else None
         tensors = *states, cache, cache, position, torch.empty_like(states[0])
-        launch = partial(append._launch, *tensors, 1.0, ahead, ended, append.PacedTiles(*tiles))
+        launch = partial(append._launch, *tensors, 1.0, ahead, ended, tiles)
         yield Call(f"append paced {B=} {D=} {tiles=}", launch, read_ahead=ahead)
-    vector, square, x = (torch.empty(*shape, dtype=torch.float16) for shape in ((1280,), (1280, 1280), (1, 1280)))
-    own, cross = (torch.empty(8, 20, S, 64, dtype=torch.float16) for S in (448, 1500))
-    projection = Projection(square, vector, vector, vector, 1e-5, 0.125)
-    for tiles in (ClusterTiles(4, 4), ClusterTiles(8, 2)):
-        launch = partial(clustered_cross, x, projection, cross[:1], cross[:1], 1.0, None, tiles)
-        yield Call(f"clustered cross {tiles=}", launch, read_ahead=True)
-        ended = torch.zeros(8, dtype=torch.int64)
-        launch = partial(clustered_cross, own[:, :, :1].transpose(1, 2), None, cross, cross, 1.0, ended, tiles)
-        yield Call(f"clustered join {tiles=}", launch, read_ahead=True)
-        weights, biases = [square] * 3, [vector, None, vector]
-        tensors = own[:1], own[:1], torch.tensor(0)
-        launch = partial(clustered_self, x, weights, biases, vector, vector, 1e-5, 0.125, *tensors, 1.0, tiles)
-        yield Call(f"clustered self {tiles=}", launch, read_ahead=True)
-    weight, wide = torch.empty(1280, 5120, dtype=torch.float16), torch.empty(5120, 1280, dtype=torch.float16)
-    for B, tiles in ((8, RowTiles(32, 4, 4, 2)), (32, RowTiles(32, 4, 4, 2))):
-        x, y = torch.empty(B, 1280, dtype=torch.float16), torch.empty(B, 5120, dtype=torch.float16)
-        for link, linear_call in {
-            "q/k/v": LinearCall(x, [square] * 3, [vector, None, vector], vector, vector, 1e-5, 0.125, False, None),
-            "fc1": LinearCall(x, [wide], [wide[:, 0].contiguous()], vector, vector, 1e-5, 1.0, True, None),
-            "fc2": LinearCall(y, [weight], [vector], None, None, 0.0, 1.0, False, x),
-        }.items():
-            yield Call(f"clustered rows {link} {B=} {tiles=}", partial(clustered_rows, linear_call, tiles), read_ahead=True)
+    for B, H in ((1, 20), (1, 16), (8, 20)):
+        C = 64 * H
+        x, weight, vector = (torch.empty(*shape, dtype=torch.float16) for shape in ((B, C), (C, C), (C,)))
+        cache, ended = torch.empty(B, H, 1500, 64, dtype=torch.float16), torch.zeros(B, dtype=torch.int64) if B > 1 else None
+        call = linear.LinearCall(x, [weight], [vector], vector, vector, 1e-5, 0.125, False, None)
+        launch = partial(cross.clustered_cross, call, cache, cache, 1.0, ended, CrossTiles(4, 4))
+        yield Call(f"cross clustered {B=} {H=}", launch, read_ahead=True)
 
 
 SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 from attention_cases import Shape, poisoned_allocations, random_caches, random_states, relative_error, sdpa, storage, twin
-from cluster_cases import check_cross, check_join, check_rows, check_self
 from ptx import emulate
 from ptx_memory import Fault
+from test_cross_attention import check_clusters
 from test_skinny_linear import double, make
-from whisper_triton.kernels._cluster import ClusterTiles
-from whisper_triton.kernels._clustered_rows import RowTiles
+from whisper_triton.kernels._clustered_append import ClusterTiles
+from whisper_triton.kernels._clustered_cross import CrossTiles
 from whisper_triton.kernels._paced_append import PacedTiles
 from whisper_triton.kernels._paced_attention import paced_attention
 
@@ -93,7 +93,12 @@ def run_attention(B: int, H: int, D: int, S: int, dtype: torch.dtype, has_ended:
 
 
 def run_append(
-    tiles: tuple[int, int, int], positions: list[int], D: int, dtype: torch.dtype, read_ahead: bool, ended: list[int] | None
+    tiles: PacedTiles | ClusterTiles,
+    positions: list[int],
+    D: int,
+    dtype: torch.dtype,
+    read_ahead: bool,
+    ended: list[int] | None = None,
 ) -> Judged:
     """A sequence a position, each over 2 heads and 160 slots; what has ended has NaN in the slots before its position."""
     B, H, S = len(positions), 2, 160
@@ -116,7 +121,7 @@ def run_append(
                 cache[b, :, : positions[b]] = torch.nan
     with poisoned_allocations():
         out = query.new_empty(query.shape)
-    append._launch(query, key, value, *caches, place, out, SCALE, read_ahead, flags, PacedTiles(*tiles))
+    append._launch(query, key, value, *caches, place, out, SCALE, read_ahead, flags, tiles)
     for cache, expected in zip(caches, wanted, strict=True):
         if changed := int((storage(cache) != storage(expected)).sum()):
             raise Fault(f"{changed} elements of a cache are not as the reference leaves them")
@@ -167,57 +172,52 @@ def attention_cases() -> Iterator[Case]:
 
 
 def append_cases() -> Iterator[Case]:
-    half, inside = torch.float16, [0, 1, 63, 64, 130]
+    half, brain, inside = torch.float16, torch.bfloat16, [0, 1, 63, 64, 130]
+    paced, clustered = PacedTiles(32, 4, 3), ClusterTiles(4, 4)
     for (tiles, D, dtype), read_ahead in itertools.product(
-        (((16, 2, 1), 64, half), ((32, 4, 3), 64, half), ((64, 4, 2), 32, half), ((32, 4, 3), 64, torch.bfloat16)),
+        (
+            (PacedTiles(16, 2, 1), 64, half), (paced, 64, half), (PacedTiles(64, 4, 2), 32, half), (paced, 64, brain),
+            (ClusterTiles(2, 2), 64, half), (clustered, 64, half), (ClusterTiles(8, 4), 32, half), (clustered, 64, brain),
+        ),
         (True, False),
-    ):
+    ):  # fmt: skip
         if read_ahead or (D == 64 and dtype == half):
-            name = f"append {tiles=} {D=} {read_ahead=} {dtype}"
-            yield name, functools.partial(run_append, tiles, inside, D, dtype, read_ahead, None)
-    for ended in ([0, 1, 0, 1, 1], [0] * 5):
-        yield f"append {ended=}", functools.partial(run_append, (32, 4, 3), inside, 64, half, True, ended)
-    for position in inside:
-        yield f"append one {position=}", functools.partial(run_append, (32, 4, 4), [position], 64, half, True, None)
+            yield (
+                f"append {tiles} {D=} {read_ahead=} {dtype}",
+                functools.partial(run_append, tiles, inside, D, dtype, read_ahead),
+            )
     outside = [-1, -4, 160, 161, 2**32 + 3, 2**62, -(2**62), 159]
-    yield f"append {outside=}", functools.partial(run_append, (32, 4, 3), outside, 64, half, True, None)
+    for tiles in (paced, clustered):
+        for ended in ([0, 1, 0, 1, 1], [0] * 5):
+            yield f"append {tiles} {ended=}", functools.partial(run_append, tiles, inside, 64, half, True, ended)
+        for position in inside:
+            yield f"append {tiles} one {position=}", functools.partial(run_append, tiles, [position], 64, half, True)
+        yield f"append {tiles} {outside=}", functools.partial(run_append, tiles, outside, 64, half, True)
 
 
-def judged(check: Callable[..., None], *arguments: object, **others: object) -> Callable[[], Judged]:
+def cross_cases() -> Iterator[Case]:
+    half, brain, four, eight = torch.float16, torch.bfloat16, CrossTiles(4, 4), CrossTiles(8, 1)
+    for arguments in (
+        (1, 2, 1500, 256, half, four),
+        (1, 2, 1499, 1280, half, eight),
+        (1, 8, 1, 512, brain, four),
+        (2, 2, 300, 256, half, eight),
+        (3, 1, 513, 256, brain, four),
+    ):
+        yield f"cross {' '.join(map(str, arguments))}", judged(check_clusters, *arguments)
+
+
+def judged(check: Callable[..., None], *arguments: object) -> Callable[[], Judged]:
     """A check that raises what is wrong, as those that return an error and its bound."""
 
     def run() -> Judged:
         try:
-            check(*arguments, CPU, **others)
+            check(*arguments, CPU)
         except AssertionError as error:
             raise Fault(str(error)) from error
         return 0.0, 0.0
 
     return run
-
-
-def cluster_cases() -> Iterator[Case]:
-    def case(check: Callable[..., None], *arguments: object, **others: object) -> Case:
-        name = " ".join(str(argument) for argument in (*arguments, *others.values()))
-        return f"{check.__name__.replace('check_', 'cluster ')} {name}", judged(check, *arguments, **others)
-
-    half, brain, four, eight = torch.float16, torch.bfloat16, ClusterTiles(4, 4), ClusterTiles(8, 1)
-    yield case(check_cross, 2, 1500, 256, half, four)
-    yield case(check_cross, 2, 1499, 1280, half, eight)
-    yield case(check_cross, 8, 1, 512, brain, four)
-    yield case(check_cross, 2, 300, 256, half, eight, B=2)
-    yield case(check_join, 2, 2, 1500, half, four)
-    yield case(check_join, 3, 1, 513, brain, eight)
-    for position in (0, 1, 63, 64, 255, 256, 447, 448, -1, 2**40):
-        yield case(check_self, 8, 448, 256, position, half, four if position % 2 else eight)
-    yield case(check_self, 4, 8, 1280, 7, brain, four)
-    for link, tiles in itertools.product(
-        ("q/k/v", "cross query", "fc1", "fc2"), (RowTiles(32, 4, 4, 2), RowTiles(16, 2, 8, 1))
-    ):
-        yield case(check_rows, link, 8, 64, 1280 if tiles.num_warps == 4 else 512, half, tiles)
-    yield case(check_rows, "q/k/v", 2, 100, 1024, brain, RowTiles(64, 4, 4, 4))
-    yield case(check_rows, "fc2", 17, 70, 2048, half, RowTiles(32, 4, 4, 2))
-    yield case(check_rows, "fc1", 32, 32, 1024, half, RowTiles(16, 4, 4, 2))
 
 
 def replaced(pattern: str, by: str, ptx: str) -> str:
@@ -244,8 +244,8 @@ def run_damaged(pattern: str, by: str, run: Callable[[], Judged]) -> Judged:
 
 def damaged_cases() -> Iterator[Case]:
     one_row = functools.partial(run_linear, 1, 512, 48, linear.Tiles(8, 1, 4, PACE=2), 3, torch.float16, "scale")
-    appended = functools.partial(run_append, (32, 4, 3), [130], 64, torch.float16, True, None)
-    crossed = judged(check_cross, 1, 100, 256, torch.float16, ClusterTiles(4, 4))
+    appended = functools.partial(run_append, PacedTiles(32, 4, 3), [130], 64, torch.float16, True)
+    crossed = judged(check_clusters, 1, 1, 100, 256, torch.float16, CrossTiles(4, 4))
     for name, pattern, by, run in (
         ("source offset", r"(cp\.async\.cg[^,]*, \[ %rd\d+ \+ )0", r"\g<1>16", one_row),
         ("target offset", r"(cp\.async\.cg\S* \[ %r\d+ \+ )0", r"\g<1>16", one_row),
@@ -281,7 +281,7 @@ def main() -> None:
     results = []
     early = [("copies at once: " + name, run) for name, run in append_cases()]
     for options, cases in (
-        ({}, [*linear_cases(), *attention_cases(), *append_cases(), *cluster_cases()]),
+        ({}, [*linear_cases(), *attention_cases(), *append_cases(), *cross_cases()]),
         ({"early": True}, early),
         (None, [*damaged_cases()]),
     ):

@@ -111,7 +111,7 @@ def test_step(measured: Callable[..., list[dict[str, Any]]], monkeypatch: pytest
     assert (step["compiled/ours"], step["mode"]) == (pytest.approx(20.0 / step["ms"]), "reduce-overhead")
     assert step["share_%"] == pytest.approx(100 * step["GB/s"] / step["bandwidth_GB/s"])
     assert [row["link"] for row in links] == [
-        *("q/k/v", "self-attention", "self out", "cross query", "cross-attention", "cross out", "fc1", "fc2", "LM head")
+        *("q/k/v", "self-attention", "self out", "cross-attention", "cross out", "fc1", "fc2", "LM head")
     ]
     # Two layers, and the final layer norm and the LM head's weights once.
     assert sum(row["MB"] * (1 if row["link"] == "LM head" else 2) for row in links) == pytest.approx(step["MB"])
@@ -207,7 +207,7 @@ def test_wrong_tokens_are_not_timed(command: Callable[..., Result], monkeypatch:
         patch.setattr(benchmark_of_generate.Variant, "generate", others)
         refuses(command(*arguments), 1, "accelerate is wrong: a token's logit is")
     monkeypatch.setattr(attention, "decode_attention", wrong(attention.decode_attention))
-    monkeypatch.setattr(fused, "decode_attention", wrong(fused.decode_attention))
+    monkeypatch.setattr(fused, "cross_attention", wrong(fused.cross_attention))
     refuses(command(*arguments), 1, "the step is wrong in 8 rows: ")
 
 

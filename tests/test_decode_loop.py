@@ -83,7 +83,7 @@ class TestStocksTokens:
     def test_of_rows_that_have_ended_no_keys_are_read(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decoder, "is_fusable", fused.is_fusable)
         model, features = talkative(device, 4.0, dtype=torch.float16), mel(5, device).half()
-        given: dict[str, list[torch.Tensor | None]] = {"decode_attention": [], "append_attention": []}
+        given: dict[str, list[torch.Tensor | None]] = {"cross_attention": [], "append_attention": []}
         for name, seen in given.items():
             attend = getattr(fused, name)
 

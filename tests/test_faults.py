@@ -28,6 +28,7 @@ from whisper_triton.kernels import _dispatch, _paced
 pytest_plugins = ["whisper_fixtures"]
 ROOT = Path(__file__).parents[1]
 append = sys.modules["whisper_triton.kernels.append_attention"]
+cross = sys.modules["whisper_triton.kernels.cross_attention"]
 skinny = sys.modules["whisper_triton.kernels.skinny_linear"]
 GPU = torch.device("cuda", 0)
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79.19 GiB")
@@ -414,7 +415,10 @@ class TestPacedKernels:
         def paced(*args: Any) -> None:
             raise error
 
-        for module, name in ((skinny, "paced_linear"), (skinny, "paced_rows"), (append, "paced_append")):
+        for module, name in (
+            (skinny, "paced_linear"), (skinny, "paced_rows"), (append, "paced_append"), (append, "clustered_append"),
+            (cross, "clustered_cross"),
+        ):  # fmt: skip
             monkeypatch.setattr(module, name, paced)
 
     def test_the_plain_ones_serve(
@@ -446,8 +450,20 @@ class TestPacedKernels:
             *torch.empty(2, 1, 1, 2, 64),
         )
         append._launch(*call, plain, 1.0, False)
-        append._launch(*call, out, 1.0, False, tiles=append.PacedTiles(64, 4, 2))
-        assert torch.equal(out, plain)
+        for tiles in (append.PacedTiles(64, 4, 2), append.ClusterTiles(4, 4)):
+            append._launch(*call, out.fill_(torch.nan), 1.0, False, tiles=tiles)
+            assert torch.equal(out, plain)
+
+    @pytest.mark.usefixtures("arguments")
+    def test_cross_attention_in_two_launches_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not _dispatch.INTERPRET:
+            pytest.skip("the plain kernels run in the interpreter")
+        x, weight, vector = torch.randn(1, 64), torch.randn(64, 64), torch.randn(64)
+        call = x, weight, vector, *torch.randn(2, 1, 1, 9, 64), vector, vector, 1e-5, 1.0, None, None
+        plain = cross._launch(*call)
+        monkeypatch.setattr(cross, "covers_cross", lambda *arguments: True)
+        self.fails(raised_in_triton(RuntimeError("PassManager::run failed")), monkeypatch)
+        assert torch.equal(cross._launch(*call), plain)
 
     def test_what_one_gpu_cannot_another_may(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_paced, "_given_up", {})

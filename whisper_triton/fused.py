@@ -17,7 +17,7 @@ from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperDecoderLayer
 
 from .cache import StaticEncoderDecoderCache
-from .kernels import append_attention, decode_attention
+from .kernels import append_attention, cross_attention
 from .kernels._checks import DTYPES, HEAD_DIMS
 from .kernels.embed_tokens import embed_tokens
 from .kernels.skinny_linear import MAX_ROWS, LayerNorm, fits_tiles, skinny_linear
@@ -114,7 +114,7 @@ class FusedDecoder:
             index = layer.module.self_attn.layer_idx
             own, cross = cache.self_attention_cache.layers[index], cache.cross_attention_cache.layers[index]
             x = self._self_attention(x, layer, own, position, T, ended)
-            x = self._cross_attention(x, layer, cross, T, ended)
+            x = self._cross_attention(x, layer, cross, ended)
             fc1, fc2 = layer.module.fc1, layer.module.fc2
             y = skinny_linear(x, (fc1.weight,), (fc1.bias,), layer_norm=layer.final_norm, gelu=True)
             x = skinny_linear(y, (fc2.weight,), (fc2.bias,), residual=x)
@@ -139,24 +139,16 @@ class FusedDecoder:
         out = append_attention(query, key, value, cache.keys, cache.values, position, scale=1.0, read_ahead=True, ended=ended)
         return skinny_linear(out.view(x.shape), (attention.out_proj.weight,), (attention.out_proj.bias,), residual=x)
 
-    def _cross_attention(
-        self, x: torch.Tensor, layer: _Layer, cache: object, T: int, ended: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _cross_attention(self, x: torch.Tensor, layer: _Layer, cache: object, ended: torch.Tensor | None) -> torch.Tensor:
         attention: WhisperAttention = layer.module.encoder_attn
-        query = skinny_linear(
+        out = cross_attention(
             x,
-            (attention.q_proj.weight,),
-            (attention.q_proj.bias,),
-            layer_norm=layer.cross_norm,
-            scale=attention.scaling,
-        ).view(-1, T, attention.num_heads, attention.head_dim)
-        out = decode_attention(
-            query,
+            attention.q_proj.weight,
+            attention.q_proj.bias,
             cache.keys,
             cache.values,
-            scale=1.0,
-            is_causal=False,
-            read_ahead=True,
+            layer_norm=layer.cross_norm,
+            scale=attention.scaling,
             counters=self.counters,
             ended=ended,
         )

@@ -16,6 +16,7 @@ from whisper_triton.kernels._dispatch import backend
 from whisper_triton.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from whisper_triton.kernels.append_attention import append_attention, append_attention_reference
 from whisper_triton.kernels.bias_gelu import bias_gelu, bias_gelu_reference
+from whisper_triton.kernels.cross_attention import cross_attention, cross_attention_reference
 from whisper_triton.kernels.decode_attention import decode_attention, decode_attention_reference
 from whisper_triton.kernels.embed_tokens import embed_tokens, embed_tokens_reference
 from whisper_triton.kernels.project_cross_kv import (
@@ -37,6 +38,8 @@ __all__ = [
     "backend",
     "bias_gelu",
     "bias_gelu_reference",
+    "cross_attention",
+    "cross_attention_reference",
     "cross_table",
     "decode_attention",
     "decode_attention_reference",
