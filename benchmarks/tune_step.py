@@ -25,7 +25,6 @@ from transformers import WhisperForConditionalGeneration
 from whisper_triton.benchmarks.decoder_step import POSITION
 from whisper_triton.benchmarks.harness import parse, time_graph, write_rows
 from whisper_triton.benchmarks.models import SHAPES, build_model
-from whisper_triton.kernels._clustered_append import ClusterTiles
 from whisper_triton.kernels._clustered_cross import CrossTiles, clustered_cross
 from whisper_triton.kernels._linear_call import LinearCall
 from whisper_triton.kernels._paced import has_paced_copies
@@ -91,7 +90,6 @@ def candidates(link: Link, B: int) -> list[object]:
         if has_paced_copies(torch.device("cuda", 0), torch.float16):
             cuts = itertools.product((32, 64, 128), (2, 4, 8), (1, 2, 4))
             tiles += [PacedAppendTiles(*cut) for cut in cuts if cut[0] // cut[1] <= 32 and cut[0] * cut[2] <= 256]
-            tiles += [ClusterTiles(*cut) for cut in itertools.product((2, 4, 8), (2, 4, 8))]
         return tiles
     if link[0] == "clustered cross":
         return [None, *(CrossTiles(*cut) for cut in itertools.product((4, 8), (1, 2, 3, 4, 5, 6)))]

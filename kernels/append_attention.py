@@ -7,7 +7,7 @@ One program a head and sequence: it keeps the new tokens' keys and values in reg
 them back, so no other program waits for them. Self caches of Whisper hold at most 448 slots, too few to be worth a split
 over programs. Layouts: states (B, T, H, D), caches (B, H, S, D), result (B, T, H, D) as `out_proj` reads it.
 The kernel here is for any GPU; for one token of a wide model on an H100, beside kernels like it in a decoder's step,
-`_paced_append.py` has another, and for one sequence `_clustered_append.py`, which does split.
+`_paced_append.py` has another.
 
 Bytes moved: 2 * B * H * (p + T) * D elements read, 2 * B * H * T * D written.
 """
@@ -29,7 +29,6 @@ from ._attend import (
     normalise,
 )
 from ._checks import check_attention, check_caches, check_ended, check_positions, check_states
-from ._clustered_append import MAX_SLOTS, ClusterTiles, clustered_append
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 from ._paced import MIN_WIDTH, are_aligned, give_up, has_paced_copies
 from ._paced_append import HEAD_DIMS, PacedTiles, choose_append_tiles, paced_append
@@ -170,9 +169,7 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def choose_tiles(
-    B: int, T: int, H: int, S: int, D: int, itemsize: int, has_copies: bool = False
-) -> Tiles | PacedTiles | ClusterTiles:
+def choose_tiles(B: int, T: int, H: int, D: int, itemsize: int, has_copies: bool = False) -> Tiles | PacedTiles:
     """Tiles from shapes alone; `itemsize`: bytes an element, `has_copies`: paced copies are to be had.
 
     Few heads leave the chip empty and want long tiles, many want small programs: the best compromise over lengths 20, 100
@@ -180,7 +177,7 @@ def choose_tiles(
     HBM3, 2026-11-22. Wider rows: fewer keys, the same registers.
     """
     if has_copies and T == 1 and D in HEAD_DIMS and H * D >= MIN_WIDTH:
-        return ClusterTiles(4, 4) if B == 1 and S <= MAX_SLOTS else choose_append_tiles(B)
+        return choose_append_tiles(B)
     BLOCK_S, num_warps = (128, 4) if B * H <= 320 else (32, 1)
     if T > 1:
         BLOCK_S, num_warps = 32, 4
@@ -198,22 +195,20 @@ def _launch(
     scale: float,
     read_ahead: bool,
     ended: torch.Tensor | None = None,
-    tiles: Tiles | PacedTiles | ClusterTiles | None = None,
+    tiles: Tiles | PacedTiles | None = None,
 ) -> None:
     B, T, H, D = query.shape
-    S = key_cache.shape[2]
     if tiles is None:
         # Paced copies have been measured in a step alone, whose links read ahead.
         has_copies = read_ahead and has_paced_copies(query.device, query.dtype) and are_aligned(key_cache, value_cache)
-        tiles = choose_tiles(B, T, H, S, D, query.element_size(), has_copies)
-    if not isinstance(tiles, Tiles):
+        tiles = choose_tiles(B, T, H, D, query.element_size(), has_copies)
+    if isinstance(tiles, PacedTiles):
         tensors = query, key, value, key_cache, value_cache, cache_position, out
-        launch = clustered_append if isinstance(tiles, ClusterTiles) else paced_append
         try:
-            return launch(*tensors, scale * LOG2E, read_ahead, ended, tiles)
+            return paced_append(*tensors, scale * LOG2E, read_ahead, ended, tiles)
         except Exception as error:
             give_up(error, query.device)
-        tiles = choose_tiles(B, T, H, S, D, query.element_size())
+        tiles = choose_tiles(B, T, H, D, query.element_size())
     _append_attention_kernel[(H, B)](
         query_ptr=query,
         key_ptr=key,
@@ -234,7 +229,7 @@ def _launch(
         stride_v_h=value.stride(2),
         T=T,
         H=H,
-        S=S,
+        S=key_cache.shape[2],
         HAS_ENDED=ended is not None,
         READ_AHEAD=read_ahead,
         HEAD_DIM=D,

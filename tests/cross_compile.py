@@ -303,9 +303,6 @@ def paced_calls() -> Iterator[Call]:
         (1, 64, True, append.PacedTiles(64, 4, 2)),
         (8, 64, False, append.PacedTiles(128, 4, 2)),
         (1, 128, True, append.PacedTiles(32, 2, 4)),
-        (1, 64, True, append.choose_tiles(1, 1, 20, 448, 64, 2, has_copies=True)),
-        (8, 64, False, append.ClusterTiles(2, 4)),
-        (1, 128, True, append.ClusterTiles(8, 8)),
     ):
         states, cache = torch.empty(3, B, 1, 12, D, dtype=torch.float16), torch.empty(B, 12, 448, D, dtype=torch.float16)
         position, ended = torch.tensor(0), torch.zeros(B, dtype=torch.int64) if B > 1 else None

@@ -24,7 +24,6 @@ from ptx import emulate
 from ptx_memory import Fault
 from test_cross_attention import check_clusters
 from test_skinny_linear import double, make
-from whisper_triton.kernels._clustered_append import ClusterTiles
 from whisper_triton.kernels._clustered_cross import CrossTiles
 from whisper_triton.kernels._paced_append import PacedTiles
 from whisper_triton.kernels._paced_attention import paced_attention
@@ -93,7 +92,7 @@ def run_attention(B: int, H: int, D: int, S: int, dtype: torch.dtype, has_ended:
 
 
 def run_append(
-    tiles: PacedTiles | ClusterTiles,
+    tiles: PacedTiles,
     positions: list[int],
     D: int,
     dtype: torch.dtype,
@@ -172,27 +171,20 @@ def attention_cases() -> Iterator[Case]:
 
 
 def append_cases() -> Iterator[Case]:
-    half, brain, inside = torch.float16, torch.bfloat16, [0, 1, 63, 64, 130]
-    paced, clustered = PacedTiles(32, 4, 3), ClusterTiles(4, 4)
+    half, inside, paced = torch.float16, [0, 1, 63, 64, 130], PacedTiles(32, 4, 3)
     for (tiles, D, dtype), read_ahead in itertools.product(
-        (
-            (PacedTiles(16, 2, 1), 64, half), (paced, 64, half), (PacedTiles(64, 4, 2), 32, half), (paced, 64, brain),
-            (ClusterTiles(2, 2), 64, half), (clustered, 64, half), (ClusterTiles(8, 4), 32, half), (clustered, 64, brain),
-        ),
+        ((PacedTiles(16, 2, 1), 64, half), (paced, 64, half), (PacedTiles(64, 4, 2), 32, half), (paced, 64, torch.bfloat16)),
         (True, False),
-    ):  # fmt: skip
+    ):
         if read_ahead or (D == 64 and dtype == half):
-            yield (
-                f"append {tiles} {D=} {read_ahead=} {dtype}",
-                functools.partial(run_append, tiles, inside, D, dtype, read_ahead),
-            )
+            run = functools.partial(run_append, tiles, inside, D, dtype, read_ahead)
+            yield f"append {tiles} {D=} {read_ahead=} {dtype}", run
+    for ended in ([0, 1, 0, 1, 1], [0] * 5):
+        yield f"append {ended=}", functools.partial(run_append, paced, inside, 64, half, True, ended)
+    for position in inside:
+        yield f"append one {position=}", functools.partial(run_append, PacedTiles(32, 4, 4), [position], 64, half, True)
     outside = [-1, -4, 160, 161, 2**32 + 3, 2**62, -(2**62), 159]
-    for tiles in (paced, clustered):
-        for ended in ([0, 1, 0, 1, 1], [0] * 5):
-            yield f"append {tiles} {ended=}", functools.partial(run_append, tiles, inside, 64, half, True, ended)
-        for position in inside:
-            yield f"append {tiles} one {position=}", functools.partial(run_append, tiles, [position], 64, half, True)
-        yield f"append {tiles} {outside=}", functools.partial(run_append, tiles, outside, 64, half, True)
+    yield f"append {outside=}", functools.partial(run_append, paced, outside, 64, half, True)
 
 
 def cross_cases() -> Iterator[Case]:

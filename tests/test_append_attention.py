@@ -40,7 +40,6 @@ from attention_cases import (
 from counts import KERNEL_CALLS, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from whisper_triton.kernels._clustered_append import MAX_SLOTS, covers_clusters
 from whisper_triton.kernels._paced_append import covers_append
 
 from whisper_triton.kernels import _paced, append_attention, append_attention_reference, update_kv_cache
@@ -264,7 +263,7 @@ def test_all_of_the_result_is_written_and_nothing_beside_it(T: int, D: int, devi
 def test_tiles_are_powers_of_two(D: int, itemsize: int) -> None:
     for B in (1, 8, 64, 1000):
         for T in range(1, 17):
-            tiles = module.choose_tiles(B, T, 20, 448, D, itemsize)
+            tiles = module.choose_tiles(B, T, 20, D, itemsize)
             assert tiles.BLOCK_S >= 16
             assert tiles.BLOCK_S.bit_count() == 1
             assert tiles.num_warps in (1, 2, 4, 8)
@@ -517,21 +516,17 @@ def test_a_token_before_slot_0_is_dropped_for_those_after_it_too(device: torch.d
     )
 
 
-# --- paced copies, and clusters of programs: kernels/_paced_append.py, kernels/_clustered_append.py
+# --- paced copies: kernels/_paced_append.py
 
-PacedTiles = module.PacedTiles | module.ClusterTiles
 PACED_TILES = [
     module.PacedTiles(16, 2, 1),
     module.PacedTiles(32, 4, 3),
     module.PacedTiles(16, 1, 2),
     module.PacedTiles(128, 8, 2),
-    module.ClusterTiles(2, 4),
-    module.ClusterTiles(4, 4),
-    module.ClusterTiles(8, 8),
 ]
 
 
-def paced_launch(tiles: PacedTiles, device: torch.device, **options: object) -> Callable[..., torch.Tensor]:
+def paced_launch(tiles: module.PacedTiles, device: torch.device, **options: object) -> Callable[..., torch.Tensor]:
     """`launch` by paced copies and nothing else: skips where there are none."""
     if not _paced.has_paced_copies(device, torch.float16):
         pytest.skip("not this GPU's")
@@ -548,11 +543,9 @@ def paced_launch(tiles: PacedTiles, device: torch.device, **options: object) -> 
 @pytest.mark.parametrize("read_ahead", [False, True])
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize(
-    ("tiles", "dtype"),
-    [(PACED_TILES[1], torch.bfloat16), (PACED_TILES[5], torch.bfloat16), *((tiles, torch.float16) for tiles in PACED_TILES)],
-    ids=str,
+    ("tiles", "dtype"), [(PACED_TILES[1], torch.bfloat16), *((tiles, torch.float16) for tiles in PACED_TILES)], ids=str
 )
-def test_paced_copies(tiles: PacedTiles, dtype: torch.dtype, D: int, read_ahead: bool, device: torch.device) -> None:
+def test_paced_copies(tiles: module.PacedTiles, dtype: torch.dtype, D: int, read_ahead: bool, device: torch.device) -> None:
     attend, factor = paced_launch(tiles, device, read_ahead=read_ahead), gpu_factor(dtype)
     for position in (0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 65, 128, 256, 300, 447):
         call = arguments(Shape(B=1, T=1, H=3, D=D, S=448, length=position + 1), dtype, device)
@@ -566,12 +559,10 @@ def test_paced_copies(tiles: PacedTiles, dtype: torch.dtype, D: int, read_ahead:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("S", [1, 2, 63, 64, 65, 512, 1500])
+@pytest.mark.parametrize("S", [1, 2, 63, 64, 65, 1500])
 def test_paced_copies_over_caches_of_any_length(S: int, device: torch.device) -> None:
     call = arguments(Shape(B=1, T=1, H=1, D=64, S=S, length=S), torch.float16, device)
-    for tiles in PACED_TILES[1:] if S <= MAX_SLOTS else PACED_TILES[1:4]:
-        own = {name: twin(tensor) for name, tensor in call.items()}
-        assert_right(**own, factor=gpu_factor(torch.float16), attend=paced_launch(tiles, device))
+    assert_right(**call, factor=gpu_factor(torch.float16), attend=paced_launch(PACED_TILES[1], device))
 
 
 @pytest.mark.gpu
@@ -579,14 +570,13 @@ def test_paced_copies_over_caches_of_any_length(S: int, device: torch.device) ->
 def test_paced_copies_beside_states_of_any_strides(layout: str, device: torch.device) -> None:
     call = arguments(Shape(B=2, T=1, H=3, D=64, S=100, length=90), torch.float16, device)
     call |= {name: lay_out(call[name], layout) for name in ("query", "key", "value")}
-    for tiles in (PACED_TILES[1], PACED_TILES[5]):
-        own = call | {name: lay_out(call[name], "swapped") for name in ("key_cache", "value_cache")}  # (B, S, H, D)
-        assert_right(**own, factor=gpu_factor(torch.float16), attend=paced_launch(tiles, device))
+    call |= {name: lay_out(call[name], "swapped") for name in ("key_cache", "value_cache")}  # (B, S, H, D)
+    assert_right(**call, factor=gpu_factor(torch.float16), attend=paced_launch(PACED_TILES[1], device))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tiles", PACED_TILES, ids=str)
-def test_paced_copies_write_all_of_the_result_and_nothing_beside_it(tiles: PacedTiles, device: torch.device) -> None:
+def test_paced_copies_write_all_of_the_result_and_nothing_beside_it(tiles: module.PacedTiles, device: torch.device) -> None:
     attend = paced_launch(tiles, device)
     with GuardedAllocations() as guarded:
         attend(**arguments(Shape(2, 1, 3, 64, 40, 40), torch.float16, device))
@@ -597,7 +587,7 @@ def test_paced_copies_write_all_of_the_result_and_nothing_beside_it(tiles: Paced
 @pytest.mark.parametrize("read_ahead", [False, True])
 @pytest.mark.parametrize("tiles", PACED_TILES, ids=str)
 def test_paced_copies_leave_caches_alone_outside_and_read_none_that_has_ended(
-    tiles: PacedTiles, read_ahead: bool, device: torch.device
+    tiles: module.PacedTiles, read_ahead: bool, device: torch.device
 ) -> None:
     attend = paced_launch(tiles, device, read_ahead=read_ahead)
     shape = Shape(B=3, T=1, H=2, D=64, S=100, length=81)
@@ -623,7 +613,7 @@ def test_paced_copies_leave_caches_alone_outside_and_read_none_that_has_ended(
 @pytest.mark.gpu
 @pytest.mark.parametrize("B", [1, 32])
 @pytest.mark.parametrize("tiles", PACED_TILES, ids=str)
-def test_paced_copies_in_a_captured_chain(tiles: PacedTiles, B: int, device: torch.device) -> None:
+def test_paced_copies_in_a_captured_chain(tiles: module.PacedTiles, B: int, device: torch.device) -> None:
     # Each query and key is the result of the launch before it; the position advances on the device.
     shape = Shape(B=B, T=1, H=20, D=64, S=448, length=1)
     ahead = (False, False, True, True)  # PyTorch's kernel, which advances the position, is not the one before these
@@ -665,46 +655,33 @@ def test_paced_copies_in_a_captured_chain(tiles: PacedTiles, B: int, device: tor
 def test_wide_models_take_paced_copies(B: int, D: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
     heads = 1024 // D
-    for S in (448, MAX_SLOTS, MAX_SLOTS + 1):
-        tiles = module.choose_tiles(B, 1, heads, S, D, 2, has_copies=True)
-        covers = covers_clusters if B == 1 and S <= MAX_SLOTS else covers_append
-        call = arguments(Shape(B, 1, 1, D, S, 1), torch.float16, device)
-        assert covers(call["query"], call["key_cache"], call["value_cache"], tiles)
-    for others in ((B, 4, heads, 448, D, 2, True), (B, 1, heads - 1, 448, D, 2, True), (B, 1, heads, 448, D, 2, False)):
+    tiles = module.choose_tiles(B, 1, heads, D, 2, has_copies=True)
+    assert isinstance(tiles, module.PacedTiles)
+    call = arguments(Shape(B, 1, 1, D, 448, 1), torch.float16, device)
+    assert covers_append(call["query"], call["key_cache"], call["value_cache"], tiles)
+    for others in ((B, 4, heads, D, 2, True), (B, 1, heads - 1, D, 2, True), (B, 1, heads, D, 2, False)):
         assert isinstance(module.choose_tiles(*others), module.Tiles)
-
-
-TOKEN = SHAPE._replace(T=1)
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "layout", "tiles"),
     [
-        (SHAPE, torch.float16, "contiguous", module.PacedTiles(32, 4, 2)),  # several tokens
-        (TOKEN._replace(D=80), torch.float16, "contiguous", module.PacedTiles(32, 4, 2)),
-        (TOKEN, torch.float32, "contiguous", module.PacedTiles(32, 4, 2)),
-        (TOKEN, torch.float16, "sliced", module.PacedTiles(32, 4, 2)),  # caches at odd addresses, with odd strides
-        (TOKEN, torch.float16, "contiguous", module.PacedTiles(16, 4, 2)),  # a piece of fewer copies than threads
-        (TOKEN, torch.float16, "contiguous", module.PacedTiles(96, 4, 2)),
-        (TOKEN, torch.float16, "contiguous", module.PacedTiles(128, 3, 2)),
-        (TOKEN, torch.float16, "contiguous", module.PacedTiles(32, 4, 0)),
-        (TOKEN._replace(D=128), torch.float16, "contiguous", module.PacedTiles(128, 4, 4)),  # more than shared memory holds
-        (SHAPE, torch.float16, "contiguous", module.ClusterTiles(4, 4)),
-        (TOKEN._replace(D=80), torch.float16, "contiguous", module.ClusterTiles(4, 4)),
-        (TOKEN, torch.float32, "contiguous", module.ClusterTiles(4, 4)),
-        (TOKEN, torch.float16, "sliced", module.ClusterTiles(4, 4)),
-        (TOKEN, torch.float16, "contiguous", module.ClusterTiles(3, 4)),
-        (TOKEN, torch.float16, "contiguous", module.ClusterTiles(16, 4)),  # more than every GPU with clusters takes
-        (TOKEN, torch.float16, "contiguous", module.ClusterTiles(4, 1)),
-        (TOKEN._replace(D=128), torch.float16, "contiguous", module.ClusterTiles(4, 2)),  # more elements than a warp has lanes
-        (TOKEN._replace(S=513), torch.float16, "contiguous", module.ClusterTiles(4, 4)),
+        (SHAPE, torch.float16, "contiguous", (32, 4, 2)),  # several tokens
+        (SHAPE._replace(T=1, D=80), torch.float16, "contiguous", (32, 4, 2)),
+        (SHAPE._replace(T=1), torch.float32, "contiguous", (32, 4, 2)),
+        (SHAPE._replace(T=1), torch.float16, "sliced", (32, 4, 2)),  # caches at odd addresses, with odd strides
+        (SHAPE._replace(T=1), torch.float16, "contiguous", (16, 4, 2)),  # a piece of fewer copies than threads
+        (SHAPE._replace(T=1), torch.float16, "contiguous", (96, 4, 2)),
+        (SHAPE._replace(T=1), torch.float16, "contiguous", (128, 3, 2)),
+        (SHAPE._replace(T=1), torch.float16, "contiguous", (32, 4, 0)),
+        (SHAPE._replace(T=1, D=128), torch.float16, "contiguous", (128, 4, 4)),  # more than shared memory holds
     ],
 )
 def test_paced_tiles_that_do_not_fit_are_refused(
     shape: Shape,
     dtype: torch.dtype,
     layout: str,
-    tiles: PacedTiles,
+    tiles: tuple[int, int, int],
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -712,14 +689,13 @@ def test_paced_tiles_that_do_not_fit_are_refused(
     call = arguments(shape, dtype, device)
     call |= {name: lay_out(call[name], layout) for name in ("key_cache", "value_cache")}
     before = {name: storage(tensor) for name, tensor in call.items()}
-    with pytest.raises(ValueError, match=r"(paced copies|clusters) are for .* got \(2, "):
-        launch(**call, tiles=tiles)
+    with pytest.raises(ValueError, match=r"paced copies are for .* got \(2, "):
+        launch(**call, tiles=module.PacedTiles(*tiles))
     for name, tensor in call.items():
         assert torch.equal(storage(tensor), before[name]), name
 
 
-@pytest.mark.parametrize("tiles", [PACED_TILES[1], PACED_TILES[5]], ids=str)
-def test_paced_tiles_are_refused_where_there_are_no_paced_copies(tiles: PacedTiles) -> None:
-    call = arguments(TOKEN, torch.float16, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"on an H100.* on cpu"):
-        launch(**call, tiles=tiles)
+def test_paced_tiles_are_refused_where_there_are_no_paced_copies() -> None:
+    call = arguments(SHAPE._replace(T=1), torch.float16, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"on an H100, .* on cpu"):
+        launch(**call, tiles=PACED_TILES[1])

@@ -21,7 +21,7 @@ READ_AHEAD = {"_decode_attention_kernel", "_append_attention_kernel", "_skinny_l
 # The same, of one GPU alone.
 PACED = {
     "_paced_linear_kernel", "_paced_rows_kernel", "_paced_attention_kernel", "_paced_append_kernel",
-    "_clustered_append_kernel", "_clustered_cross_kernel",
+    "_clustered_cross_kernel",
 }  # fmt: skip
 # Of the decoder's chain, for several rows, which it does not take where shared memory is short.
 SEVERAL_ROWS = {"_layer_norm_kernel", "_sum_splits_kernel"}
