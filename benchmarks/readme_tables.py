@@ -217,6 +217,17 @@ TABLES = {
             measured("best SDPA / ours", "best_sdpa/ours"),
         ],
     ),
+    "cross_attention": Table(
+        [
+            BATCH,
+            measured("floor", "floor_us"),
+            measured("ours", "ours_us", "spread_us"),
+            measured("ours, apart", "apart_us", "apart_spread_us"),
+            *ALTERNATIVES,
+            measured("compiled", "compiled_us", optional=True),
+            measured("best of these / ours", "best/ours"),
+        ],
+    ),
     "append_attention": Table(
         [
             BATCH,

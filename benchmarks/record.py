@@ -56,6 +56,7 @@ RECORDED = (
     Benchmark("host_overhead", "host_overhead.py", MODELS, (1, 8)),
     Benchmark("encoder", "encoder.py", LARGE, (1, 8)),
     Benchmark("decode_attention", "decode_attention.py", LARGE, CROSS_BATCHES),
+    Benchmark("cross_attention", "cross_attention.py", LARGE, (1, 8, 2)),
     Benchmark("append_attention", "append_attention.py", LARGE, (1, 8, 32)),
     Benchmark("update_kv_cache", "update_kv_cache.py", LARGE, (1, 8)),
     Benchmark("select_token", "select_token.py", LARGE, (1, 8, 32)),

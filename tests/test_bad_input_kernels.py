@@ -47,6 +47,25 @@ def skinny_linear(weight: Any, bias: Any, norm_weight: Any, norm_bias: Any, **gi
     return kernels.skinny_linear(weights=weights, biases=biases, layer_norm=layer_norm, **given)
 
 
+def cross() -> Arguments:
+    """Two sequences of one token, in fp16, as rows beyond the first must be."""
+    given = {
+        "x": torch.randn(B, C),
+        "weight": torch.randn(H * D, C),
+        "bias": torch.randn(H * D),
+        "key_cache": torch.randn(B, H, S, D),
+        "value_cache": torch.randn(B, H, S, D),
+        "norm_weight": torch.randn(C),
+        "norm_bias": torch.randn(C),
+    }
+    counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.zeros(B, dtype=torch.int64)
+    return {name: tensor.half() for name, tensor in given.items()} | {"counters": counters, "ended": ended}
+
+
+def cross_attention(norm_weight: Any, norm_bias: Any, **given: Any) -> torch.Tensor:
+    return kernels.cross_attention(**given, layer_norm=LayerNorm(norm_weight, norm_bias, 1e-5), scale=1.0)
+
+
 def table() -> Arguments:
     """One layer's tensors; `cross_table` below adds a good layer before it."""
     return {
@@ -105,6 +124,7 @@ LAUNCHERS: dict[str, Launcher] = {
             if name not in ("key", "value")
         },
     ),
+    "cross_attention": (cross_attention, cross),
     "skinny_linear": (skinny_linear, linear),
     "embed_tokens": (
         kernels.embed_tokens,
@@ -145,6 +165,9 @@ FREE: dict[tuple[str, str], tuple[str, ...]] = {
     ("append_attention", "cache_position"): ("one dim less",),
     ("skinny_linear", "bias"): ("None",),
     ("skinny_linear", "residual"): ("None",),
+    ("cross_attention", "bias"): ("None",),
+    ("cross_attention", "counters"): ("None", "dim 0 longer", "one dim more"),
+    ("cross_attention", "ended"): ("None",),
     ("decode_attention", "counters"): ("None", "dim 0 longer", "one dim more"),
     ("decode_attention", "ended"): ("None",),
     ("append_attention", "ended"): ("None",),
@@ -213,6 +236,14 @@ SPECIAL: dict[str, list[Bad]] = {
         several("17 tokens", {"query": lambda t: t[:, :1].expand(B, 17, H, D)}, "at most 16 query tokens, got 17"),
         several("every second end", {"ended": lambda t: t.new_zeros(2 * t.numel())[::2]}, "dense"),
         several("every second counter", {"counters": lambda t: t.new_zeros(2 * t.numel())[::2]}, "contiguous"),
+    ],
+    "cross_attention": [
+        *OTHER_CACHES[1:-1],  # rows may be two tokens of one sequence
+        several("a cache in another dtype", cache_of(torch.Tensor.float), r"torch\.float32"),
+        several("an odd row", {"x": lambda x: torch.cat([x, x[:1]])}, r"\(3, 64\)"),
+        several("no rows", {"x": lambda x: x[:0]}, "1 to 64 rows, got 0"),
+        several("17 tokens a sequence", {"x": lambda x: x.repeat(17, 1)}, "at most 16 query tokens, got 17"),
+        several("heads of another width", cache_of(lambda t: t[..., :16].contiguous()), r"\(2, 3, 8, 16\)"),
     ],
     "skinny_linear": [
         several("no weight", {"weight": lambda w: (), "bias": lambda b: ()}, "one or three"),

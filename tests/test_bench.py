@@ -20,6 +20,7 @@ from whisper_triton import attention, bench, decode_loop, doctor, fused
 from whisper_triton.benchmarks import (
     append_attention,
     compare,
+    cross_attention,
     decode_attention,
     decoder_step,
     embed_tokens,
@@ -159,6 +160,7 @@ def idle(*args: object, **kwargs: object) -> None:
         ("decode_attention", decode_attention, wrong),
         ("append_attention", append_attention, wrong),
         ("update_kv_cache", update_kv_cache, idle),
+        ("cross_attention", cross_attention, wrong),
         ("skinny_linear", skinny_linear, wrong),
         ("embed_tokens", embed_tokens, wrong),
         ("select_token", decode_loop, idle),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from attention_cases import relative_error
 from whisper_models import START_OF_PREVIOUS, TEXT, VOCABULARY, assert_generates_as_stock, assert_same, mel, tiny_whisper
+from whisper_triton.kernels.cross_attention import cross_attention_reference
 from whisper_triton.kernels.embed_tokens import embed_tokens_reference
 from whisper_triton.kernels.skinny_linear import skinny_linear_reference
 
@@ -29,6 +30,7 @@ def _reference_chain(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> N
     """On a CPU the chain's kernels are their references too: `test_decoder.py` runs them in the interpreter."""
     if device.type == "cpu":
         monkeypatch.setattr(fused, "skinny_linear", skinny_linear_reference)
+        monkeypatch.setattr(fused, "cross_attention", cross_attention_reference)
         monkeypatch.setattr(fused, "embed_tokens", embed_tokens_reference)
 
 

@@ -15,6 +15,7 @@ from transformers import WhisperForConditionalGeneration
 from transformers.generation.logits_process import WhisperNoSpeechDetection
 from transformers.modeling_outputs import BaseModelOutput
 from whisper_models import EOS, START_OF_PREVIOUS, mel, tensors_of, tiny_whisper
+from whisper_triton.kernels.cross_attention import cross_attention_reference
 from whisper_triton.kernels.embed_tokens import embed_tokens_reference
 from whisper_triton.kernels.skinny_linear import skinny_linear_reference
 
@@ -33,6 +34,7 @@ def _modules(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":
         monkeypatch.setattr(decoder, "is_fusable", lambda model, batch_size: False)
         monkeypatch.setattr(fused, "skinny_linear", skinny_linear_reference)
+        monkeypatch.setattr(fused, "cross_attention", cross_attention_reference)
         monkeypatch.setattr(fused, "embed_tokens", embed_tokens_reference)
 
 

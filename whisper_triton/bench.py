@@ -25,6 +25,7 @@ KERNELS = {  # where each is measured: file and function
     "decode_attention": ("decode_attention", "bench"),
     "append_attention": ("append_attention", "bench"),
     "update_kv_cache": ("update_kv_cache", "bench"),
+    "cross_attention": ("cross_attention", "bench"),
     "skinny_linear": ("skinny_linear", "bench"),
     "embed_tokens": ("embed_tokens", "bench"),
     "select_token": ("select_token", "bench"),
