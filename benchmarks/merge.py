@@ -3,8 +3,9 @@
     python benchmarks/merge.py new newer                    # benchmarks/rows/ then holds what these two measured
     python benchmarks/merge.py benchmarks/rows new          # what was measured anew, in place of the same rows of before
 
-All files NAME.jsonl and NAME.*.jsonl of the folders become NAME.jsonl: of rows that measure the same, told as compare.py tells
-them, the last folder's, sorted by model and batch. Benchmarks that none of the folders has stay as they are.
+All files NAME.jsonl and NAME.*.jsonl of the folders become NAME.jsonl: of rows that measure the same on GPUs of one name, told
+as compare.py tells them, the last folder's, sorted by model and batch. Benchmarks that none of the folders has stay as they
+are.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def merge(name: str, paths: Sequence[Path]) -> list[Row]:
     for path in paths:
         own: dict[object, list[Row]] = {}
         for row in read_rows(path):
-            own.setdefault(row.get("benchmark", name), []).append(row)  # before rows said theirs, a file held those of one
-        for benchmark, rows in own.items():
-            parts.setdefault(benchmark, []).append((path, rows))
+            benchmark = row.get("benchmark", name)  # before rows said theirs, a file held those of one
+            own.setdefault((benchmark, row.get("gpu")), []).append(row)
+        for part, rows in own.items():
+            parts.setdefault(part, []).append((path, rows))
     merged: list[Row] = []
     for files in parts.values():
         columns = [identifying(rows) for _, rows in files]
@@ -45,12 +47,12 @@ def merge(name: str, paths: Sequence[Path]) -> list[Row]:
         found: dict[str, Row] = {}
         for path, rows in files:
             found |= by_identity(rows, shared, path)
-        merged += sorted(found.values(), key=place_of)
-    return merged
+        merged += found.values()
+    return sorted(merged, key=lambda row: (row.get("benchmark", name), *place_of(row)))
 
 
 def place_of(row: Row) -> tuple[int, str, int]:
-    """Where a row stands: the models that README shows first, in their order."""
+    """Where a row of a benchmark stands: the models that README shows first, in their order."""
     model = str(row.get("model"))
     return MODELS.index(model) if model in MODELS else len(MODELS), model, row.get("B", 0)
 

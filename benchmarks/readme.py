@@ -58,7 +58,7 @@ def load(root: Path, name: str) -> list[Row]:
     if name == "step_links":
         rows = [row for row in rows if row["B"] in LINK_BATCHES]
     # Before rows said their dtype, every benchmark ran in fp16.
-    return [{"dtype": "fp16", **row} for row in rows]
+    return [{"dtype": "float16", **row} for row in rows]
 
 
 def unmarked(root: Path) -> list[str]:

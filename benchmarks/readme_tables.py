@@ -6,6 +6,7 @@ After "±" stands a time's spread, rounded up; in brackets the least and the gre
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -138,7 +139,6 @@ GROWING = ("growing, first pass", "growing, second pass", "growing, third pass")
 PROCESSOR_WAYS = ("stock", "compiled", *GROWING, "ours", "ours, graph")
 TABLES = {
     "generate": Table(generate_columns, BY_VARIANT),
-    "generate_accelerate": Table(generate_columns, BY_VARIANT),
     "decoder_step": Table(
         [
             MODEL,
@@ -328,6 +328,11 @@ def caption(rows: Sequence[Row], name: str) -> str:
     return f"{said} on {', '.join(text for text in where if text)}; {when}{notes}:"
 
 
+def short(name: str) -> str:
+    """A GPU's name without maker and memory, which the caption has."""
+    return re.sub(r"^NVIDIA | \d+ ?GB| HBM\w*", "", name)
+
+
 def render_table(name: str, rows: Sequence[Row]) -> str:
     """The caption and the table; ValueError if a column that the table needs is in no row."""
     table = TABLES[name]
@@ -335,7 +340,7 @@ def render_table(name: str, rows: Sequence[Row]) -> str:
     lines = table.prepare(rows)
     for column in ("dtype", "gpu"):
         if len(values(rows, column)) > 1:
-            columns.insert(0, Column(column, (column,), lambda value, column=column: named(column, value)))
+            columns.insert(0, Column(column, (column,), lambda value, column=column: short(named(column, value))))
     there = {column for row in lines for column, value in row.items() if value is not None}
     for column in columns:
         if not column.optional and (missing := [part for part in column.of if part not in there]):

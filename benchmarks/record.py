@@ -112,6 +112,7 @@ def parts_of(
 
 def run_script(words: Sequence[str], log: Path) -> None:
     """A script, as the only one of its process, which leads a group of its own."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setsid()
     file = log.open("w", buffering=1)  # for good: what the script fails with is written after it
     for descriptor in (1, 2):
@@ -198,5 +199,11 @@ def main() -> None:
     sys.exit(any(str(row["end"]).startswith("failed") for row in ends))
 
 
+def end_with_all(*_: object) -> None:
+    """On SIGTERM, as `timeout` sends it: what has been started ends too."""
+    sys.exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_with_all)
     main()

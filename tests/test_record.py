@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import re
+import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +20,17 @@ from whisper_triton.benchmarks import merge, readme, readme_tables, record
 
 pytest_plugins = ["whisper_fixtures"]
 
-SUPERSEDED = {"generate_accelerate"}  # rows of some variants only, where `generate` records all
 WRITES = """
 import sys, time
 with open(sys.argv[sys.argv.index("--output") + 1], "w") as rows:
     rows.write("{}\\n{}\\n")
 print("a line")
 """
-SCRIPTS = {"good.py": WRITES, "bad.py": f"{WRITES}\nraise ValueError('no luck')", "slow.py": f"{WRITES}\ntime.sleep(60)"}
+SCRIPTS = {
+    "good.py": WRITES,
+    "bad.py": f"{WRITES}\nraise ValueError('no luck')",
+    "slow.py": f"{WRITES}\nimport os; print(os.getpid())\ntime.sleep(60)",
+}
 
 
 def names_of(*arguments: Any) -> list[str]:
@@ -32,7 +39,7 @@ def names_of(*arguments: Any) -> list[str]:
 
 def test_all_that_readme_shows_is_recorded() -> None:
     shown = {table.file or name for name, table in readme_tables.TABLES.items()} | {"step_position"}
-    assert {benchmark.rows for benchmark in record.RECORDED} == shown - SUPERSEDED
+    assert {benchmark.rows for benchmark in record.RECORDED} == shown
     assert set(readme.FIGURES) - {"step_links"} <= shown
 
 
@@ -108,6 +115,30 @@ def test_one_that_is_late_is_ended(scripts: Path) -> None:
     assert [row["end"] for row in record.record([part_of("good")], scripts, "cpu", 0)] == ["skipped: 0 s left"]
 
 
+def test_what_runs_ends_with_it(scripts: Path) -> None:
+    scripts.mkdir()
+
+    def run() -> None:
+        signal.signal(signal.SIGTERM, record.end_with_all)
+        record.run_part(part_of("slow"), scripts, "cpu", None)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    log = scripts / "slow.toy.1.log"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") == 2)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 128 + signal.SIGTERM
+    wait_for(lambda: not Path("/proc", log.read_text().split()[-1]).exists())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 @pytest.mark.usefixtures("reference_kernels")
 def test_a_benchmark_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["record.py", "--device", "cpu", "--output", str(tmp_path), "--only", "update_kv_cache"])
@@ -168,6 +199,15 @@ class TestMerge:
             write(tmp_path / "b.jsonl", {"benchmark": "a", "model": "large-v3", "B": 8, "us": 2.25}),
         ]
         assert [row["us"] for row in merge.merge("a", paths)] == [2.25, 1.5]
+
+    def test_rows_of_another_gpu_stay(self, tmp_path: Path) -> None:
+        one, other = {"gpu": "one"}, {"gpu": "other"}
+        paths = [
+            write(tmp_path / "a.jsonl", {"B": 1, "us": 1.5} | one, {"B": 8, "us": 2.5} | one),
+            write(tmp_path / "b.jsonl", {"B": 1, "us": 3.5} | other),
+            write(tmp_path / "c.jsonl", {"B": 1, "us": 3.25} | other, {"B": 8, "us": 2.25} | one),
+        ]
+        assert [(row["gpu"], row["us"]) for row in merge.merge("a", paths)] == [("one", 1.5), ("other", 3.25), ("one", 2.25)]
 
     def test_rows_that_cannot_be_told_apart(self, tmp_path: Path) -> None:
         paths = [
