@@ -17,7 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, mel, tensors_of, tiny_whisper
 from whisper_triton.kernels._rules import TokenLimits
 
-from whisper_triton import accelerated, decode_loop, decoder, fused
+from whisper_triton import accelerated, decode_loop, decoder, fused, generation
+from whisper_triton.attention import STATE
 from whisper_triton.coverage import why_not_our_loop
 from whisper_triton.decode_loop import STOCKS_LOOP
 from whisper_triton.token_rules import Settings
@@ -123,6 +124,21 @@ class TestStocksTokens:
     def test_lengths_around_the_hosts_looks(self, device: torch.device, length: int, loops: list[int]) -> None:
         assert assert_as_stock(talkative(device), mel(2, device), max_new_tokens=length).shape == (2, length)
         assert loops == [length - 1] * 2
+
+    def test_longer_calls_get_a_longer_cache(
+        self, device: torch.device, loops: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(generation, "MIN_SLOTS", 8)
+        model, features = talkative(device), mel(2, device)
+        lengths = [*range(3, 10), 14, 15, 30, 4, 40, 58]  # and two tokens of the prompt
+        wanted = [model.generate(features, max_new_tokens=length, min_new_tokens=length) for length in lengths]
+        slots = []
+        with accelerated(model):
+            for length, tokens in zip(lengths, wanted, strict=True):
+                assert torch.equal(model.generate(features, max_new_tokens=length, min_new_tokens=length), tokens)
+                slots.append(getattr(model, STATE).steps[2].num_slots)
+        assert slots == [8] * 5 + [16] * 4 + [32, 32, 64, 64]
+        assert len(loops) == len(lengths)
 
     @pytest.mark.parametrize(
         "kwargs",

@@ -113,17 +113,20 @@ class CapturedPass(NamedTuple):
 class DecoderStep:
     """The captured step of `model` for `batch_size` sequences; owns the caches it runs on.
 
-    The self cache has `config.max_target_positions` slots, so that one graph serves every length; the cross cache
-    `num_frames`. A short prompt is a step of several tokens: each length has a graph of its own, over the same caches.
+    The self cache has `num_slots` slots, `config.max_target_positions` unless told otherwise, and one graph serves every length
+    up to there; the cross cache has `num_frames`. A short prompt is a step of several tokens: each length has a graph of its
+    own, over the same caches.
     """
 
-    def __init__(self, model: WhisperForConditionalGeneration, batch_size: int, num_frames: int) -> None:
-        self.num_frames = num_frames
+    def __init__(
+        self, model: WhisperForConditionalGeneration, batch_size: int, num_frames: int, num_slots: int | None = None
+    ) -> None:
+        self.num_frames, self.num_slots = num_frames, num_slots or model.config.max_target_positions
         self.fingerprint = fingerprint(model)
         # What is kept from call to call must not be an inference tensor, which only inference mode may write again.
         with torch.inference_mode(False):
             self.cache: StaticEncoderDecoderCache = build_static_cache(
-                model, batch_size, num_frames=num_frames, is_compileable=False
+                model, batch_size, self.num_slots, num_frames, is_compileable=False
             )
             # Not read: a step finds the cross keys and values in the cache. It only tells the layers to attend to them.
             self.encoder_states = torch.zeros(batch_size, 1, model.config.d_model, dtype=model.dtype, device=model.device)

@@ -32,6 +32,7 @@ from .encoder import EncoderState
 from .stand_ins import StandIn, stand_in
 
 MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps, the batch size in use always among them
+MIN_SLOTS = 128  # of a step's self cache
 _CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
 
 
@@ -280,9 +281,11 @@ def _cache_for(
     state.forget(*[size for size, step in state.steps.items() if reason is not None or step.fingerprint != found])
     if reason is not None:
         return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
-    if batch_size in state.steps and state.steps[batch_size].num_frames != num_frames:
+    num_slots = slots_for(max_cache_len, self.config.max_target_positions)
+    kept = state.steps.get(batch_size)
+    if kept is not None and (kept.num_frames != num_frames or kept.num_slots < num_slots):
         state.forget(batch_size)  # its memory first
-    if batch_size not in state.steps and not _add_step(self, state, batch_size, num_frames):
+    if batch_size not in state.steps and not _add_step(self, state, batch_size, num_frames, num_slots):
         return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
     state.steps.move_to_end(batch_size)
     state.in_use = step = state.steps[batch_size]
@@ -290,12 +293,24 @@ def _cache_for(
     return step.cache
 
 
-def _add_step(self: WhisperForConditionalGeneration, state: State, batch_size: int, num_frames: int) -> bool:
+def slots_for(length: int, most: int) -> int:
+    """Of a step's self cache, for calls of so many tokens: the next of 128, 256 and so on, `most` at most.
+
+    Calls of few tokens, as stock's, take no more memory than they need; one that wants more has the step captured anew, which
+    takes a fraction of a second, for good: twice in a model's life and batch size at most.
+    """
+    slots = MIN_SLOTS
+    while slots < length:
+        slots *= 2
+    return min(slots, most)
+
+
+def _add_step(self: WhisperForConditionalGeneration, state: State, batch_size: int, num_frames: int, num_slots: int) -> bool:
     """Whether there is memory for another step."""
     while state.steps and sum(kept.nbytes for kept in state.steps.values()) > MAX_BYTES:
         state.forget(next(iter(state.steps)))
     try:
-        state.steps[batch_size] = DecoderStep(self, batch_size, num_frames)
+        state.steps[batch_size] = DecoderStep(self, batch_size, num_frames, num_slots)
     except torch.OutOfMemoryError:
         report_once("steps are launched one kernel at a time: out of memory for caches that could be kept")
         state.forget(*state.steps)
