@@ -81,6 +81,9 @@ def linear_candidates(B: int, N: int, K: int, has_norm: bool, has_copies: bool) 
         if has_copies:
             paced = itertools.product(cuts, (1, 2, 3, 4, 8))
             tiles += [Tiles(n, k, w, True, pace) for (n, k, w), pace in paced if pace <= K // k // 256]
+    if has_copies and N > 16384 and B <= 32 and K % 256 == 0:
+        many = itertools.product((16, 32, 64), (4, 8), (1, 2, 3, 4))
+        tiles += [Tiles(n, 1, w, True, K // 256, programs) for n, w, programs in many]
     return tiles
 
 

@@ -27,7 +27,7 @@ from ._dispatch import register
 from ._linear_call import LinearCall
 from ._paced import MIN_WIDTH, MIN_WIDTH_OF_FEW, give_up, has_paced_copies
 from ._paced_linear import covers_linear, paced_linear
-from ._paced_rows import covers_rows, paced_rows
+from ._paced_rows import MAX_BLOCK_B, covers_rows, paced_rows
 from ._plain_linear import plain_linear, sum_splits
 
 MAX_ROWS = 64
@@ -79,6 +79,7 @@ class Tiles(NamedTuple):
     num_warps: int
     USE_DOT: bool = False  # tensor cores, from two rows on
     PACE: int = 0  # chunks of K on their way at a time, in the kernels with paced copies; 0: all, in the plain one
+    PROGRAMS: int = 0  # a multiprocessor, which go on from tile to tile, on tensor cores; 0: each has one
 
 
 def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies: bool = False) -> Tiles:
@@ -140,7 +141,7 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
 
 def covers(tiles: Tiles, N: int, K: int, has_norm: bool) -> bool:
     """Whether the kernels with paced copies take these shapes in these tiles."""
-    BLOCK_N, SPLIT_K, num_warps, use_dot, _ = tiles
+    BLOCK_N, SPLIT_K, num_warps, use_dot, *_ = tiles
     if use_dot:
         return covers_rows(K, has_norm, BLOCK_N, SPLIT_K, num_warps)
     return covers_linear(N, K, has_norm, BLOCK_N, SPLIT_K, num_warps)
@@ -165,7 +166,7 @@ def _launch(
     tiles: list[int],
 ) -> torch.Tensor:
     (B, K), N = x.shape, weights[0].shape[0]
-    BLOCK_N, SPLIT_K, num_warps, use_dot, PACE = tiles
+    BLOCK_N, SPLIT_K, num_warps, use_dot, PACE, PROGRAMS = tiles
     call = LinearCall(x, weights, biases, norm_weight, norm_bias, eps, scale, gelu, residual)
     out = x.new_empty(B, len(weights) * N)
     sums = out if SPLIT_K == 1 else torch.empty(SPLIT_K, B, N, dtype=torch.float32, device=x.device)
@@ -174,7 +175,7 @@ def _launch(
     else:
         try:
             if use_dot:
-                paced_rows(call, sums, BLOCK_N, SPLIT_K, num_warps, PACE)
+                paced_rows(call, sums, BLOCK_N, SPLIT_K, num_warps, PACE, PROGRAMS)
             else:
                 paced_linear(call, out, BLOCK_N, num_warps, PACE)
         except Exception as error:
@@ -249,6 +250,13 @@ def skinny_linear(
     has_norm, is_plain = layer_norm is not None, not (gelu or scale != 1.0)
     tiles = tiles or choose_tiles(B, N, K, len(weights), has_norm, has_copies)
     _check_tiles(tiles, x, can_split=is_plain and not has_norm and len(weights) == 1)
+    if tiles.PROGRAMS > 0 and not (
+        tiles.PACE > 0 and tiles.USE_DOT and tiles.SPLIT_K == 1 and B <= MAX_BLOCK_B and is_bare(biases, gelu, residual)
+    ):
+        raise ValueError(
+            f"programs go on from tile to tile by paced copies on tensor cores, of up to {MAX_BLOCK_B} rows, with one weight"
+            f" and no bias, GELU or residual, got {tuple(x.shape)} and {tiles}"
+        )
     if tiles.PACE > 0 and not (has_copies and (B == 1 or tiles.USE_DOT) and covers(tiles, N, K, has_norm)):
         raise ValueError(
             "paced copies are for whole tiles that fit an H100's shared memory (`covers_linear` in _paced_linear.py, on tensor"
@@ -257,12 +265,17 @@ def skinny_linear(
     return _op(x, list(weights), list(biases), *norm, scale, gelu, residual, [int(number) for number in tiles])
 
 
+def is_bare(biases: tuple[torch.Tensor | None, ...], gelu: bool, residual: torch.Tensor | None) -> bool:
+    """Whether a single product is wanted with nothing after it, as of an LM head."""
+    return len(biases) == 1 and biases[0] is None and residual is None and not gelu
+
+
 def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool) -> None:
     (B, K), SPLIT_K = x.shape, tiles.SPLIT_K
     if any(number < 1 or number & (number - 1) for number in (tiles.BLOCK_N, tiles.num_warps)):
         raise ValueError(f"BLOCK_N and num_warps must be powers of two, got {tiles}")
-    if SPLIT_K < 1 or tiles.PACE < 0:
-        raise ValueError(f"SPLIT_K must be at least 1 and PACE at least 0, got {tiles}")
+    if SPLIT_K < 1 or min(tiles.PACE, tiles.PROGRAMS) < 0:
+        raise ValueError(f"SPLIT_K must be at least 1, PACE and PROGRAMS at least 0, got {tiles}")
     if tiles.num_warps > 32 or (16 if tiles.USE_DOT else tiles.num_warps) > tiles.BLOCK_N:
         raise ValueError(f"32 warps are the most, and BLOCK_N must be as many, or 16 for tensor cores, got {tiles}")
     if B > 1 and (x.dtype == torch.float32 or not tiles.USE_DOT):
