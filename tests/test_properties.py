@@ -27,9 +27,12 @@ from attention_cases import (
 from counts import KERNEL_CALLS, count
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from whisper_triton.kernels._clustered_cross import CrossTiles, clustered_cross
+from whisper_triton.kernels._linear_call import LinearCall
 from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels._rules import FLAGS, TokenLimits, TokenRules, TokenState
-from whisper_triton.kernels.skinny_linear import Tiles, skinny_linear, skinny_linear_reference
+from whisper_triton.kernels.decode_attention import LOG2E
+from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear, skinny_linear_reference
 
 from whisper_triton import kernels
 from whisper_triton.kernels import _dispatch
@@ -154,6 +157,39 @@ def linear(draw: Draw, device: torch.device) -> None:
     assert all(torch.equal(storage(a), b) for a, b in zip(inputs, before, strict=True))
 
 
+def cross_attention(draw: Draw, device: torch.device) -> None:
+    """Of one or several tokens a sequence, some of which may have ended; by clusters where a GPU has them, if they are drawn."""
+    dtype, H, S = draw(ALL_FLOATS), draw(st.integers(1, 3)), draw(st.integers(1, 70))
+    B, T = (1, 1) if dtype == torch.float32 else (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    D, K = draw(st.sampled_from([32, 80])), draw(st.sampled_from([16, 48, 96]))
+    by_clusters = has_paced_copies(device, dtype) and draw(PRESENT)
+    if by_clusters:
+        T, D, K = 1, draw(st.sampled_from([32, 64, 128])), 256 * draw(st.integers(1, 2))
+    x, weight, bias, norm_weight, norm_bias = (
+        torch.randn(*shape, device=device).to(dtype) for shape in ((B * T, K), (H * D, K), (H * D,), (K,), (K,))
+    )
+    weight *= K**-0.5  # scores near each other: where one key takes all, its rounding is all that is measured
+    layout = "contiguous" if by_clusters else draw(layouts)
+    caches = [lay_out(torch.randn(B, H, S, D).to(device, dtype), layout) for _ in range(2)]
+    ended = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=B, max_size=B)), device=device) if draw(PRESENT) else None
+    norm, bias = LayerNorm(norm_weight, norm_bias, 1e-5), bias if by_clusters or draw(PRESENT) else None
+    tensors = x, weight, bias, *caches
+    before = [storage(tensor) for tensor in caches]
+    if by_clusters:
+        call = LinearCall(x, [weight], [bias], *norm, 0.25, False, None)
+        out = clustered_cross(call, *caches, LOG2E, ended, CrossTiles(4, draw(st.integers(1, 3))))
+    else:
+        out = kernels.cross_attention(*tensors, layer_norm=norm, scale=0.25, ended=ended)
+    exact_norm = LayerNorm(norm_weight.double(), norm_bias.double(), 1e-5)
+    around = {"scale": 0.25, "ended": ended}
+    exact = kernels.cross_attention_reference(*map(double, tensors), layer_norm=exact_norm, **around)
+    y = torch.nn.functional.layer_norm(x, (K,), norm_weight, norm_bias, 1e-5)
+    query = (torch.nn.functional.linear(y, weight, bias) * 0.25).view(B, T, H, D)
+    stock = kernels.decode_attention_reference(query, *caches, scale=1.0, is_causal=False, ended=ended)
+    assert_close(out, exact, stock)
+    assert all(torch.equal(storage(a), b) for a, b in zip(caches, before, strict=True))
+
+
 def embed_tokens(draw: Draw, device: torch.device) -> None:
     """Ids and positions in range or not: those that are not give 0."""
     B, T, K, V, P = (draw(st.integers(1, most)) for most in (4, 5, 70, 9, 7))
@@ -264,6 +300,7 @@ KERNELS = {
         append_attention,
         decode_attention,
         linear,
+        cross_attention,
         embed_tokens,
         project_cross_kv,
         add_layer_norm,
