@@ -158,7 +158,7 @@ def linear(draw: Draw, device: torch.device) -> None:
 
 
 def cross_attention(draw: Draw, device: torch.device) -> None:
-    """Of one or several tokens a sequence, some of which may have ended; by clusters where a GPU has them, if they are drawn."""
+    """Of one or several tokens a sequence, some of which may have ended; on a GPU that has clusters by these too."""
     dtype, H, S = draw(ALL_FLOATS), draw(st.integers(1, 3)), draw(st.integers(1, 70))
     B, T = (1, 1) if dtype == torch.float32 else (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     D, K = draw(st.sampled_from([32, 80])), draw(st.sampled_from([16, 48, 96]))
