@@ -229,6 +229,17 @@ def test_stdout_that_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["doctor"], standalone_mode=False)
 
 
+@pytest.mark.bad_input
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["transcribe", "-h"], ["bench"], ["bench", "step", "--help"]], ids=str
+)
+def test_help_onto_a_full_device(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = run_process(*words, stdout=full)
+    assert (done.returncode, done.stderr) == (1, "whisper-triton: cannot write to stdout: No space left on device\n")
+
+
 @pytest.fixture
 def unread() -> Iterator[int]:
     """A pipe to write to that nobody reads any more, as `| head` leaves it."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from whisper_triton.failure import Failure, say
+from whisper_triton.failure import Failure, Group, say
 
 if TYPE_CHECKING:
     from whisper_triton.benchmarks.harness import Place
@@ -107,7 +107,7 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
     return functools.reduce(lambda command, option: option(command), reversed(SHARED), command)
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @compare_option
 @click.pass_context
 def bench(ctx: click.Context) -> None:
@@ -116,7 +116,7 @@ def bench(ctx: click.Context) -> None:
     Without a GPU a tiny shape runs through the references, which proves the benchmarks and no speed.
     """
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        say(ctx.get_help() + "\n")
 
 
 @bench.command()

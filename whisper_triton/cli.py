@@ -15,13 +15,13 @@ import click
 
 from whisper_triton import __version__
 from whisper_triton.bench import bench
-from whisper_triton.failure import Failure, say
+from whisper_triton.failure import Failure, Group, say
 from whisper_triton.output import FORMATS
 
 DTYPES = ("float16", "float32", "bfloat16", "fp16", "fp32", "bf16")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="whisper-triton")
 def main() -> None:
     """Whisper in transformers, its decoder on Triton kernels where there is a GPU."""

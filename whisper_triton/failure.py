@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import click
@@ -20,19 +22,39 @@ class Failure(click.ClickException):
         complain(self.message)
 
 
-def say(text: str) -> None:
-    """Writes to stdout, beside a progress bar if there is one.
+@contextmanager
+def writing() -> Iterator[None]:
+    """A block that writes to stdout.
 
     Raises:
         Failure: stdout takes no more.
     """
     try:
-        with tqdm.external_write_mode():
-            click.echo(text, nl=False)
+        yield
     except BrokenPipeError:  # as with `| head`: click ends the command quietly
         raise
     except OSError as error:
         raise Failure(f"cannot write to stdout: {error.strerror}") from error
+
+
+def say(text: str) -> None:
+    """Writes to stdout, beside a progress bar if there is one; raises as `writing` does."""
+    with writing(), tqdm.external_write_mode():
+        click.echo(text, nl=False)
+
+
+class Command(click.Command):
+    """One whose help may find stdout full: click prints it while it reads the command line."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with writing():
+            return super().make_context(*args, **kwargs)
+
+
+class Group(Command, click.Group):
+    """The same of several."""
+
+    command_class = Command
 
 
 def complain(message: str) -> None:
