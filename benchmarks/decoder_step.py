@@ -34,7 +34,8 @@ from whisper_triton import fused
 from whisper_triton.decoder import DecoderStep
 
 POSITION = 64
-LINKS = ("q/k/v", "self-attention", "self out", "cross-attention", "cross out", "fc1", "fc2")  # of a layer
+CROSS = "cross query and attention"  # which some launch together
+LINKS = ("q/k/v", "self-attention", "self out", CROSS, "cross out", "fc1", "fc2")  # of a layer
 MODES = ("reduce-overhead", "max-autotune", "none")
 
 
@@ -50,14 +51,14 @@ def step_bytes(model: WhisperForConditionalGeneration, step: DecoderStep) -> dic
         for link, modules in {
             "q/k/v": (layer.self_attn_layer_norm, mine.q_proj, mine.k_proj, mine.v_proj),
             "self out": (mine.out_proj,),
-            "cross-attention": (layer.encoder_attn_layer_norm, other.q_proj),  # with its query, which some launch together
+            CROSS: (layer.encoder_attn_layer_norm, other.q_proj),
             "cross out": (other.out_proj,),
             "fc1": (layer.final_layer_norm, layer.fc1),
             "fc2": (layer.fc2,),
         }.items():
             found[link] += nbytes(*modules)
         found["self-attention"] += 2 * of_self.keys[:, :, : POSITION + 1].numel() * of_self.keys.element_size()
-        found["cross-attention"] += of_cross.keys.nbytes + of_cross.values.nbytes
+        found[CROSS] += of_cross.keys.nbytes + of_cross.values.nbytes
     return found | {"LM head": nbytes(model.proj_out)}
 
 
@@ -116,7 +117,7 @@ def without(model: WhisperForConditionalGeneration, link: str) -> Iterator[None]
     def no_attention(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return x.new_empty(x.shape)
 
-    names = {"self-attention": "append_attention", "cross-attention": "cross_attention"}
+    names = {"self-attention": "append_attention", CROSS: "cross_attention"}
     replacement = (names[link], no_attention) if link in names else ("skinny_linear", maybe_linear)
     with mock.patch.object(fused, *replacement):
         yield

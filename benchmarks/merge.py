@@ -51,10 +51,10 @@ def merge(name: str, paths: Sequence[Path]) -> list[Row]:
     return sorted(merged, key=lambda row: (row.get("benchmark", name), *place_of(row)))
 
 
-def place_of(row: Row) -> tuple[int, str, int]:
-    """Where a row of a benchmark stands: the models that README shows first, in their order."""
+def place_of(row: Row) -> tuple[int, str, int, str]:
+    """Where a row of a benchmark stands: the models that README shows first, in their order, batch by batch, GPU by GPU."""
     model = str(row.get("model"))
-    return MODELS.index(model) if model in MODELS else len(MODELS), model, row.get("B", 0)
+    return MODELS.index(model) if model in MODELS else len(MODELS), model, row.get("B", 0), str(row.get("gpu"))
 
 
 def main() -> None:

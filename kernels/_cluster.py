@@ -27,9 +27,8 @@ from ._paced import (
     set_attribute,
 )
 
-NUM_CTAS = 8  # of a cluster, where all that it has is one head's: the most that every GPU with clusters takes
+NUM_CTAS = 8  # programs of a cluster: the most that every GPU with clusters takes
 ROWS = 8  # keys of a piece for each warp
-MAX_DECLARED = 48 << 10  # bytes of shared memory that a kernel can declare itself: PTX ISA
 
 
 @constexpr_function
@@ -74,7 +73,6 @@ def begin(floats, *expected):
         f" @p mbarrier.init.shared::cta.b64 [$0+{8 * i}], 1;"
         f" @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0+{8 * i}], {nbytes};"
         for i, nbytes in enumerate(expected)
-        if nbytes
     )
     return (
         f"{{ .shared .align 16 .b8 exchanged[{BARRIERS + 4 * floats}]; .reg .pred p; .reg .b32 a;"
@@ -95,8 +93,8 @@ def wait(i):
 def cluster_begin(FLOATS: gl.constexpr, EXPECTED_0: gl.constexpr, EXPECTED_1: gl.constexpr):
     """Once, first thing in a kernel. Returns where two barriers lie in shared memory, and behind them so many floats.
 
-    EXPECTED_0, EXPECTED_1: how many bytes this program will be sent before it goes on from each `exchange`; 0: it is not used.
-    What is sent to a program that does not run yet would be lost: see `wait_for_cluster`.
+    EXPECTED_0, EXPECTED_1: how many bytes this program will be sent before it goes on from each `exchange`. What is sent to a
+    program that does not run yet would be lost: see `wait_for_cluster`.
     """
     asm: gl.constexpr = begin(FLOATS, EXPECTED_0, EXPECTED_1)
     return gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -121,16 +119,13 @@ def cluster_rank():
 
 
 @constexpr_function
-def send(lanes, rank, place, barrier, values, alike=32):
-    """The first `lanes` of each `alike` lanes send `values`, registers, to `place` in the program `rank`.
-
-    `r` names a lane's number among these.
-    """
+def send(lanes, rank, place, barrier, values):
+    """A warp's first `lanes` lanes send `values`, registers, to `place` in the program `rank`; `r` names a lane's number."""
     vector = f".v{len(values)}" if len(values) > 1 else ""
     data = ", ".join(values)
     data = f"{{{data}}}" if vector else data
     return (
-        f"{{ .reg .pred p; .reg .b32 a, b, r; mov.u32 r, %laneid; and.b32 r, r, {alike - 1}; setp.lt.u32 p, r, {lanes};"
+        f"{{ .reg .pred p; .reg .b32 a, b, r; mov.u32 r, %laneid; setp.lt.u32 p, r, {lanes};"
         f" @p mapa.shared::cluster.u32 a, {place}, {rank}; @p mapa.shared::cluster.u32 b, {barrier}, {rank};"
         f" @p st.async.shared::cluster.mbarrier::complete_tx::bytes{vector}.f32 [a], {data}, [b];"
     )
@@ -212,22 +207,21 @@ def attend(
     offs_s,  # (programs, warps, keys): of the first piece
     STEP: gl.constexpr,  # from one piece's to the next one's
     end,  # of the keys
-    score_new,  # (programs, warps, keys): of one key more each, -inf for none
-    v_new,  # (1, 1, 1, D): its value
     LAYOUT: gl.constexpr,
 ):
     """Each warp's softmax state in base 2: maxima and sums (programs, warps), accumulators (programs, warps, D)."""
-    m = gl.max(score_new, axis=2)
     scores = ()
     for i in gl.static_range(len(keys)):
         score = gl.sum(q * keys[i].load(LAYOUT).to(gl.float32), axis=3)
         score = gl.where(offs_s + i * STEP < end, score, float("-inf"))
         scores = scores + (score,)  # noqa: RUF005  Gluon knows no unpacking
-        m = gl.maximum(m, gl.max(score, axis=2))
+    m = gl.max(scores[0], axis=2)
+    for i in gl.static_range(1, len(keys)):
+        m = gl.maximum(m, gl.max(scores[i], axis=2))
     safe_m = gl.expand_dims(gl.where(m == float("-inf"), 0.0, m), 2)  # a warp past the last key
-    l = gl.exp2(score_new - safe_m)
-    o = gl.expand_dims(l, 3) * v_new
-    for i in gl.static_range(len(keys)):
+    l = gl.exp2(scores[0] - safe_m)
+    o = gl.expand_dims(l, 3) * values[0].load(LAYOUT).to(gl.float32)
+    for i in gl.static_range(1, len(keys)):
         p = gl.exp2(scores[i] - safe_m)
         l += p
         o += gl.expand_dims(p, 3) * values[i].load(LAYOUT).to(gl.float32)
@@ -270,23 +264,16 @@ def join_states(
         gl.store(out_ptr + offs_d, join_softmax(m_i, l_i, o_i, HAS_ENDED).to(out_ptr.dtype.element_ty))
 
 
-def launch_clusters(
-    kernel: gluon.jit, grid: tuple[int, ...], exchanged: int, num_warps: int, num_ctas: int, is_alone: bool, **arguments: object
-) -> None:
-    """Launches `kernel`, a cluster of `num_ctas` programs for each element of `grid`.
+def launch_clusters(kernel: gluon.jit, grid: tuple[int, ...], num_warps: int, is_alone: bool, **arguments: object) -> None:
+    """Launches `kernel`, a cluster of programs for each element of `grid`.
 
-    exchanged: how many floats it declares for itself (`cluster_begin`), of which Triton does not know: it raises the limit of a
-    program's shared memory only where its own share is beyond 48 KB. is_alone: one row, whose links all want the largest share.
+    Of what a kernel declares for itself (`cluster_begin`) Triton does not know: it raises the limit of a program's shared
+    memory only where its own share is beyond 48 KB. is_alone: one row, whose links all want the largest share.
 
     Raises:
-        ValueError: more is exchanged than can be declared so.
         RuntimeError: the driver does not raise the limit.
     """
-    if BARRIERS + 4 * exchanged > MAX_DECLARED:
-        raise ValueError(
-            f"{BARRIERS + 4 * exchanged} bytes are to be exchanged by {kernel.__name__}, {MAX_DECLARED} at most can be"
-        )
-    arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": num_ctas, "num_warps": num_warps, "num_ctas": num_ctas}
+    arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": NUM_CTAS, "num_warps": num_warps, "num_ctas": NUM_CTAS}
     compiled = kernel.warmup(grid=grid, **arguments, launch_pdl=True)
     compiled.run  # noqa: B018  loads it
     if set_attribute(compiled, MAX_DYNAMIC_SHARED_SIZE_BYTES, compiled.metadata.shared):

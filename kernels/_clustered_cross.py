@@ -38,6 +38,7 @@ from ._dispatch import triton
 from ._linear_call import LinearCall
 from ._paced import (
     MIN_WIDTH,
+    SHARED_MEMORY,
     async_copy_global_to_shared,
     commit_group,
     gl,
@@ -92,14 +93,15 @@ def _clustered_cross_kernel(
     here = barriers + BARRIERS_SIZE
     i_h = gl.program_id(0).to(gl.int64)
     i_b = gl.program_id(1).to(gl.int64)
-    if HAS_ENDED:
+    if HAS_ENDED:  # programs that read it before it is set may join a part of the keys: nobody wants what has ended
         S = gl.where(gl.load(ended_ptr + i_b) == 0, S, 0)
 
-    weights = ask_for_weights((weight_ptr + i_h * HEAD_DIM * K,), K, WARP_ROWS, PACE, BLOCK_K, NUM_WARPS, NUM_CTAS)
+    weights = ask_for_weights(weight_ptr + i_h * HEAD_DIM * K, K, WARP_ROWS, PACE, BLOCK_K, NUM_WARPS, NUM_CTAS)
     norm = ask_for_norm(norm_weight_ptr, norm_bias_ptr, K, BLOCK_K, NUM_WARPS, NUM_CTAS)
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KEYS))))
     elements = along_keys(offs_d)
     first_s = first_keys(NUM_PIECES * NUM_WARPS, KEYS, ROWS, NUM_WARPS, NUM_CTAS)
+    stride_kc_s, stride_vc_s = stride_kc_s.to(gl.int64), stride_vc_s.to(gl.int64)
     key_cache_ptr += i_b * stride_kc_b + i_h * stride_kc_h
     value_cache_ptr += i_b * stride_vc_b + i_h * stride_vc_h
     keys, values = (), ()
@@ -130,9 +132,7 @@ def _clustered_cross_kernel(
         send_to_all(barriers, here + 4 * (rows + i_n), part.to(dtype).to(gl.float32), NUM_CTAS)
     exchange(barriers, 0)
     q = read_eight(here + 4 * offs_d)
-    no_score = gl.full([NUM_CTAS, NUM_WARPS, ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(3, KEYS))
-    no_value = gl.zeros([1, 1, 1, HEAD_DIM], gl.float32, layout=KEYS)
-    m, l, o = attend(along_keys(q * qk_scale), keys, values, first_s, ROWS * NUM_WARPS, S, no_score, no_value, KEYS)
+    m, l, o = attend(along_keys(q * qk_scale), keys, values, first_s, ROWS * NUM_WARPS, S, KEYS)
     out_ptr += (i_b * H + i_h) * HEAD_DIM
     join_states(barriers, here + 4 * HEAD_DIM, m, l, o, out_ptr, HAS_ENDED, HEAD_DIM, KEYS, NUM_WARPS, NUM_CTAS)
 
@@ -145,8 +145,8 @@ class CrossTiles(NamedTuple):
 
 
 def choose_cross_tiles(B: int) -> CrossTiles | None:
-    """Tiles for B sequences, or None where two launches are as fast. Measured by benchmarks/tune_step.py on one NVIDIA H200 in
-    steps of large-v3, fp16, 2026-11-29.
+    """Tiles for B sequences, or None where two launches are faster. Measured by benchmarks/tune_step.py on one NVIDIA H200 in
+    steps of large-v3 and medium, fp16, 2026-11-29; not on an H100, whose multiprocessors are the same.
     """
     return CrossTiles(4, 4) if B == 1 else None
 
@@ -155,7 +155,7 @@ MAX_KEYS = 2048  # more have not been measured
 
 
 def covers_cross(call: LinearCall, key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
-    """Whether `_clustered_cross_kernel` takes these and is the faster way: few rows of a wide model; from shapes, strides and
+    """Whether `_clustered_cross_kernel` takes these and is the faster way: one row of a wide model; from shapes, strides and
     the device alone.
     """
     B, H, S, D = key_cache.shape
@@ -164,8 +164,10 @@ def covers_cross(call: LinearCall, key_cache: torch.Tensor, value_cache: torch.T
 
 
 def fits_cross(call: LinearCall, key_cache: torch.Tensor, value_cache: torch.Tensor, tiles: CrossTiles) -> bool:
-    """Whether the kernel takes these: a token a sequence, a bias, whole chunks of columns, rows of a head for each warp."""
-    x, D = call.x, key_cache.shape[3]
+    """Whether the kernel takes these: a token a sequence, a bias, whole chunks of columns, rows of a head for each warp, and no
+    more shared memory than there is.
+    """
+    x, (_, _, S, D) = call.x, key_cache.shape
     return (
         x.shape[0] == key_cache.shape[0]
         and x.shape[1] % BLOCK_K == 0
@@ -173,7 +175,15 @@ def fits_cross(call: LinearCall, key_cache: torch.Tensor, value_cache: torch.Ten
         and call.norm_weight is not None
         and D % (NUM_CTAS * tiles.num_warps) == 0
         and covers_heads(x, (key_cache, value_cache), tiles.num_warps)
+        and shared_bytes(x.shape[1], S, D, tiles) <= SHARED_MEMORY
     )
+
+
+def shared_bytes(K: int, S: int, D: int, tiles: CrossTiles) -> int:
+    """Of a program: its rows of the weight, the layer norm's, its keys and values, and what it declares."""
+    states = NUM_CTAS * tiles.num_warps
+    keys = triton.cdiv(S, states * ROWS) * tiles.num_warps * ROWS
+    return 2 * K * (D // NUM_CTAS + 2) + 4 * keys * D + BARRIERS + 4 * (D + states * (D + 4))
 
 
 def clustered_cross(
@@ -194,10 +204,10 @@ def clustered_cross(
     tiles = tiles or choose_cross_tiles(key_cache.shape[0])
     if not fits_cross(call, key_cache, value_cache, tiles):
         raise ValueError(
-            "clusters are for a token a sequence in fp16 or bf16 on an H100, whole chunks of columns, and caches that begin and"
-            f" go on at multiples of 16 (`fits_cross` in _clustered_cross.py), got {tuple(call.x.shape)} {call.x.dtype} on"
-            f" {call.x.device}, caches {tuple(key_cache.shape)} with strides {key_cache.stride()} and {value_cache.stride()},"
-            f" {tiles}"
+            "clusters are for a token a sequence in fp16 or bf16 on an H100 or H200, whole chunks of columns that fit shared"
+            f" memory, caches that begin and go on at multiples of 16 (`fits_cross` in _clustered_cross.py), got {call.x.dtype}"
+            f" {tuple(call.x.shape)} on {call.x.device}, caches {tuple(key_cache.shape)} with strides {key_cache.stride()} and"
+            f" {value_cache.stride()}, {tiles}"
         )
     B, H, S, D = key_cache.shape
     out = call.x.new_empty(B, 1, H, D)
@@ -205,9 +215,7 @@ def clustered_cross(
     launch_clusters(
         _clustered_cross_kernel,
         (H, B),
-        D + states * (D + 4),
         tiles.num_warps,
-        NUM_CTAS,
         B == 1,
         x_ptr=call.x,
         weight_ptr=call.weights[0],

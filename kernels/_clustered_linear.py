@@ -25,28 +25,27 @@ def norm_layout(block_k, num_warps, num_ctas):
 
 @gluon.jit
 def ask_for_weights(
-    weight_ptrs,  # (rows, K) each: a tuple
+    weight_ptr,  # (rows, K)
     K: gl.constexpr,
-    WARP_ROWS: gl.constexpr,  # of each weight, for a warp
+    WARP_ROWS: gl.constexpr,
     PACE: gl.constexpr,
     BLOCK_K: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     NUM_CTAS: gl.constexpr,
 ):
-    """Begins to copy each warp's rows, chunk by chunk: shared memory by chunk, weight and row."""
+    """Begins to copy each warp's rows, chunk by chunk: shared memory by chunk and row."""
     LAYOUT: gl.constexpr = linear_layout(BLOCK_K, NUM_WARPS, NUM_CTAS)
     SHARED: gl.constexpr = split_shared(3, NUM_CTAS)
-    dtype: gl.constexpr = weight_ptrs[0].dtype.element_ty
+    dtype: gl.constexpr = weight_ptr.dtype.element_ty
     rows = rows_of_warps(WARP_ROWS, LAYOUT, NUM_WARPS, NUM_CTAS)
     offs_k = gl.expand_dims(gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT))), 0), 0)
     weights = ()
     for i in gl.static_range(K // BLOCK_K):
-        for i_part in gl.static_range(len(weight_ptrs)):
-            for i_n in gl.static_range(WARP_ROWS):
-                w = gl.allocate_shared_memory(dtype, [NUM_CTAS, NUM_WARPS, BLOCK_K], SHARED)
-                ptrs = weight_ptrs[i_part] + gl.expand_dims((rows + i_n) * K, 2) + offs_k + i * BLOCK_K
-                async_copy_global_to_shared(w, ptrs, eviction_policy="evict_first")
-                weights = weights + (w,)  # noqa: RUF005  Gluon knows no unpacking
+        for i_n in gl.static_range(WARP_ROWS):
+            w = gl.allocate_shared_memory(dtype, [NUM_CTAS, NUM_WARPS, BLOCK_K], SHARED)
+            ptrs = weight_ptr + gl.expand_dims((rows + i_n) * K, 2) + offs_k + i * BLOCK_K
+            async_copy_global_to_shared(w, ptrs, eviction_policy="evict_first")
+            weights = weights + (w,)  # noqa: RUF005  Gluon knows no unpacking
         commit_group()
         wait_group(PACE - 1)
     return weights
@@ -93,7 +92,7 @@ def multiply(
     norm,  # as `ask_for_norm` returns it
     eps,
     K: gl.constexpr,
-    NUM_ROWS: gl.constexpr,  # of a warp, of all weights
+    NUM_ROWS: gl.constexpr,  # of a warp
     BLOCK_K: gl.constexpr,
     NUM_WARPS: gl.constexpr,
     NUM_CTAS: gl.constexpr,

@@ -20,6 +20,16 @@ class LinearCall(NamedTuple):
     gelu: bool
     residual: torch.Tensor | None  # (B, N)
 
+    def check_alignment(self) -> None:
+        """Where a launch begins, since `torch.compile` knows no addresses.
+
+        Raises:
+            ValueError: a tensor does not begin at a multiple of 16 bytes.
+        """
+        for tensor in (self.x, *self.weights, *self.biases, self.norm_weight, self.norm_bias, self.residual):
+            if tensor is not None and tensor.data_ptr() % 16:
+                raise ValueError(f"all tensors must begin at a multiple of 16 bytes, one of {tuple(tensor.shape)} does not")
+
     def arguments(self, SPLIT_K: int = 1) -> dict[str, object]:
         """What every kernel of a linear layer takes. Pointers that are not read are x's."""
         x, parts = self.x, len(self.weights)

@@ -182,11 +182,20 @@ def _paced_rows_kernel(
             gl.store(out_ptr + (offs_b[None, :] * NUM_PARTS + i_part) * N + offs_n[:, None], y.to(dtype), mask=mask)
 
 
-def covers_rows(K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, num_warps: int) -> bool:
-    """Whether `_paced_rows_kernel` takes these: K in whole chunks, weights in tensor-core tiles and in shared memory."""
-    moments = 8 * num_warps * MAX_BLOCK_B  # what brings sums together otherwise takes the weights' place
-    nbytes = 2 * K // SPLIT_K * (BLOCK_N + 2 * has_norm) + moments
+def covers_rows(B: int, K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, num_warps: int, PROGRAMS: int = 0) -> bool:
+    """Whether `_paced_rows_kernel` takes these: K in whole chunks, weights in tensor-core tiles and in shared memory.
+
+    What brings sums together takes the place of the weights, unless those of another tile are on their way to it.
+    """
+    moments = 8 * num_warps * MAX_BLOCK_B
+    sums = 4 * num_warps * BLOCK_N * rows_of_programs(B) if PROGRAMS > 0 else 0
+    nbytes = 2 * K // SPLIT_K * (BLOCK_N + 2 * has_norm) + moments + sums
     return K % (SPLIT_K * BLOCK_K) == 0 and BLOCK_N >= 16 and num_warps in (4, 8, 16) and nbytes <= SHARED_MEMORY
+
+
+def rows_of_programs(B: int) -> int:
+    """How many of B rows a program takes."""
+    return min(MAX_BLOCK_B, max(8, triton.next_power_of_2(B)))
 
 
 def paced_rows(
@@ -197,7 +206,7 @@ def paced_rows(
     PROGRAMS: so many a multiprocessor, each of which goes on from tile to tile; 0: a program a tile.
     """
     B, N = call.x.shape[0], call.weights[0].shape[0]
-    block_b = min(MAX_BLOCK_B, max(8, triton.next_power_of_2(B)))
+    block_b = rows_of_programs(B)
     row_tiles = triton.cdiv(B, block_b)
     programs = triton.cdiv(N, BLOCK_N) * row_tiles
     if PROGRAMS > 0:

@@ -3,9 +3,9 @@
     query = (layer_norm(x) @ weight.T + bias) * scale      (B * T, H * D), in x's dtype
     out[b, t, h] = softmax(query[b, t, h] . key_cache[b, h].T) @ value_cache[b, h]
 
-For one row of a wide model on an H100 this is one launch, `_clustered_cross.py`: the programs that attend to a head compute its
-query too, and exchange it and their softmax states through the shared memory of a cluster. Otherwise it is two, or three:
-`skinny_linear` and `decode_attention`.
+For one row of a wide model on an H100 or H200 this is one launch, `_clustered_cross.py`: the programs that attend to a head
+compute its query too, and exchange it and their softmax states through the shared memory of a cluster. Otherwise it is two, or
+three: `skinny_linear` and `decode_attention`.
 Who calls it: `whisper_triton.fused`. Bytes moved: the weights (H * D * K elements), 2 * B * H * S * D of the caches.
 """
 
@@ -54,6 +54,7 @@ def _launch(
     ended: torch.Tensor | None,
 ) -> torch.Tensor:
     call = LinearCall(x, [weight], [bias], norm_weight, norm_bias, eps, scale, False, None)
+    call.check_alignment()
     if covers_cross(call, key_cache, value_cache):
         try:
             return clustered_cross(call, key_cache, value_cache, LOG2E, ended)

@@ -91,7 +91,7 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies:
     found: one row 2026-11-24, its LM head 2026-11-29, several 2026-11-22 at batch 8.
     """
     paced = choose_paced_tiles(B, N, K, parts, has_norm) if has_copies else None
-    if paced is not None and covers(paced, N, K, has_norm):
+    if paced is not None and covers(paced, B, N, K, has_norm):
         return paced
     if B > 1:
         if N > 16384:
@@ -139,11 +139,11 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
     return Tiles(32, 1, 4, True, 4 if has_many_rows else 2)
 
 
-def covers(tiles: Tiles, N: int, K: int, has_norm: bool) -> bool:
+def covers(tiles: Tiles, B: int, N: int, K: int, has_norm: bool) -> bool:
     """Whether the kernels with paced copies take these shapes in these tiles."""
-    BLOCK_N, SPLIT_K, num_warps, use_dot, *_ = tiles
+    BLOCK_N, SPLIT_K, num_warps, use_dot, _, PROGRAMS = tiles
     if use_dot:
-        return covers_rows(K, has_norm, BLOCK_N, SPLIT_K, num_warps)
+        return covers_rows(B, K, has_norm, BLOCK_N, SPLIT_K, num_warps, PROGRAMS)
     return covers_linear(N, K, has_norm, BLOCK_N, SPLIT_K, num_warps)
 
 
@@ -168,6 +168,7 @@ def _launch(
     (B, K), N = x.shape, weights[0].shape[0]
     BLOCK_N, SPLIT_K, num_warps, use_dot, PACE, PROGRAMS = tiles
     call = LinearCall(x, weights, biases, norm_weight, norm_bias, eps, scale, gelu, residual)
+    call.check_alignment()
     out = x.new_empty(B, len(weights) * N)
     sums = out if SPLIT_K == 1 else torch.empty(SPLIT_K, B, N, dtype=torch.float32, device=x.device)
     if PACE == 0:
@@ -249,15 +250,9 @@ def skinny_linear(
     has_copies = has_paced_copies(x.device, x.dtype)
     has_norm, is_plain = layer_norm is not None, not (gelu or scale != 1.0)
     tiles = tiles or choose_tiles(B, N, K, len(weights), has_norm, has_copies)
-    _check_tiles(tiles, x, can_split=is_plain and not has_norm and len(weights) == 1)
-    if tiles.PROGRAMS > 0 and not (
-        tiles.PACE > 0 and tiles.USE_DOT and tiles.SPLIT_K == 1 and B <= MAX_BLOCK_B and is_bare(biases, gelu, residual)
-    ):
-        raise ValueError(
-            f"programs go on from tile to tile by paced copies on tensor cores, of up to {MAX_BLOCK_B} rows, with one weight"
-            f" and no bias, GELU or residual, got {tuple(x.shape)} and {tiles}"
-        )
-    if tiles.PACE > 0 and not (has_copies and (B == 1 or tiles.USE_DOT) and covers(tiles, N, K, has_norm)):
+    is_bare = len(weights) == 1 and biases[0] is None and residual is None and not gelu
+    _check_tiles(tiles, x, can_split=is_plain and not has_norm and len(weights) == 1, is_bare=is_bare)
+    if tiles.PACE > 0 and not (has_copies and (B == 1 or tiles.USE_DOT) and covers(tiles, B, N, K, has_norm)):
         raise ValueError(
             "paced copies are for whole tiles that fit an H100's shared memory (`covers_linear` in _paced_linear.py, on tensor"
             f" cores `covers_rows` in _paced_rows.py), got {tuple(x.shape)}, {N=}, {tiles} on {x.device}"
@@ -265,12 +260,7 @@ def skinny_linear(
     return _op(x, list(weights), list(biases), *norm, scale, gelu, residual, [int(number) for number in tiles])
 
 
-def is_bare(biases: tuple[torch.Tensor | None, ...], gelu: bool, residual: torch.Tensor | None) -> bool:
-    """Whether a single product is wanted with nothing after it, as of an LM head."""
-    return len(biases) == 1 and biases[0] is None and residual is None and not gelu
-
-
-def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool) -> None:
+def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool, is_bare: bool) -> None:
     (B, K), SPLIT_K = x.shape, tiles.SPLIT_K
     if any(number < 1 or number & (number - 1) for number in (tiles.BLOCK_N, tiles.num_warps)):
         raise ValueError(f"BLOCK_N and num_warps must be powers of two, got {tiles}")
@@ -284,6 +274,13 @@ def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool) -> None:
         raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two from 16 on")
     if SPLIT_K > 1 and not can_split:
         raise ValueError("only a plain linear layer can have its K split")
+    if tiles.PROGRAMS > 0 and not (tiles.PACE > 0 and tiles.USE_DOT and SPLIT_K == 1 and B <= MAX_BLOCK_B):
+        raise ValueError(
+            f"programs go on from tile to tile by paced copies on tensor cores, over all of K, of up to {MAX_BLOCK_B} rows, got"
+            f" {B} and {tiles}"
+        )
+    if tiles.PROGRAMS > 0 and not is_bare:
+        raise ValueError(f"only a product of one weight, without bias, GELU and residual, has {tiles.PROGRAMS=} programs go on")
 
 
 def check_linear(
@@ -316,10 +313,10 @@ def check_linear(
     for tensor in (x, *weights, *(v for v, _ in vectors), residual):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype or tensor.device != x.device or tensor.data_ptr() % 16 or not tensor.is_contiguous():
+        if tensor.dtype != x.dtype or tensor.device != x.device or not tensor.is_contiguous():
             raise ValueError(
-                f"all tensors must be contiguous {x.dtype} on {x.device} like x, and begin at a multiple of 16 bytes, got "
-                f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+                f"all tensors must be contiguous {x.dtype} on {x.device} like x, got {tensor.dtype} on {tensor.device} with"
+                f" strides {tensor.stride()}"
             )
     if residual is not None and residual.shape != (B, N):
         raise ValueError(f"the residual must be ({B}, {N}) for x {tuple(x.shape)}, got {tuple(residual.shape)}")

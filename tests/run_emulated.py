@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from attention_cases import Shape, poisoned_allocations, random_caches, random_states, relative_error, sdpa, storage, twin
@@ -27,6 +28,8 @@ from test_skinny_linear import double, make
 from whisper_triton.kernels._clustered_cross import CrossTiles
 from whisper_triton.kernels._paced_append import PacedTiles
 from whisper_triton.kernels._paced_attention import paced_attention
+
+from whisper_triton.kernels import _cluster
 
 append, decode, linear, update = (
     importlib.import_module(f"whisper_triton.kernels.{name}")
@@ -158,7 +161,7 @@ def linear_cases() -> Iterator[Case]:
         (1, 512, 100, (16, 1, 4), half),
         (8, 512, 100, (16, 1, 4), half),
         (9, 256, 161, (32, 1, 8), brain),
-        (17, 1280, 20, (16, 1, 4), half),
+        (17, 1280, 100, (16, 1, 4), half),
     ):
         tiles = linear.Tiles(*numbers, USE_DOT=True, PACE=2, PROGRAMS=1)
         for link in ("norm, no bias", "no bias"):
@@ -208,14 +211,27 @@ def cross_cases() -> Iterator[Case]:
         (3, 1, 513, 256, brain, four),
     ):
         yield f"cross {' '.join(map(str, arguments))}", judged(check_clusters, *arguments)
+    for D in (32, 128):
+        yield f"cross {D=} swapped", judged(check_clusters, 1, 2, 500, 256, half, four, D=D, layout="swapped")
+    yield "cross, memory refused", run_refused
 
 
-def judged(check: Callable[..., None], *arguments: object) -> Callable[[], Judged]:
+def run_refused() -> Judged:
+    """0 where clusters say so that the driver does not give them their shared memory."""
+    with mock.patch.object(_cluster, "set_attribute", return_value=1):
+        try:
+            check_clusters(1, 1, 100, 256, torch.float16, CrossTiles(4, 4), CPU)
+        except RuntimeError as error:
+            return float("cannot have its" not in str(error)), 0.0
+    return 1.0, 0.0
+
+
+def judged(check: Callable[..., None], *arguments: object, **others: object) -> Callable[[], Judged]:
     """A check that raises what is wrong, as those that return an error and its bound."""
 
     def run() -> Judged:
         try:
-            check(*arguments, CPU)
+            check(*arguments, CPU, **others)
         except AssertionError as error:
             raise Fault(str(error)) from error
         return 0.0, 0.0

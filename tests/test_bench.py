@@ -112,7 +112,7 @@ def test_step(measured: Callable[..., list[dict[str, Any]]], monkeypatch: pytest
     assert (step["compiled/ours"], step["mode"]) == (pytest.approx(20.0 / step["ms"]), "reduce-overhead")
     assert step["share_%"] == pytest.approx(100 * step["GB/s"] / step["bandwidth_GB/s"])
     assert [row["link"] for row in links] == [
-        *("q/k/v", "self-attention", "self out", "cross-attention", "cross out", "fc1", "fc2", "LM head")
+        *("q/k/v", "self-attention", "self out", "cross query and attention", "cross out", "fc1", "fc2", "LM head")
     ]
     # Two layers, and the final layer norm and the LM head's weights once.
     assert sum(row["MB"] * (1 if row["link"] == "LM head" else 2) for row in links) == pytest.approx(step["MB"])

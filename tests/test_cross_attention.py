@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,9 +25,6 @@ from whisper_triton.kernels.decode_attention import LOG2E
 from whisper_triton.kernels.skinny_linear import LayerNorm
 
 from whisper_triton.kernels import _paced, cross_attention, cross_attention_reference, decode_attention_reference
-
-# Not `from whisper_triton.kernels import cross_attention`, which is the function.
-module = importlib.import_module("whisper_triton.kernels.cross_attention")
 
 OP = torch.ops.whisper_triton.cross_attention.default
 EPS, SCALE = 1e-5, 0.125
@@ -147,6 +143,39 @@ def test_the_op_keeps_the_rules_of_torch_library(device: torch.device) -> None:
         torch.library.opcheck(OP, (*case[1:6], norm.weight, norm.bias, EPS, SCALE, None, ended))
 
 
+def test_compiles_without_a_graph_break(device: torch.device) -> None:
+    case = random_case(2, 2, 9, 64, torch.float16, device, T=2)
+    compiled = torch.compile(lambda: case.run() + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), case.run() + 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("B", "K"), [(1, 768), (8, 1280)])
+def test_a_captured_chain_waits_for_each_query(B: int, K: int, device: torch.device) -> None:
+    layers = [random_case(B, K // 64, 1500, K, torch.float16, device) for _ in range(4)]
+    assert_chain_waits(layers, lambda case: case.run())
+
+
+def assert_chain_waits(layers: list[Case], run: Callable[[Case], torch.Tensor]) -> None:
+    """Each x is the result of the launch before it: a replayed graph gives what launches one at a time do."""
+    x = layers[0].x
+
+    def step(synchronize: bool = False) -> torch.Tensor:
+        out = x
+        for layer in layers:
+            out = run(layer._replace(x=out.view(x.shape)))
+            if synchronize:
+                torch.cuda.synchronize()
+        return out
+
+    graph, result = captured(step)
+    for rows in torch.randn(300, *x.shape, device=x.device).to(x.dtype):
+        x.copy_(rows)
+        graph.replay()
+        replayed = result.clone()
+        assert torch.equal(bits(replayed), bits(step(synchronize=True)))
+
+
 # --- clusters of programs: kernels/_clustered_cross.py
 
 TILES = [CrossTiles(num_warps, PACE) for num_warps in (4, 8) for PACE in (1, 4)]
@@ -168,9 +197,13 @@ def by_clusters(tiles: CrossTiles) -> Attend:
     return attend
 
 
-def check_clusters(B: int, H: int, S: int, K: int, dtype: torch.dtype, tiles: CrossTiles, device: torch.device) -> None:
+def check_clusters(
+    B: int, H: int, S: int, K: int, dtype: torch.dtype, tiles: CrossTiles, device: torch.device, D: int = 64, layout: str = ""
+) -> None:
     """Right; zeros, and no key read, of a sequence that has ended."""
-    case, attend = random_case(B, H, S, K, dtype, device), by_clusters(tiles)
+    case, attend = random_case(B, H, S, K, dtype, device, D=D), by_clusters(tiles)
+    if layout:
+        case = case._replace(key_cache=lay_out(case.key_cache, layout), value_cache=lay_out(case.value_cache, layout))
     out = assert_right(case, attend)
     ended = torch.zeros(B, dtype=torch.int64, device=device)
     ended[0] = 7
@@ -193,6 +226,19 @@ def clusters(device: torch.device) -> None:
 def test_clusters(tiles: CrossTiles, dtype: torch.dtype, device: torch.device) -> None:
     for B, H, S, K in ((1, 20, 1500, 1280), (3, 20, 1500, 1280), (1, 16, 1500, 1024), (1, 1, 1499, 256), (2, 3, 1, 512)):
         check_clusters(B, H, S, K, dtype, tiles, device)
+    for D in (32, 128):
+        if 8 * tiles.num_warps <= D:
+            check_clusters(1, 3, 1500, 512, dtype, tiles, device, D, "swapped")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("clusters")
+def test_clusters_over_a_cache_past_two_to_the_31_elements(device: torch.device) -> None:
+    case = random_case(1, 2, 1500, 512, torch.float16, device)
+    caches = [torch.empty(1, 2, 1500, 1 << 20, dtype=torch.float16, device=device)[..., :64] for _ in range(2)]
+    for cache, values in zip(caches, (case.key_cache, case.value_cache), strict=True):
+        cache.copy_(values)
+    assert_right(case._replace(key_cache=caches[0], value_cache=caches[1]), by_clusters(TILES[1]))
 
 
 @pytest.mark.gpu
@@ -209,24 +255,8 @@ def test_clusters_write_all_of_the_result_and_nothing_beside_it(tiles: CrossTile
 @pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 def test_clusters_in_a_captured_chain(tiles: CrossTiles, device: torch.device) -> None:
-    # Each x is the result of the launch before it.
     layers = [random_case(1, 20, 1500, 1280, torch.float16, device) for _ in range(4)]
-    x, attend = layers[0].x, by_clusters(tiles)
-
-    def step(synchronize: bool = False) -> torch.Tensor:
-        out = x
-        for layer in layers:
-            out = layer._replace(x=out.view(x.shape)).run(attend)
-            if synchronize:
-                torch.cuda.synchronize()
-        return out
-
-    graph, result = captured(step)
-    for row in torch.randn(300, 1, 1280, device=device).to(x.dtype):
-        x.copy_(row)
-        graph.replay()
-        replayed = result.clone()
-        assert torch.equal(bits(replayed), bits(step(synchronize=True)))
+    assert_chain_waits(layers, lambda case: case.run(by_clusters(tiles)))
 
 
 def test_one_row_of_a_wide_model_takes_clusters(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +284,8 @@ def test_one_row_of_a_wide_model_takes_clusters(device: torch.device, monkeypatc
         ({"dtype": torch.float32}, CrossTiles(4, 2)),
         ({}, CrossTiles(16, 2)),  # half a row of the weight a warp
         ({}, CrossTiles(1, 2)),
+        ({"D": 128, "S": 2048, "K": 3072}, CrossTiles(4, 2)),  # more than shared memory holds
+        ({"D": 128, "S": 2048, "K": 2560}, CrossTiles(4, 2)),  # the same, with what the kernel declares for itself
     ],
 )
 def test_what_is_not_for_clusters_is_refused(
@@ -262,7 +294,7 @@ def test_what_is_not_for_clusters_is_refused(
     monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
     case = random_case(**({"B": 1, "H": 1, "S": 8, "K": 512, "dtype": torch.float16, "device": device} | other))
     assert not fits_cross(case.call(), case.key_cache, case.value_cache, tiles)
-    with pytest.raises(ValueError, match=r"clusters are for .* got \(\d, "):
+    with pytest.raises(ValueError, match=r"clusters are for .* got torch\.float\d\d \(\d, "):
         case.run(by_clusters(tiles))
 
 

@@ -174,6 +174,33 @@ class TestStocksTokens:
         assert_as_stock(talkative(device), features, return_timestamps=True, condition_on_prev_tokens=True)
         assert len(loops) > 4
 
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {"condition_on_prev_tokens": True},
+            {"condition_on_prev_tokens": True, "logprob_threshold": -0.5, "temperature": (0.0, 0.0)},
+            {"condition_on_prev_tokens": True, "return_segments": True},
+        ],
+        ids=lambda kwargs: ",".join(kwargs),
+    )
+    def test_a_cache_that_grows_from_window_to_window(
+        self, device: torch.device, kwargs: dict[str, Any], loops: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(generation, "MIN_SLOTS", 4)
+        slots, model = [], talkative(device)
+        init = decoder.DecoderStep.__init__
+
+        def noted(step: decoder.DecoderStep, *args: Any) -> None:
+            init(step, *args)
+            slots.append(step.num_slots)
+
+        monkeypatch.setattr(decoder.DecoderStep, "__init__", noted)
+        features = mel(1, device, seconds=2.5)
+        assert_as_stock(model, features, return_timestamps=True, max_new_tokens=5, **kwargs)
+        assert slots == sorted(set(slots))
+        assert len(slots) > 1
+        assert len(loops) > 4
+
     @row("scores, logits, thresholds of compression ratio, log probability and no speech", "ours")
     @pytest.mark.parametrize(
         "kwargs",

@@ -2,9 +2,9 @@
 
 A layer is eight launches for one row: layer norm and q/k/v; self-attention with the cache write; its output projection with
 bias and residual; layer norm and cross query; cross-attention, in which the last program of a head joins its splits; its output
-projection; layer norm, fc1 and GELU; fc2 and residual. In a wide model on an H100 the fourth and fifth are one. For more rows
-the joining of fc2's parts is a launch of its own, and so are layer norms where no weights come by paced copies. The kernels
-read the model's own parameters: nothing is packed or copied.
+projection; layer norm, fc1 and GELU; fc2 and residual. In a wide model on an H100 or H200 the fourth and fifth are one. For
+more rows the joining of fc2's parts is a launch of its own, and so are layer norms where no weights come by paced copies. The
+kernels read the model's own parameters: nothing is packed or copied.
 """
 
 from __future__ import annotations

@@ -84,10 +84,15 @@ class State:
         return vars(self) | {"steps": OrderedDict(), "owner": None, "in_use": None, "captured": None, "done": None}
 
     def forget(self, *sizes: int) -> None:
-        """Gives up the steps of these batch sizes. Waits for the GPU, which may still be at one of them in any stream."""
+        """Gives up the steps of these batch sizes. Waits for the GPU, which may still be at one of them, in the stream of an
+        earlier call or in this one's.
+        """
         if sizes and self.done is not None:
             self.done.synchronize()
         for size in sizes:
+            device = self.steps[size].encoder_states.device
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
             del self.steps[size]
 
 
@@ -296,8 +301,8 @@ def _cache_for(
 def slots_for(length: int, most: int) -> int:
     """Of a step's self cache, for calls of so many tokens: the next of 128, 256 and so on, `most` at most.
 
-    Calls of few tokens, as stock's, take no more memory than they need; one that wants more has the step captured anew, which
-    takes a fraction of a second, for good: twice in a model's life and batch size at most.
+    So calls of few tokens take hardly more memory than stock's. One that wants more has the step captured anew, with more slots
+    for as long as the step is kept.
     """
     slots = MIN_SLOTS
     while slots < length:
