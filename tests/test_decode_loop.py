@@ -74,12 +74,23 @@ class TestStocksTokens:
         assert tokens.unique().numel() > 8
         assert len(loops) == 2
 
+    @pytest.mark.parametrize("is_large", [False, True])
     @pytest.mark.parametrize(("eos_bias", "length"), [(4.0, 28), (-3.0, 5)])
-    def test_rows_that_end_early_are_padded(self, device: torch.device, eos_bias: float, length: int, loops: list[int]) -> None:
+    def test_rows_that_end_early_are_padded(
+        self,
+        device: torch.device,
+        eos_bias: float,
+        length: int,
+        is_large: bool,
+        loops: list[int],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(decode_loop, "LARGE", 0 if is_large else 1 << 40)
         tokens = assert_as_stock(talkative(device, eos_bias), mel(5, device))
         assert tokens.shape[1] == length
         assert (tokens != EOS).sum(1).unique().numel() > 2
-        assert length - 1 <= loops[0] <= length + decode_loop.LOOK_EVERY
+        # The last token is found at the first look after it, when one more has been asked for, or before that is decoded.
+        assert length - 1 <= loops[0] <= length + (0 if is_large else decode_loop.LOOK_EVERY)
 
     def test_of_rows_that_have_ended_no_keys_are_read(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decoder, "is_fusable", fused.is_fusable)

@@ -24,7 +24,10 @@ from .kernels._sampling import keep_top_k
 from .token_rules import NotCovered, Settings, allocate_rules, read_settings, write_rules
 
 ROWS_AT_ONCE = 64  # whose scores are computed together, after the last token
-LOOK_EVERY = 4  # replays between two looks at the rows' ends
+# Replays from one look at the rows' ends to the next: what is decoded between an end and the look that finds it is for nothing.
+# A look takes the host some 10 us, which a step of a large decoder hides and one of a small decoder hardly does.
+LOOK_EVERY = 4
+LARGE = 512 << 20  # bytes of a decoder whose ends are looked for at every replay: medium's, large-v3's, not turbo's
 STOCKS_LOOP = "tokens are chosen in stock's loop"  # what is logged, before the reason
 
 # What `generate` may pass to the forward passes, with the values that a replay covers. The attention mask is of the encoder's
@@ -129,17 +132,18 @@ class TokenSelection:
         return tuple(scores)
 
 
-def run_until_ended(advance: Callable[[], object], selection: TokenSelection, steps: int) -> int:
-    """Calls `advance` at most `steps` times, a few more than needed until all rows have ended; returns their greatest length.
+def run_until_ended(advance: Callable[[], object], selection: TokenSelection, steps: int, look_every: int = LOOK_EVERY) -> int:
+    """Calls `advance` until all rows have ended, up to `look_every` times more than needed, at most `steps` times; returns the
+    greatest length.
 
     After `steps` of them all rows must have ended.
     """
     for i in range(steps):
-        if i % LOOK_EVERY == 0:
+        if i % look_every == 0:
             selection.look()
         advance()
         # Only now: while the host waits for the step before, the device has this one to run.
-        if i % LOOK_EVERY == 0 and all(selection.ends()):
+        if i % look_every == 0 and all(selection.ends()):
             break
     else:
         selection.look()
@@ -198,7 +202,8 @@ def decode(
     wants_logits = hands_out and generation_config.output_logits
     kept = [logits]
     run = (lambda: kept.append(advance().clone())) if wants_scores or wants_logits else advance
-    length = run_until_ended(run, selection, settings.limits.max_length - prompt_length - 1)
+    look_every = 1 if step.weight_bytes >= LARGE else LOOK_EVERY
+    length = run_until_ended(run, selection, settings.limits.max_length - prompt_length - 1, look_every)
     step.rewind(length - 1)  # the last token of all is not in the cache
     ids, kept = selection.state.ids[:, :length].clone(), kept[: length - prompt_length]
     if generation_config.return_dict_in_generate and returns_tokens:

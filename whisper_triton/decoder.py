@@ -123,6 +123,7 @@ class DecoderStep:
     ) -> None:
         self.num_frames, self.num_slots = num_frames, num_slots or model.config.max_target_positions
         self.fingerprint = fingerprint(model)
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.model.decoder.parameters())
         # What is kept from call to call must not be an inference tensor, which only inference mode may write again.
         with torch.inference_mode(False):
             self.cache: StaticEncoderDecoderCache = build_static_cache(

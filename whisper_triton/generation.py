@@ -6,6 +6,7 @@ it does not cover.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -169,6 +170,9 @@ def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kw
         report_once(f"{STOCKS_LOOP}: the model has hooks, or another forward pass or class")
     returns_tokens = getattr(_CALL.get(), "returns_tokens", False)
     return decode(self, step if is_plain else None, input_ids, returns_tokens=returns_tokens, **kwargs)
+
+
+_decode.__signature__ = inspect.signature(_decode)  # for which transformers asks twice a call, with the GPU idle
 
 
 def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput | tuple[Any, ...]:
