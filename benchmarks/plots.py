@@ -200,8 +200,9 @@ def draw_time(ax: Axes, rows: Sequence[Row], kind: Kind, places: dict[str, int])
 
 
 def draw_tokens(ax: Axes, rows: Sequence[Row], kind: Kind, places: dict[str, int]) -> None:
-    batches, width = sorted(values(rows, "B")), 0.84 / len(places)
-    variants = sorted(places, key=lambda variant: variant in OURS)  # ours at the right end of a batch's bars
+    there = [variant for variant in places if variant in values(rows, "variant")]
+    batches, width = sorted(values(rows, "B")), 0.84 / len(there)
+    variants = sorted(there, key=lambda variant: variant in OURS)  # ours at the right end of a batch's bars
     for nth, variant in enumerate(variants):
         own = [row for row in rows if row["variant"] == variant]
         at = [batches.index(row["B"]) + (nth - (len(variants) - 1) / 2) * width for row in own]

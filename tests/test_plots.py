@@ -132,6 +132,15 @@ def test_bars_are_as_long_as_what_was_measured() -> None:
     assert list(axes[1].lines[0].get_ydata()) == [70.0, 105.0]  # the slowest and the fastest call
 
 
+def test_a_panel_has_bars_of_what_was_measured_there_alone() -> None:
+    ax, tokens = Figure().subplots(), plots.KINDS["tokens"]
+    there = [row for row in ROWS["tokens"][:9] if row["variant"] != VARIANTS[0]]
+    tokens.draw(ax, there, tokens, plots.looks(VARIANTS))
+    assert [bars.get_label() for bars in ax.containers] == [*VARIANTS[1:]]  # what the legend is made of
+    widths = [bar.get_width() for bars in ax.containers for bar in bars]
+    assert widths == pytest.approx([0.42] * 6)
+
+
 def test_labels_of_lines_do_not_lie_on_each_other() -> None:
     for ends in ([0.0] * 6, [100.0] * 6, [0, 1, 50, 51, 99, 100]):
         ax = Figure().subplots()
