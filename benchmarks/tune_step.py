@@ -98,7 +98,7 @@ def candidates(link: Link, B: int) -> list[object]:
             tiles += [PacedAppendTiles(*cut) for cut in cuts if cut[0] // cut[1] <= 32 and cut[0] * cut[2] <= 256]
         return tiles
     if link[0] == "clustered cross":
-        return [None, *(CrossTiles(*cut) for cut in itertools.product((4, 8), (1, 2, 3, 4, 5, 6)))]
+        return [None, *(CrossTiles(*cut) for cut in itertools.product((4, 8), (1, 2, 3, 4, 5, 6, 8), (4, 8)))]
     if link[0] == "paced cross":
         cuts = itertools.product((64, 96, 128, 160, 192, 256), (2, 4, 8), (1, 2, 3, 4))
         return [PacedTiles(*cut) for cut in cuts if cut[0] % (_paced_attention.ROWS * cut[1]) == 0]

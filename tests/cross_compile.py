@@ -318,13 +318,13 @@ def paced_calls() -> Iterator[Call]:
         tensors = *states, cache, cache, position, torch.empty_like(states[0])
         launch = partial(append._launch, *tensors, 1.0, ahead, ended, tiles)
         yield Call(f"append paced {B=} {D=} {tiles=}", launch, read_ahead=ahead)
-    for B, H in ((1, 20), (1, 16), (8, 20)):
+    for B, H, tiles in ((1, 20, (4, 4)), (1, 16, (4, 4)), (1, 20, (8, 4, 4)), (8, 20, (4, 4))):
         C = 64 * H
         x, weight, vector = (torch.empty(*shape, dtype=torch.float16) for shape in ((B, C), (C, C), (C,)))
         cache, ended = torch.empty(B, H, 1500, 64, dtype=torch.float16), torch.zeros(B, dtype=torch.int64) if B > 1 else None
         call = linear.LinearCall(x, [weight], [vector], vector, vector, 1e-5, 0.125, False, None)
-        launch = partial(cross.clustered_cross, call, cache, cache, 1.0, ended, CrossTiles(4, 4))
-        yield Call(f"cross clustered {B=} {H=}", launch, read_ahead=True)
+        launch = partial(cross.clustered_cross, call, cache, cache, 1.0, ended, CrossTiles(*tiles))
+        yield Call(f"cross clustered {B=} {H=} {tiles=}", launch, read_ahead=True)
 
 
 SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores

@@ -209,6 +209,8 @@ def cross_cases() -> Iterator[Case]:
         (1, 8, 1, 512, brain, four),
         (2, 2, 300, 256, half, eight),
         (3, 1, 513, 256, brain, four),
+        (1, 2, 1500, 512, half, CrossTiles(8, 4, 4)),
+        (1, 3, 300, 256, half, CrossTiles(2, 2, 2)),
     ):
         yield f"cross {' '.join(map(str, arguments))}", judged(check_clusters, *arguments)
     for D in (32, 128):

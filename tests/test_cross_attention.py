@@ -178,7 +178,7 @@ def assert_chain_waits(layers: list[Case], run: Callable[[Case], torch.Tensor]) 
 
 # --- clusters of programs: kernels/_clustered_cross.py
 
-TILES = [CrossTiles(num_warps, PACE) for num_warps in (4, 8) for PACE in (1, 4)]
+TILES = [CrossTiles(4, 1), CrossTiles(4, 4), CrossTiles(8, 4), CrossTiles(8, 4, 4), CrossTiles(2, 2, 2)]
 
 
 def by_clusters(tiles: CrossTiles) -> Attend:
@@ -284,6 +284,7 @@ def test_one_row_of_a_wide_model_takes_clusters(device: torch.device, monkeypatc
         ({"dtype": torch.float32}, CrossTiles(4, 2)),
         ({}, CrossTiles(16, 2)),  # half a row of the weight a warp
         ({}, CrossTiles(1, 2)),
+        ({}, CrossTiles(4, 2, 16)),
         ({"D": 128, "S": 2048, "K": 3072}, CrossTiles(4, 2)),  # more than shared memory holds
         ({"D": 128, "S": 2048, "K": 2560}, CrossTiles(4, 2)),  # the same, with what the kernel declares for itself
     ],
