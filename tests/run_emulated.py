@@ -215,7 +215,7 @@ def cross_cases() -> Iterator[Case]:
         yield f"cross {' '.join(map(str, arguments))}", judged(check_clusters, *arguments)
     for D in (32, 128):
         yield f"cross {D=} swapped", judged(check_clusters, 1, 2, 500, 256, half, four, D=D, layout="swapped")
-    yield "cross, memory refused", run_refused
+    yield "cross memory refused", run_refused
 
 
 def run_refused() -> Judged:
