@@ -43,11 +43,22 @@ append = sys.modules["whisper_triton.kernels.append_attention"]
 decode = sys.modules["whisper_triton.kernels.decode_attention"]
 skinny = sys.modules["whisper_triton.kernels.skinny_linear"]
 
-LINKS = ("linear", "append", "cross", "paced cross", "clustered cross")
+LINEAR = ("q/k/v", "out", "cross query", "fc1", "fc2", "LM head")
+LINKS = (*LINEAR, "append", "cross", "paced cross", "clustered cross")
 CLUSTERS = ("clustered cross",)
 LATE = 420  # a position late in a cache: `late_ms` is told beside the time at POSITION, which alone chooses
 Link = tuple[object, ...]
 chosen: dict[Link, object] = {}
+
+
+def name_of(link: Link) -> str:
+    """One of LINKS; several cuts of a linear layer, of prompts for instance, have the same."""
+    if link[0] != "linear":
+        return str(link[0])
+    _, N, K, parts, has_norm, _ = link
+    if N != K:
+        return "LM head" if N > 16384 else "fc1" if N > K else "fc2"
+    return "q/k/v" if parts == 3 else "cross query" if has_norm else "out"
 
 
 def overridable(module: object, key: Callable[..., Link], name: str = "choose_tiles") -> None:
@@ -179,7 +190,7 @@ def tune(model: WhisperForConditionalGeneration, name: str, B: int, names: list[
         chosen[CLUSTERS] = None
     best, rows, done = step_ms(model, B), [], set()
     print(f"{name} batch {B}: {best:.4f} ms at the start, {step_ms(model, B, LATE):.4f} at {LATE}", flush=True)
-    while links := [link for link in chosen if link[0] in names and link not in done]:
+    while links := [link for link in chosen if name_of(link) in names and link not in done]:
         link = CLUSTERS if CLUSTERS in links else links[0]
         done.add(link)
         known, kept, seen = list(chosen), chosen[link], []
@@ -221,7 +232,7 @@ def main() -> None:
         shapes = [(C, C, 3, True), (C, C, 1, False), (C, C, 1, True), (4 * C, C, 1, True), (C, 4 * C, 1, False)]
         linear = [("linear", *shape, has_copies) for shape in (*shapes, (vocabulary, C, 1, True))]
         for B, link in itertools.product(batches, [*linear, ("append",), ("clustered cross",)]):
-            tasks += [(name, B, link, tiles) for tiles in candidates(link, B) if link[0] in links]
+            tasks += [(name, B, link, tiles) for tiles in candidates(link, B) if name_of(link) in links]
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count())) as pool:
         pool.map(compile_link, tasks, chunksize=2)
     overridable(skinny, lambda B, *rest: ("linear", *rest))
