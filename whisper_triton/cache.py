@@ -198,9 +198,8 @@ class StaticEncoderDecoderCache(EncoderDecoderCache):
         if caches := [cache for layer in own if layer.is_initialized for cache in (layer.keys, layer.values)]:
             torch._foreach_zero_(caches)
         torch._foreach_zero_([layer.cumulative_length for layer in cross])  # their content is overwritten whole
-        for layer in own:
-            layer.host_length = 0
         own[0].cumulative_length.zero_()
+        own[0].host_length = 0  # the layers' common ones
         self.is_updated.update(dict.fromkeys(self.is_updated, False))
 
     def check_length(self) -> int:

@@ -333,5 +333,4 @@ class DecoderStep:
         return self.cache.self_attention_cache.layers[0].host_length
 
     def _count_from(self, length: int) -> None:
-        for layer in self.cache.self_attention_cache.layers:
-            layer.host_length = length
+        self.cache.self_attention_cache.layers[0].host_length = length
