@@ -72,6 +72,7 @@ class Table(NamedTuple):
     prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
     benchmark: str | None = None  # only these, where rows of a file say of which benchmark they are
     file: str | None = None  # that the rows are in, where the table has another name
+    lead: str | None = None  # what stands before the table instead of how it was measured; with the rows' GPU and dtype
 
 
 def pivot(key: str, *same: str) -> Callable[[Sequence[Row]], list[Row]]:
@@ -133,11 +134,30 @@ def reshaping_columns(rows: Sequence[Row]) -> list[Column]:
     return [MODEL, BATCH, Column("tokens", ("T",)), Column("part", ("part",)), *times]
 
 
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """Those of the GPU that was measured last."""
+    last = max(rows, key=lambda row: (row["date"], row["gpu"]))
+    return [row for row in rows if row["gpu"] == last["gpu"]]
+
+
 BY_VARIANT = pivot("variant", "model", "B")
 FLASH_WAYS = ("flash", "flash, slices", "flash, copies", "SDPA flash", "ours")
 GROWING = ("growing, first pass", "growing, second pass", "growing, third pass")
 PROCESSOR_WAYS = ("stock", "compiled", *GROWING, "ours", "ours, graph")
 TABLES = {
+    "headline": Table(
+        [
+            MODEL,
+            BATCH,
+            measured("stock, static cache and torch.compile, tok/s", f"{STOCK}: tok/s"),
+            measured("accelerate, tok/s", f"{OURS}: tok/s"),
+            Column("times as fast", (f"{OURS}: tok/s", f"{STOCK}: tok/s"), lambda ours, stock: number(ours / stock)),
+        ],
+        lambda rows: BY_VARIANT(newest(rows)),
+        file="generate",
+        lead="Whole calls of `generate`, the encoder included, 64 tokens a 30 s window, on one {gpu} in {dtype}; more under"
+        " [Numbers](#numbers):",
+    ),
     "generate": Table(generate_columns, BY_VARIANT),
     "decoder_step": Table(
         [
@@ -339,7 +359,7 @@ def render_table(name: str, rows: Sequence[Row]) -> str:
     columns = list(table.columns(rows) if callable(table.columns) else table.columns)
     lines = table.prepare(rows)
     for column in ("dtype", "gpu"):
-        if len(values(rows, column)) > 1:
+        if len(values(lines, column)) > 1:
             columns.insert(0, Column(column, (column,), lambda value, column=column: short(named(column, value))))
     there = {column for row in lines for column, value in row.items() if value is not None}
     for column in columns:
@@ -347,4 +367,6 @@ def render_table(name: str, rows: Sequence[Row]) -> str:
             raise ValueError(f"rows/{name}.jsonl: no row has the column {missing[0]}, which README's table shows")
     columns = [column for column in columns if there.issuperset(column.of)]
     cells = [[column.header for column in columns], ["---"] * len(columns), *([c.cell(row) for c in columns] for row in lines)]
-    return f"{caption(rows, table.file or name)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    where = {column: ", ".join(short(named(column, value)) for value in values(lines, column)) for column in ("gpu", "dtype")}
+    lead = caption(rows, table.file or name) if table.lead is None else table.lead.format(**where)
+    return f"{lead}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)

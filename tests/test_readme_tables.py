@@ -133,6 +133,21 @@ def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
     assert plots.read_digest(root / "benchmarks" / "plots" / "step_links.svg")
 
 
+def test_the_headline_is_of_the_gpu_measured_last() -> None:
+    calls = [
+        {"model": "turbo", "B": 1, "variant": variant, "tok/s": rate, "dtype": "float16", **WHERE, "gpu": gpu, "date": date}
+        for gpu, date, rates in (
+            ("NVIDIA H200", "2026-01-03", (500.0, 3000.0)),
+            ("NVIDIA H100 80GB HBM3", "2026-01-02", (400.0, 2000.0)),
+        )
+        for variant, rate in zip(("stock static+compile", "accelerate"), rates, strict=True)
+    ]
+    text = readme_tables.render_table("headline", calls)
+    assert text.startswith("Whole calls of `generate`, ")
+    assert ", on one H200 in fp16; " in text
+    assert text.splitlines()[4:] == ["| turbo | 1 | 500 | 3000 | 6.00 |"]
+
+
 def test_what_rows_say_of_themselves(root: Path) -> None:
     told = {
         **STEP,
