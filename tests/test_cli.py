@@ -296,6 +296,8 @@ def test_stdout_that_is_closed(short: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "stdout", None)  # as Python finds it after `>&-`
     with pytest.raises(Failure, match="cannot write to stdout: it is closed"):
         main(["transcribe", str(short)], standalone_mode=False)
+    with pytest.raises(Failure, match="cannot write to stdout: it is closed"):
+        main(["doctor"], standalone_mode=False)
 
 
 def test_multilingual(command: Callable[..., Result], short: Path, tmp_path: Path) -> None:

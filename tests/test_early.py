@@ -336,6 +336,14 @@ class TestWhatIsLeftToStock:
         generate(model, features)
         assert graph.started == []
 
+    @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+    def test_what_no_graph_hands_out(self, device: torch.device, name: str) -> None:
+        model, features = tiny_whisper(device, seed=3), mel(2, device)
+        stock = generate(model, features, return_dict_in_generate=True, **{name: True})[0]
+        graph = captured(model, 2)
+        assert generate(model, features, return_dict_in_generate=True, **{name: True})[0] == stock
+        assert graph.started == []
+
     def test_encoder_outputs(self, device: torch.device) -> None:
         model, features = tiny_whisper(device, seed=3), mel(1, device)
         stock, _ = generate(model, features)

@@ -43,6 +43,8 @@ def start_encoder(
         or vars(encoder).get("forward") is not state.overridden.get("forward")
         or encoder._compiled_call_impl is not None
         or kwargs.get("encoder_outputs") is not None
+        or kwargs.get("output_attentions")  # of which a graph has none
+        or kwargs.get("output_hidden_states")
         or segment is None
         or segment is not overridden.get("_get_input_segment")
         or type(model)._get_input_segment is not _STOCKS_SEGMENT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -37,8 +38,15 @@ def writing() -> Iterator[None]:
         raise Failure(f"cannot write to stdout: {error.strerror}") from error
 
 
+def check_stdout() -> None:
+    """Raises Failure where the shell has closed stdout, as with `>&-`: click would drop the words in silence."""
+    if sys.stdout is None:
+        raise Failure("cannot write to stdout: it is closed")
+
+
 def say(text: str) -> None:
-    """Writes to stdout, beside a progress bar if there is one; raises as `writing` does."""
+    """Writes to stdout, beside a progress bar if there is one; raises as `check_stdout` and `writing` do."""
+    check_stdout()
     with writing(), tqdm.external_write_mode():
         click.echo(text, nl=False)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from whisper_triton import accelerate
 from whisper_triton.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
 from whisper_triton.checkpoints import CheckpointError, load_model
-from whisper_triton.failure import Failure, complain, say
+from whisper_triton.failure import Failure, check_stdout, complain, say
 from whisper_triton.output import Transcript, render
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path
 from whisper_triton.transcription import Speech, check_request, parse_language, transcribe
@@ -69,8 +69,8 @@ def run(
         return False
     if output_dir is not None:
         _make_writable(output_dir)
-    elif sys.stdout is None:  # closed by the shell, as with `>&-`; click would drop the words in silence
-        raise Failure("cannot write to stdout: it is closed")
+    else:
+        check_stdout()
     precision = choose_dtype(dtype, where)
 
     def emit(transcript: Transcript, file: str) -> bool:
