@@ -38,7 +38,7 @@ class StandIn:
     fits = CapturedEncoder.fits
 
     def __init__(self, encoder: WhisperEncoder) -> None:
-        self.encoder, self.fingerprint = encoder, fingerprint(encoder)
+        self.encoder, self.fingerprint, self.parameters = encoder, fingerprint(encoder), list(encoder.parameters())
         self.started: list[torch.Tensor] = []
         self.results: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -225,7 +225,7 @@ class TestWhatChangesMeanwhile:
 def started(model: Any, features: torch.Tensor) -> Iterator[Encoded]:
     """As within a call of `generate` that has started the encoder."""
     encoded = Encoded()
-    encoded.keep_early(model.model.encoder, features, features.clone(), lambda: None)
+    encoded.keep_early(model.model.encoder, features, features.clone(), StandIn(model.model.encoder))
     token = ENCODED.set(encoded)
     yield encoded
     ENCODED.reset(token)

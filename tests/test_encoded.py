@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,7 +221,8 @@ class TestKeptEarly:
     def encoded(self, device: torch.device) -> tuple[Encoded, torch.nn.Module, torch.Tensor, torch.Tensor, list[int]]:
         encoded, encoder, joined = Encoded(), torch.nn.Identity(), []
         features, states = mel(4, device), torch.arange(4.0, device=device)[:, None]
-        encoded.keep_early(encoder, features, states, lambda: joined.append(1))
+        graph = SimpleNamespace(parameters=[], fits=lambda encoder: True, join=lambda: joined.append(1))
+        encoded.keep_early(encoder, features, states, graph)
         return encoded, encoder, features, states, joined
 
     def test_the_whole_is_known_by_its_place(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def start_encoder(
             return
         graph = kept_graph(encoder, features)
         if graph is not None:
-            encoded.keep_early(encoder, features, graph.start(features), graph.join)
+            encoded.keep_early(encoder, features, graph.start(features), graph)
 
 
 def whole_segment(

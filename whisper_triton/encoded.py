@@ -9,9 +9,10 @@ asks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -22,13 +23,25 @@ ENCODED: ContextVar[Encoded | None] = ContextVar("whisper_triton_encoded", defau
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class Started(Protocol):
+    """A graph of the encoder's that has been started."""
+
+    parameters: list[nn.Parameter]  # the encoder's, while it `fits`
+
+    def fits(self, encoder: nn.Module) -> bool:
+        """Whether it still is what a pass of `encoder` would do, the places of the weights included."""
+
+    def join(self) -> None:
+        """To be called before anything reads the states."""
+
+
 @dataclass
 class _Kept:
     encoder: nn.Module
     weights: tuple[int, ...]
     features: torch.Tensor  # (B, mel bins, frames), nobody else's but with an early start
     states: torch.Tensor  # (B, frames / 2, C), which those have who asked for them
-    join: Callable[[], None] | None = None  # of an early start
+    graph: Started | None = None  # of an early start
     versions: tuple[int, int] = (0, 0)  # of both tensors
 
     def __post_init__(self) -> None:
@@ -36,6 +49,12 @@ class _Kept:
 
     def versions_now(self) -> tuple[int, int]:
         return _version_of(self.features), _version_of(self.states)
+
+    def has_its_weights(self) -> bool:
+        """Whether the encoder's are those that the states come of; of a graph's, whether its passes are the same too."""
+        if self.graph is None:
+            return self.weights == weights_of(self.encoder)
+        return self.graph.fits(self.encoder) and self.weights == versions_of(self.graph.parameters)
 
 
 class Encoded:
@@ -52,13 +71,18 @@ class Encoded:
         states = states.clone() if states.is_inference() else states
         self._kept = _Kept(encoder, weights_of(encoder), features.clone(), states)
 
-    def keep_early(self, encoder: nn.Module, features: torch.Tensor, states: torch.Tensor, join: Callable[[], None]) -> None:
+    def keep_early(self, encoder: nn.Module, features: torch.Tensor, states: torch.Tensor, graph: Started) -> None:
         """As `keep`, but of features that the caller of `generate` may write into: their version tells.
 
         Args:
-            join: to be called before anything reads the states.
+            graph: what makes the states; it has just been found to fit.
         """
-        self._kept = _Kept(encoder, weights_of(encoder), features, states, join)
+        self._kept = _Kept(encoder, versions_of(graph.parameters), features, states, graph)
+
+    @property
+    def is_early(self) -> bool:
+        """Whether what is kept comes of a graph that was started early, whose passes are all alike."""
+        return self._kept is not None and self._kept.graph is not None
 
     def copy_of(self, features: torch.Tensor) -> torch.Tensor | None:
         """A contiguous copy of features that were kept early, which are known by it from here on; None of any others."""
@@ -79,12 +103,12 @@ class Encoded:
         Waits for the device, but for features that were kept early, seen through a view of the whole, or copied by `copy_of`.
         """
         kept = self._kept
-        if kept is None or kept.encoder is not encoder or kept.weights != weights_of(encoder):
+        if kept is None or kept.encoder is not encoder or not kept.has_its_weights():
             return None
         if kept.versions != kept.versions_now() or not _is_alike(features, kept.features):
             return None
-        if kept.join is not None:
-            kept.join()
+        if kept.graph is not None:
+            kept.graph.join()
         if _place_of(features) == _place_of(kept.features):
             return kept.states
         if features.shape[0] == kept.features.shape[0]:
@@ -104,7 +128,12 @@ def weights_of(encoder: nn.Module) -> tuple[int, ...]:
     weights = [p for module in modules_of(encoder) for p in module._parameters.values() if p is not None]
     # Of quantised and sharded weights, tensors of other classes, some have no place of their own.
     places = [weight.data_ptr() if type(weight) is nn.Parameter else id(weight) for weight in weights]
-    return (*places, *[0 if weight.is_inference() else weight._version for weight in weights])
+    return (*places, *versions_of(weights))
+
+
+def versions_of(weights: Iterable[nn.Parameter]) -> tuple[int, ...]:
+    """Of writes into weights; see `weights_of`."""
+    return tuple([0 if weight.is_inference() else weight._version for weight in weights])
 
 
 def _version_of(tensor: torch.Tensor) -> int:

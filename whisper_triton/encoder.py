@@ -94,7 +94,7 @@ class CapturedEncoder:
         # What is kept from call to call must not be an inference tensor, which only inference mode may write again.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(features.device):
             chain = FusedEncoder(encoder)
-            self.fingerprint = fingerprint(encoder)
+            self.fingerprint, self.parameters = fingerprint(encoder), list(encoder.parameters())
             self.features = torch.empty(features.shape, dtype=features.dtype, device=features.device).copy_(features)
             self.graph, self.states, nbytes = capture(lambda: chain(self.features), features.device)
             self.stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
@@ -157,7 +157,7 @@ def _forward(self: WhisperEncoder, *args: Any, **kwargs: Any) -> BaseModelOutput
     encoded = ENCODED.get()
     if encoded is not None:
         states = encoded.states_of(self, features)
-        if states is not None and _is_repeatable(self):
+        if states is not None and (encoded.is_early or _is_repeatable(self)):
             return BaseModelOutput(last_hidden_state=states)
         encoded.forget()
     graph = _captured(self, features) if features.is_cuda else None
