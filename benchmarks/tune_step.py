@@ -95,9 +95,6 @@ def linear_candidates(B: int, N: int, K: int, has_norm: bool, has_copies: bool) 
         if has_copies:
             paced = itertools.product(cuts, (1, 2, 3, 4, 8))
             tiles += [Tiles(n, k, w, True, pace) for (n, k, w), pace in paced if pace <= K // k // 256]
-    if has_copies and N > 16384 and B <= 32 and K % 256 == 0:
-        many = itertools.product((16, 32), (4, 8), (1, 2, 3, 4))
-        tiles += [Tiles(n, 1, w, True, K // 256, programs) for n, w, programs in many]
     return tiles
 
 
@@ -109,7 +106,7 @@ def candidates(link: Link, B: int) -> list[object]:
             tiles += [PacedAppendTiles(*cut) for cut in cuts if cut[0] // cut[1] <= 32 and cut[0] * cut[2] <= 256]
         return tiles
     if link[0] == "clustered cross":
-        return [None, *(CrossTiles(*cut) for cut in itertools.product((4, 8), (1, 2, 3, 4, 5, 6, 8), (4, 8)))]
+        return [None, *(CrossTiles(*cut) for cut in itertools.product((4, 8), (1, 2, 3, 4, 5, 6, 8)))]
     if link[0] == "paced cross":
         cuts = itertools.product((64, 96, 128, 160, 192, 256), (2, 4, 8), (1, 2, 3, 4))
         return [PacedTiles(*cut) for cut in cuts if cut[0] % (_paced_attention.ROWS * cut[1]) == 0]

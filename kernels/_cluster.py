@@ -27,7 +27,7 @@ from ._paced import (
     set_attribute,
 )
 
-MAX_CTAS = 8  # programs of a cluster: the most that every GPU with clusters takes
+NUM_CTAS = 8  # programs of a cluster: the most that every GPU with clusters takes
 ROWS = 8  # keys of a piece for each warp
 
 
@@ -264,10 +264,8 @@ def join_states(
         gl.store(out_ptr + offs_d, join_softmax(m_i, l_i, o_i, HAS_ENDED).to(out_ptr.dtype.element_ty))
 
 
-def launch_clusters(
-    kernel: gluon.jit, grid: tuple[int, ...], num_warps: int, num_ctas: int, is_alone: bool, **arguments: object
-) -> None:
-    """Launches `kernel`, a cluster of `num_ctas` programs for each element of `grid`.
+def launch_clusters(kernel: gluon.jit, grid: tuple[int, ...], num_warps: int, is_alone: bool, **arguments: object) -> None:
+    """Launches `kernel`, a cluster of programs for each element of `grid`.
 
     Of what a kernel declares for itself (`cluster_begin`) Triton does not know: it raises the limit of a program's shared
     memory only where its own share is beyond 48 KB. is_alone: one row, whose links all want the largest share.
@@ -275,7 +273,7 @@ def launch_clusters(
     Raises:
         RuntimeError: the driver does not raise the limit.
     """
-    arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": num_ctas, "num_warps": num_warps, "num_ctas": num_ctas}
+    arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": NUM_CTAS, "num_warps": num_warps, "num_ctas": NUM_CTAS}
     compiled = kernel.warmup(grid=grid, **arguments, launch_pdl=True)
     compiled.run  # noqa: B018  loads it
     if set_attribute(compiled, MAX_DYNAMIC_SHARED_SIZE_BYTES, compiled.metadata.shared):

@@ -4,7 +4,7 @@
     q = (layer_norm(x) @ weight[h].T + bias[h]) * scale     rounded to x's dtype, as a launch of its own would leave it
     out[b, h] = softmax(q . key_cache[b, h].T) @ value_cache[b, h]
 
-Each program computes its share of a head's query and sends it to all, attends to its share of the keys, and the first one joins
+Each program computes an eighth of a head's query and sends it to all, attends to an eighth of the keys, and the first one joins
 the states. Weights, keys and values come by paced copies, before the wait for the kernel before.
 """
 
@@ -17,7 +17,7 @@ import torch
 from ._arguments import cache_arguments
 from ._cluster import (
     BARRIERS,
-    MAX_CTAS,
+    NUM_CTAS,
     ROWS,
     along_keys,
     attend,
@@ -101,7 +101,6 @@ def _clustered_cross_kernel(
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KEYS))))
     elements = along_keys(offs_d)
     first_s = first_keys(NUM_PIECES * NUM_WARPS, KEYS, ROWS, NUM_WARPS, NUM_CTAS)
-    stride_kc_s, stride_vc_s = stride_kc_s.to(gl.int64), stride_vc_s.to(gl.int64)
     key_cache_ptr += i_b * stride_kc_b + i_h * stride_kc_h
     value_cache_ptr += i_b * stride_vc_b + i_h * stride_vc_h
     keys, values = (), ()
@@ -138,11 +137,10 @@ def _clustered_cross_kernel(
 
 
 class CrossTiles(NamedTuple):
-    """Warps a program, pieces or chunks on their way, programs a cluster."""
+    """Warps a program, pieces or chunks on their way."""
 
     num_warps: int
     PACE: int
-    NUM_CTAS: int = MAX_CTAS
 
 
 def choose_cross_tiles(B: int) -> CrossTiles | None:
@@ -165,8 +163,8 @@ def covers_cross(call: LinearCall, key_cache: torch.Tensor, value_cache: torch.T
 
 
 def fits_cross(call: LinearCall, key_cache: torch.Tensor, value_cache: torch.Tensor, tiles: CrossTiles) -> bool:
-    """Whether the kernel takes these: a token a sequence, a bias, whole chunks of columns, rows of a head for each warp, and no
-    more shared memory than there is.
+    """Whether the kernel takes these: a token a sequence, a bias, whole chunks of columns, rows of a head for each warp, no
+    more shared memory than there is, and offsets within a head that 32 bits hold.
     """
     x, (_, _, S, D) = call.x, key_cache.shape
     return (
@@ -174,18 +172,18 @@ def fits_cross(call: LinearCall, key_cache: torch.Tensor, value_cache: torch.Ten
         and x.shape[1] % BLOCK_K == 0
         and call.biases[0] is not None
         and call.norm_weight is not None
-        and tiles.NUM_CTAS in (2, 4, MAX_CTAS)
-        and D % (tiles.NUM_CTAS * tiles.num_warps) == 0
+        and D % (NUM_CTAS * tiles.num_warps) == 0
         and covers_heads(x, (key_cache, value_cache), tiles.num_warps)
         and shared_bytes(x.shape[1], S, D, tiles) <= SHARED_MEMORY
+        and S * max(key_cache.stride(2), value_cache.stride(2)) < 1 << 31
     )
 
 
 def shared_bytes(K: int, S: int, D: int, tiles: CrossTiles) -> int:
     """Of a program: its rows of the weight, the layer norm's, its keys and values, and what it declares."""
-    states = tiles.NUM_CTAS * tiles.num_warps
+    states = NUM_CTAS * tiles.num_warps
     keys = triton.cdiv(S, states * ROWS) * tiles.num_warps * ROWS
-    return 2 * K * (D // tiles.NUM_CTAS + 2) + 4 * keys * D + BARRIERS + 4 * (D + states * (D + 4))
+    return 2 * K * (D // NUM_CTAS + 2) + 4 * keys * D + BARRIERS + 4 * (D + states * (D + 4))
 
 
 def clustered_cross(
@@ -213,12 +211,11 @@ def clustered_cross(
         )
     B, H, S, D = key_cache.shape
     out = call.x.new_empty(B, 1, H, D)
-    states = tiles.NUM_CTAS * tiles.num_warps
+    states = NUM_CTAS * tiles.num_warps
     launch_clusters(
         _clustered_cross_kernel,
         (H, B),
         tiles.num_warps,
-        tiles.NUM_CTAS,
         B == 1,
         x_ptr=call.x,
         weight_ptr=call.weights[0],

@@ -178,7 +178,7 @@ def assert_chain_waits(layers: list[Case], run: Callable[[Case], torch.Tensor]) 
 
 # --- clusters of programs: kernels/_clustered_cross.py
 
-TILES = [CrossTiles(4, 1), CrossTiles(4, 4), CrossTiles(8, 4), CrossTiles(8, 4, 4), CrossTiles(2, 2, 2)]
+TILES = [CrossTiles(num_warps, PACE) for num_warps in (4, 8) for PACE in (1, 4)]
 
 
 def by_clusters(tiles: CrossTiles) -> Attend:
@@ -233,16 +233,6 @@ def test_clusters(tiles: CrossTiles, dtype: torch.dtype, device: torch.device) -
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("clusters")
-def test_clusters_over_a_cache_past_two_to_the_31_elements(device: torch.device) -> None:
-    case = random_case(1, 2, 1500, 512, torch.float16, device)
-    caches = [torch.empty(1, 2, 1500, 1 << 20, dtype=torch.float16, device=device)[..., :64] for _ in range(2)]
-    for cache, values in zip(caches, (case.key_cache, case.value_cache), strict=True):
-        cache.copy_(values)
-    assert_right(case._replace(key_cache=caches[0], value_cache=caches[1]), by_clusters(TILES[1]))
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("clusters")
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 def test_clusters_write_all_of_the_result_and_nothing_beside_it(tiles: CrossTiles, device: torch.device) -> None:
     case = random_case(2, 3, 100, 512, torch.float16, device)
@@ -284,7 +274,6 @@ def test_one_row_of_a_wide_model_takes_clusters(device: torch.device, monkeypatc
         ({"dtype": torch.float32}, CrossTiles(4, 2)),
         ({}, CrossTiles(16, 2)),  # half a row of the weight a warp
         ({}, CrossTiles(1, 2)),
-        ({}, CrossTiles(4, 2, 16)),
         ({"D": 128, "S": 2048, "K": 3072}, CrossTiles(4, 2)),  # more than shared memory holds
         ({"D": 128, "S": 2048, "K": 2560}, CrossTiles(4, 2)),  # the same, with what the kernel declares for itself
     ],
@@ -297,6 +286,15 @@ def test_what_is_not_for_clusters_is_refused(
     assert not fits_cross(case.call(), case.key_cache, case.value_cache, tiles)
     with pytest.raises(ValueError, match=r"clusters are for .* got torch\.float\d\d \(\d, "):
         case.run(by_clusters(tiles))
+
+
+def test_no_clusters_over_a_cache_past_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
+    case = random_case(1, 16, 1500, 1024, torch.float16, torch.device("cpu"))
+    call = LinearCall(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in case.call()))
+    for stride, is_covered in (((1 << 31) // 1500 // 16 * 16, True), (((1 << 31) // 1500 // 16 + 1) * 16, False)):
+        cache = torch.empty_strided((1, 16, 1500, 64), (64, 64, stride, 1), dtype=torch.float16, device="meta")
+        assert covers_cross(call, cache, cache) == is_covered
 
 
 def test_no_clusters_without_paced_copies() -> None:

@@ -177,9 +177,7 @@ def cross_attention(draw: Draw, device: torch.device) -> None:
     before = [storage(tensor) for tensor in caches]
     if by_clusters:
         call = LinearCall(x, [weight], [bias], *norm, 0.25, False, None)
-        out = clustered_cross(
-            call, *caches, LOG2E, ended, CrossTiles(4, draw(st.integers(1, 3)), draw(st.sampled_from([4, 8])))
-        )
+        out = clustered_cross(call, *caches, LOG2E, ended, CrossTiles(4, draw(st.integers(1, 3))))
     else:
         out = kernels.cross_attention(*tensors, layer_norm=norm, scale=0.25, ended=ended)
     exact_norm = LayerNorm(norm_weight.double(), norm_bias.double(), 1e-5)
