@@ -154,8 +154,10 @@ def _paced_append_kernel(
     m_w = gl.max(m, axis=1)
     alpha = gl.exp2(m - gl.where(m_w == float("-inf"), 0.0, m_w)[:, None])
     warp_m.store(m_w)
-    warp_l.store(gl.sum(l * alpha, axis=1))
-    warp_o.store(gl.sum(acc * alpha[:, :, None], axis=1))
+    # Several threads store the same sum, which must not differ in its last bit. So their products are rounded here: of one that
+    # is added to a neighbour's right away LLVM makes an FMA, which rounds only the neighbour's.
+    warp_l.store(gl.sum(gl.fma(l, alpha, 0.0), axis=1))
+    warp_o.store(gl.sum(gl.fma(acc, alpha[:, :, None], 0.0), axis=1))
     barrier()  # the only exchange between warps
     weight = warp_m.load(gl.SliceLayout(1, LAYOUT_JOIN))
     weight = gl.exp2(weight - gl.max(weight, axis=0))  # finite: the new token is always seen

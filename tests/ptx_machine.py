@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from ptx_memory import OFFSET, RANK_SHIFT, Barrier, Buffers, Cluster, Copy, Fault, Parameters, Piece, Shared, typed
+from ptx_memory import OFFSET, RANK_SHIFT, Barrier, Buffers, Cluster, Copy, Fault, Parameters, Piece, Shared, check_agree, typed
 from ptx_numbers import DTYPES, FUNCTIONS, OPPOSITE, SHUFFLES, literal, narrow, widen
 from ptx_text import ADDRESS, OPERAND, Kernel, Statement
 from whisper_triton.kernels._paced import SHARED_MEMORY
@@ -329,6 +329,7 @@ class Machine:
             for some, data, places in locate(address(at), at, nbytes, nbytes):
                 memory, index = typed(data, dtype), places // dtype.itemsize
                 for k, value in enumerate(values):
+                    check_agree(index + k, value[some], some)
                     if is_late:
                         is_far = self.shared.program_of(places) != self.shared.program[some]
                         self.cluster.send(memory, index[is_far] + k, value[some[is_far]])

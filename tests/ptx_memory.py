@@ -102,6 +102,17 @@ def check(is_bad: np.ndarray, at: np.ndarray, address: np.ndarray, what: str) ->
         raise Fault(f"thread {at[first]} and {int(is_bad.sum()) - 1} others: address {address[first]:#x} {what}")
 
 
+def check_agree(places: np.ndarray, values: np.ndarray, at: np.ndarray) -> None:
+    """Of threads that store to one place at once any may be the last: they must store the same bits."""
+    bits = values.view(f"u{values.itemsize}")
+    order = np.argsort(places, kind="stable")
+    differ = (np.diff(places[order]) == 0) & (np.diff(bits[order]) != 0)
+    if differ.any():
+        first = int(np.argmax(differ))
+        pair = order[first : first + 2]
+        raise Fault(f"threads {at[pair]} and {int(differ.sum()) - 1} other pairs: {values[pair]} to one place at once")
+
+
 def typed(data: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
 

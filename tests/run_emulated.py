@@ -176,7 +176,13 @@ def attention_cases() -> Iterator[Case]:
 def append_cases() -> Iterator[Case]:
     half, inside, paced = torch.float16, [0, 1, 63, 64, 130], PacedTiles(32, 4, 3)
     for (tiles, D, dtype), read_ahead in itertools.product(
-        ((PacedTiles(16, 2, 1), 64, half), (paced, 64, half), (PacedTiles(64, 4, 2), 32, half), (paced, 64, torch.bfloat16)),
+        (
+            (PacedTiles(16, 2, 1), 64, half),
+            (paced, 64, half),
+            (PacedTiles(64, 4, 2), 32, half),
+            (paced, 32, half),
+            (paced, 64, torch.bfloat16),
+        ),
         (True, False),
     ):
         if read_ahead or (D == 64 and dtype == half):
