@@ -33,7 +33,7 @@ from whisper_triton.kernels._paced_append import PacedTiles as PacedAppendTiles
 from whisper_triton.kernels._paced_attention import AttentionTiles as PacedTiles
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.decode_attention import Tiles as AttentionTiles
-from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear
+from whisper_triton.kernels.skinny_linear import MANY_OUTPUTS, LayerNorm, Tiles, skinny_linear
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep
@@ -57,7 +57,7 @@ def name_of(link: Link) -> str:
         return str(link[0])
     _, N, K, parts, has_norm, _ = link
     if N != K:
-        return "LM head" if N > 16384 else "fc1" if N > K else "fc2"
+        return "LM head" if N > MANY_OUTPUTS else "fc1" if N > K else "fc2"
     return "q/k/v" if parts == 3 else "cross query" if has_norm else "out"
 
 
@@ -83,9 +83,9 @@ def linear_candidates(B: int, N: int, K: int, has_norm: bool, has_copies: bool) 
     tiles = []
     if B == 1:  # rows of weights a warp, warps a program
         cuts = ((1, 2, 4), (2, 4, 8)) if K <= 2048 else ((1, 2), (1, 2, 4, 8))
-        cuts = ((2, 4), (4, 8, 16)) if N > 16384 else cuts
+        cuts = ((2, 4), (4, 8, 16)) if N > MANY_OUTPUTS else cuts
         tiles += [Tiles(rows * warps, 1, warps) for rows, warps in itertools.product(*cuts)]
-        if has_copies and N <= 16384:
+        if has_copies and N <= MANY_OUTPUTS:
             paced = itertools.product((1, 2, 4), (4, 8), (1, 2, 4, 8))
             tiles += [Tiles(rows * warps, 1, warps, PACE=pace) for rows, warps, pace in paced if pace <= K // 256]
     else:
@@ -95,6 +95,9 @@ def linear_candidates(B: int, N: int, K: int, has_norm: bool, has_copies: bool) 
         if has_copies:
             paced = itertools.product(cuts, (1, 2, 3, 4, 8))
             tiles += [Tiles(n, k, w, True, pace) for (n, k, w), pace in paced if pace <= K // k // 256]
+    if has_copies and N > MANY_OUTPUTS and B <= 32 and K % 256 == 0:
+        many = itertools.product((16, 32), (4, 8), (1, 2, 3, 4))
+        tiles += [Tiles(n, 1, w, True, K // 256, programs) for n, w, programs in many]
     return tiles
 
 
@@ -162,7 +165,7 @@ def compile_link(task: tuple[str, int, Link, object]) -> None:
 
 def compile_linear(B: int, link: Link, tiles: Tiles) -> None:
     _, N, K, parts, has_norm, _ = link
-    is_head = N > 16384
+    is_head = N > MANY_OUTPUTS
     biases = (None,) if is_head else (empty(N), None, empty(N)) if parts == 3 else (empty(N),)
     with suppress(Exception):  # the measurement meets it again
         skinny_linear(

@@ -8,6 +8,7 @@ call on the host, where `custom_op` costs 9-13 us and `triton_op` 11-15 us.
 
 from __future__ import annotations
 
+import functools
 import logging
 import textwrap
 import traceback
@@ -67,6 +68,7 @@ __all__ = [
     "gdc_wait",
     "has_pdl",
     "is_tritons",
+    "multiprocessors",
     "pdl_handover",
     "pdl_options",
     "register",
@@ -158,6 +160,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     if index not in _CAPABILITIES:
         _CAPABILITIES[index] = torch.cuda.get_device_capability(index)
     return _CAPABILITIES[index]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many `device`, a GPU, has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def has_pdl(device: torch.device) -> bool:

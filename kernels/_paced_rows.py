@@ -1,10 +1,15 @@
-"""`skinny_linear` of 2 to 64 rows on tensor cores, whose weights come by paced asynchronous copies: see `_paced.py`."""
+"""`skinny_linear` of up to 64 rows on tensor cores, whose weights come by paced asynchronous copies: see `_paced.py`.
+
+A program computes a tile of output columns, or, where the rows of weights are many, as in an LM head, one tile after the other:
+then each chunk's place in shared memory is asked to be filled with the next tile's as soon as it has been read, so that as many
+bytes are on their way between tiles as within one, and programs neither end nor begin meanwhile.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ._dispatch import triton
+from ._dispatch import multiprocessors, triton
 from ._linear_call import LinearCall
 from ._paced import (
     SHARED_MEMORY,
@@ -48,6 +53,7 @@ def _paced_rows_kernel(
     HAS_RESIDUAL: gl.constexpr,
     GELU: gl.constexpr,
     ROW_TILES: gl.constexpr,
+    HAS_MANY_TILES: gl.constexpr,  # a program; then there is one part, and neither bias nor residual
     PACE: gl.constexpr,
     BLOCK_B: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -139,40 +145,79 @@ def _paced_rows_kernel(
         shift = gl.convert_layout(-mean * rstd, MOMENTS)[None, None, :]  # moves nothing: the same threads hold them
         rstd = gl.convert_layout(rstd, MOMENTS)[None, None, :]
     wait_group(0)
-    acc = gl.zeros([NUM_WARPS, BLOCK_N, BLOCK_B], gl.float32, layout=MMA)
+    acc, operands = gl.zeros([NUM_WARPS, BLOCK_N, BLOCK_B], gl.float32, layout=MMA), ()
     for i in gl.static_range(NUM_CHUNKS):
         x_i = x[i]
         if HAS_NORM:
             g = norm_weights[i].load(LAYOUT_XK).to(gl.float32)[:, :, None]
             b = norm_biases[i].load(LAYOUT_XK).to(gl.float32)[:, :, None]
             x_i = ((x_i.to(gl.float32) * rstd + shift) * g + b).to(dtype)
-        acc = mma_v2(weights[i].load(LAYOUT_W), x_i, acc)
-    y = gl.sum(gl.convert_layout(acc, JOIN), axis=0)
-    if SPLIT_K > 1:
-        gl.store(out_ptr + (i_split * B + offs_b[None, :]) * N + offs_n[:, None], y, mask=mask)
+        if HAS_MANY_TILES:
+            operands = operands + (x_i,)  # noqa: RUF005
+        else:
+            acc = mma_v2(weights[i].load(LAYOUT_W), x_i, acc)
+    if HAS_MANY_TILES:
+        num_programs = gl.num_programs(0)
+        for i_tile in range(gl.program_id(0), gl.cdiv(N, BLOCK_N), num_programs):
+            next_n = (i_tile + num_programs) * BLOCK_N
+            next_rows = gl.minimum(next_n + copy_n, N - 1).to(gl.int64)
+            next_rows = weight_ptr + next_rows * K + copy_w * WARP_K + copy_k
+            acc = gl.zeros([NUM_WARPS, BLOCK_N, BLOCK_B], gl.float32, layout=MMA)
+            for i in gl.static_range(NUM_CHUNKS):
+                wait_group(NUM_CHUNKS - 1)  # each chunk after this one has been asked for, of this tile or of the next
+                acc = mma_v2(weights[i].load(LAYOUT_W), operands[i], acc)
+                if next_n < N:
+                    async_copy_global_to_shared(weights[i], next_rows + i * BLOCK_K, eviction_policy="evict_first")
+                commit_group()
+            y = gl.sum(gl.convert_layout(acc, JOIN), axis=0) * scale
+            columns = i_tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT_OUT))
+            mask_out = (columns < N)[:, None] & (offs_b < B)[None, :]
+            gl.store(out_ptr + offs_b[None, :] * N + columns[:, None], y.to(dtype), mask=mask_out)
     else:
-        y = finish(y, bias[:, None], residual, scale, GELU)
-        gl.store(out_ptr + (offs_b[None, :] * NUM_PARTS + i_part) * N + offs_n[:, None], y.to(dtype), mask=mask)
+        y = gl.sum(gl.convert_layout(acc, JOIN), axis=0)
+        if SPLIT_K > 1:
+            gl.store(out_ptr + (i_split * B + offs_b[None, :]) * N + offs_n[:, None], y, mask=mask)
+        else:
+            y = finish(y, bias[:, None], residual, scale, GELU)
+            gl.store(out_ptr + (offs_b[None, :] * NUM_PARTS + i_part) * N + offs_n[:, None], y.to(dtype), mask=mask)
 
 
-def covers_rows(K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, num_warps: int) -> bool:
-    """Whether `_paced_rows_kernel` takes these: K in whole chunks, weights in tensor-core tiles and in shared memory."""
-    moments = 8 * num_warps * MAX_BLOCK_B  # what brings sums together otherwise takes the weights' place
-    nbytes = 2 * K // SPLIT_K * (BLOCK_N + 2 * has_norm) + moments
+def covers_rows(B: int, K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, num_warps: int, PROGRAMS: int = 0) -> bool:
+    """Whether `_paced_rows_kernel` takes these: K in whole chunks, weights in tensor-core tiles and in shared memory.
+
+    What brings sums together takes the place of the weights, unless those of another tile are on their way to it.
+    """
+    moments = 8 * num_warps * MAX_BLOCK_B
+    sums = 4 * num_warps * BLOCK_N * rows_of_programs(B) if PROGRAMS > 0 else 0
+    nbytes = 2 * K // SPLIT_K * (BLOCK_N + 2 * has_norm) + moments + sums
     return K % (SPLIT_K * BLOCK_K) == 0 and BLOCK_N >= 16 and num_warps in (4, 8, 16) and nbytes <= SHARED_MEMORY
 
 
-def paced_rows(call: LinearCall, out: torch.Tensor, BLOCK_N: int, SPLIT_K: int, num_warps: int, PACE: int) -> None:
-    """Launches `_paced_rows_kernel`. out: (B, len(weights) * N), or (SPLIT_K, B, N) fp32 sums, is written."""
+def rows_of_programs(B: int) -> int:
+    """How many of B rows a program takes."""
+    return min(MAX_BLOCK_B, max(8, triton.next_power_of_2(B)))
+
+
+def paced_rows(
+    call: LinearCall, out: torch.Tensor, BLOCK_N: int, SPLIT_K: int, num_warps: int, PACE: int, PROGRAMS: int = 0
+) -> None:
+    """Launches `_paced_rows_kernel`. out: (B, len(weights) * N), or (SPLIT_K, B, N) fp32 sums, is written.
+
+    PROGRAMS: so many a multiprocessor, each of which goes on from tile to tile; 0: a program a tile.
+    """
     B, N = call.x.shape[0], call.weights[0].shape[0]
-    block_b = min(MAX_BLOCK_B, max(8, triton.next_power_of_2(B)))
+    block_b = rows_of_programs(B)
     row_tiles = triton.cdiv(B, block_b)
-    _paced_rows_kernel[(triton.cdiv(N, BLOCK_N) * row_tiles, len(call.weights), SPLIT_K)](
+    programs = triton.cdiv(N, BLOCK_N) * row_tiles
+    if PROGRAMS > 0:
+        programs = min(programs, PROGRAMS * multiprocessors(call.x.device))
+    _paced_rows_kernel[(programs, len(call.weights), SPLIT_K)](
         **call.arguments(SPLIT_K),
         out_ptr=out,
         B=B,
         SPLIT_K=SPLIT_K,
         ROW_TILES=row_tiles,
+        HAS_MANY_TILES=PROGRAMS > 0,
         PACE=PACE,
         BLOCK_B=block_b,
         BLOCK_N=BLOCK_N,

@@ -27,10 +27,11 @@ from ._dispatch import register
 from ._linear_call import LinearCall
 from ._paced import MIN_WIDTH, MIN_WIDTH_OF_FEW, give_up, has_paced_copies
 from ._paced_linear import covers_linear, paced_linear
-from ._paced_rows import covers_rows, paced_rows
+from ._paced_rows import MAX_BLOCK_B, covers_rows, paced_rows
 from ._plain_linear import plain_linear, sum_splits
 
 MAX_ROWS = 64
+MANY_OUTPUTS = 16384  # as only an LM head has them
 
 
 class LayerNorm(NamedTuple):
@@ -79,6 +80,7 @@ class Tiles(NamedTuple):
     num_warps: int
     USE_DOT: bool = False  # tensor cores, from two rows on
     PACE: int = 0  # chunks of K on their way at a time, in the kernels with paced copies; 0: all, in the plain one
+    PROGRAMS: int = 0  # a multiprocessor, which go on from tile to tile, on tensor cores; 0: each has one
 
 
 def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies: bool = False) -> Tiles:
@@ -90,17 +92,17 @@ def choose_tiles(B: int, N: int, K: int, parts: int, has_norm: bool, has_copies:
     found: one row 2026-11-24, its LM head 2026-11-29, several 2026-11-22 at batch 8.
     """
     paced = choose_paced_tiles(B, N, K, parts, has_norm) if has_copies else None
-    if paced is not None and covers(paced, N, K, has_norm):
+    if paced is not None and covers(paced, B, N, K, has_norm):
         return paced
     if B > 1:
-        if N > 16384:
+        if N > MANY_OUTPUTS:
             return Tiles(32, 1, 4, True)
         if K > 2048 and K % 1024 == 0 and parts == 1 and not has_norm:
             return Tiles(64, K // 1024, 8, True)
         if K > 2048:  # wider than any Whisper: small enough for shared memory
             return Tiles(16, 1, 8, True)
         return Tiles(64 if N > 2048 and parts == 1 else 32, 1, 8, True)
-    if N > 16384:
+    if N > MANY_OUTPUTS:
         return Tiles(16, 1, 4)
     if K > 2048:
         return Tiles(4, 1, 4)
@@ -115,11 +117,13 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
     """Tiles of the kernels with paced copies, or None where the plain one is as fast or nothing has been measured.
 
     Measured on one H100 80GB HBM3, fp16, as benchmarks/tune_step.py does, tiles and paces together: large-v3 at batch 1 and 8,
-    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried at 2 and 4, and in medium at 1, 2 and 8. The LM head gains
-    nothing.
+    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried at 2 and 4, and in medium at 1, 2 and 8; the LM head on one
+    NVIDIA H200, 2026-11-29, turbo at 2 to 16 and large-v3 at 8.
     """
-    if N > 16384 or B > 32 or min(N, K) < (MIN_WIDTH_OF_FEW if 1 < B <= 4 else MIN_WIDTH):
+    if B > 32 or min(N, K) < (MIN_WIDTH_OF_FEW if 1 < B <= 4 else MIN_WIDTH):
         return None
+    if N > MANY_OUTPUTS:
+        return Tiles(16, 1, 4, True, K // 256, PROGRAMS=4) if 1 < B <= 16 else None
     if B == 1:
         if K > 2048:
             return Tiles(4, 1, 2, PACE=8)
@@ -138,11 +142,11 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
     return Tiles(32, 1, 4, True, 4 if has_many_rows else 2)
 
 
-def covers(tiles: Tiles, N: int, K: int, has_norm: bool) -> bool:
+def covers(tiles: Tiles, B: int, N: int, K: int, has_norm: bool) -> bool:
     """Whether the kernels with paced copies take these shapes in these tiles."""
-    BLOCK_N, SPLIT_K, num_warps, use_dot, _ = tiles
+    BLOCK_N, SPLIT_K, num_warps, use_dot, _, PROGRAMS = tiles
     if use_dot:
-        return covers_rows(K, has_norm, BLOCK_N, SPLIT_K, num_warps)
+        return covers_rows(B, K, has_norm, BLOCK_N, SPLIT_K, num_warps, PROGRAMS)
     return covers_linear(N, K, has_norm, BLOCK_N, SPLIT_K, num_warps)
 
 
@@ -165,7 +169,7 @@ def _launch(
     tiles: list[int],
 ) -> torch.Tensor:
     (B, K), N = x.shape, weights[0].shape[0]
-    BLOCK_N, SPLIT_K, num_warps, use_dot, PACE = tiles
+    BLOCK_N, SPLIT_K, num_warps, use_dot, PACE, PROGRAMS = tiles
     call = LinearCall(x, weights, biases, norm_weight, norm_bias, eps, scale, gelu, residual)
     call.check_alignment()
     out = x.new_empty(B, len(weights) * N)
@@ -175,7 +179,7 @@ def _launch(
     else:
         try:
             if use_dot:
-                paced_rows(call, sums, BLOCK_N, SPLIT_K, num_warps, PACE)
+                paced_rows(call, sums, BLOCK_N, SPLIT_K, num_warps, PACE, PROGRAMS)
             else:
                 paced_linear(call, out, BLOCK_N, num_warps, PACE)
         except Exception as error:
@@ -248,9 +252,10 @@ def skinny_linear(
     (B, K), N = x.shape, weights[0].shape[0]
     has_copies = has_paced_copies(x.device, x.dtype)
     has_norm, is_plain = layer_norm is not None, not (gelu or scale != 1.0)
-    tiles = tiles or choose_tiles(B, N, K, len(weights), has_norm, has_copies)
-    _check_tiles(tiles, x, can_split=is_plain and not has_norm and len(weights) == 1)
-    if tiles.PACE > 0 and not (has_copies and (B == 1 or tiles.USE_DOT) and covers(tiles, N, K, has_norm)):
+    is_bare = len(weights) == 1 and biases[0] is None and residual is None and not gelu
+    tiles = tiles or choose_tiles(B, N, K, len(weights), has_norm, has_copies and (is_bare or N <= MANY_OUTPUTS))
+    _check_tiles(tiles, x, can_split=is_plain and not has_norm and len(weights) == 1, is_bare=is_bare)
+    if tiles.PACE > 0 and not (has_copies and (B == 1 or tiles.USE_DOT) and covers(tiles, B, N, K, has_norm)):
         raise ValueError(
             "paced copies are for whole tiles that fit an H100's shared memory (`covers_linear` in _paced_linear.py, on tensor"
             f" cores `covers_rows` in _paced_rows.py), got {tuple(x.shape)}, {N=}, {tiles} on {x.device}"
@@ -258,12 +263,12 @@ def skinny_linear(
     return _op(x, list(weights), list(biases), *norm, scale, gelu, residual, [int(number) for number in tiles])
 
 
-def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool) -> None:
+def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool, is_bare: bool) -> None:
     (B, K), SPLIT_K = x.shape, tiles.SPLIT_K
     if any(number < 1 or number & (number - 1) for number in (tiles.BLOCK_N, tiles.num_warps)):
         raise ValueError(f"BLOCK_N and num_warps must be powers of two, got {tiles}")
-    if SPLIT_K < 1 or tiles.PACE < 0:
-        raise ValueError(f"SPLIT_K must be at least 1 and PACE at least 0, got {tiles}")
+    if SPLIT_K < 1 or min(tiles.PACE, tiles.PROGRAMS) < 0:
+        raise ValueError(f"SPLIT_K must be at least 1, PACE and PROGRAMS at least 0, got {tiles}")
     if tiles.num_warps > 32 or (16 if tiles.USE_DOT else tiles.num_warps) > tiles.BLOCK_N:
         raise ValueError(f"32 warps are the most, and BLOCK_N must be as many, or 16 for tensor cores, got {tiles}")
     if B > 1 and (x.dtype == torch.float32 or not tiles.USE_DOT):
@@ -272,6 +277,13 @@ def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool) -> None:
         raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two from 16 on")
     if SPLIT_K > 1 and not can_split:
         raise ValueError("only a plain linear layer can have its K split")
+    if tiles.PROGRAMS > 0 and not (tiles.PACE > 0 and tiles.USE_DOT and SPLIT_K == 1 and B <= MAX_BLOCK_B):
+        raise ValueError(
+            f"programs go on from tile to tile by paced copies on tensor cores, over all of K, of up to {MAX_BLOCK_B} rows, got"
+            f" {B} and {tiles}"
+        )
+    if tiles.PROGRAMS > 0 and not is_bare:
+        raise ValueError(f"only a product of one weight, without bias, GELU and residual, has {tiles.PROGRAMS=} programs go on")
 
 
 def check_linear(

@@ -56,8 +56,9 @@ def run_linear(B: int, K: int, N: int, tiles: linear.Tiles, parts: int, dtype: t
         "residual": {"residual": residual},
         "norm, no bias": {"layer_norm": norm},
         "scale": {"scale": 0.125},
+        "no bias": {"scale": 0.125},
     }[link]
-    biases = (None,) * parts if link == "norm, no bias" else biases
+    biases = (None,) * parts if "no bias" in link else biases
     exact = linear.skinny_linear_reference(
         double(x), double(weights), double(biases), **{name: double(value) for name, value in around.items()}
     )
@@ -156,6 +157,16 @@ def linear_cases() -> Iterator[Case]:
             tiles = linear.Tiles(*numbers)
             run = functools.partial(run_linear, B, K, N, tiles, parts, dtype, link)
             yield f"rows {B=} {K=} {N=} {parts=} {link} {tuple(tiles)} {dtype}", run
+    for B, K, N, numbers, dtype in (
+        (1, 512, 100, (16, 1, 4), half),
+        (8, 512, 100, (16, 1, 4), half),
+        (9, 256, 161, (32, 1, 8), brain),
+        (17, 1280, 100, (16, 1, 4), half),
+    ):
+        tiles = linear.Tiles(*numbers, USE_DOT=True, PACE=2, PROGRAMS=1)
+        for link in ("norm, no bias", "no bias"):
+            run = functools.partial(run_linear, B, K, N, tiles, 1, dtype, link)
+            yield f"rows in many tiles {B=} {K=} {N=} {link} {tuple(tiles)} {dtype}", run
     tiles = linear.Tiles(16, 1, 4, True, 2)
     yield "rows of two programs B=35", functools.partial(run_linear, 35, 256, 20, tiles, 1, half, "norm, gelu")
 
@@ -258,6 +269,8 @@ def run_damaged(pattern: str, by: str, run: Callable[[], Judged]) -> Judged:
 
 def damaged_cases() -> Iterator[Case]:
     one_row = functools.partial(run_linear, 1, 512, 48, linear.Tiles(8, 1, 4, PACE=2), 3, torch.float16, "scale")
+    tiles = linear.Tiles(16, 1, 4, True, 1, PROGRAMS=1)
+    in_tiles = functools.partial(run_linear, 2, 512, 100, tiles, 1, torch.float16, "no bias")
     appended = functools.partial(run_append, PacedTiles(32, 4, 3), [130], 64, torch.float16, True)
     crossed = judged(check_clusters, 1, 1, 100, 256, torch.float16, CrossTiles(4, 4))
     for name, pattern, by, run in (
@@ -270,6 +283,7 @@ def damaged_cases() -> Iterator[Case]:
         ("too few bytes expected", r"(expect_tx[^;]*, )256;", r"\g<1>252;", crossed),
         ("no wait for what is sent", r"mbarrier\.try_wait[^;]*;", "setp.eq.u32 p, 0, 0;", crossed),
         ("sent to another program", r"(mapa\.shared::cluster\.u32 a, %r\d+, )0;", r"\g<1>1;", crossed),
+        ("too weak a wait between tiles", r"cp\.async\.wait_group\s+1(?=[^0-9])", "cp.async.wait_group 2", in_tiles),
         ("not all have begun", r"barrier\.cluster\.wait\.aligned;", "", crossed),
         ("another lane", r"(shfl\.sync\.bfly\.b32[^,]*,[^,]*, )16", r"\g<1>8", one_row),
     ):

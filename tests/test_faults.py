@@ -426,16 +426,16 @@ class TestPacedKernels:
         if not _dispatch.INTERPRET:
             pytest.skip("the plain kernel runs in the interpreter")
         self.fails(raised_in_triton(RuntimeError("PassManager::run failed")), monkeypatch)
-        plain = skinny._launch(*arguments, [4, 1, 4, 0, 0])
+        plain = skinny._launch(*arguments, [4, 1, 4, 0, 0, 0])
         for _ in range(2):
-            assert torch.equal(skinny._launch(*arguments, [4, 1, 4, 0, 2]), plain)
+            assert torch.equal(skinny._launch(*arguments, [4, 1, 4, 0, 2, 0]), plain)
         assert [record.message for record in caplog.records if "paced" in record.message] == [
             "paced kernels do not build here, the plain ones serve: RuntimeError: PassManager::run failed"
         ]
         x, weights, biases, *around = arguments
         rows, weights, biases = x.half().repeat(3, 1), [w.half() for w in weights], [b.half() for b in biases]
-        plain = skinny._launch(rows, weights, biases, *around, [32, 1, 8, 1, 0])
-        assert torch.equal(skinny._launch(rows, weights, biases, *around, [16, 4, 4, 1, 2]), plain)
+        plain = skinny._launch(rows, weights, biases, *around, [32, 1, 8, 1, 0, 0])
+        assert torch.equal(skinny._launch(rows, weights, biases, *around, [16, 4, 4, 1, 2, 0]), plain)
 
     @pytest.mark.usefixtures("arguments")
     def test_the_plain_attention_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,11 +477,11 @@ class TestPacedKernels:
         self.fails(raised_in_triton(RuntimeError("PassManager::run failed")), monkeypatch)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="PassManager"):
-            skinny._launch(*arguments, [4, 1, 4, 0, 2])
+            skinny._launch(*arguments, [4, 1, 4, 0, 2, 0])
         assert not _paced._given_up
 
     def test_any_other_error_is_raised(self, arguments: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         self.fails(ValueError("ours"), monkeypatch)
         with pytest.raises(ValueError, match="ours"):
-            skinny._launch(*arguments, [4, 1, 4, 0, 2])
+            skinny._launch(*arguments, [4, 1, 4, 0, 2, 0])
         assert not _paced._given_up

@@ -94,7 +94,7 @@ def test_a_row_is_the_same_whatever_the_other_rows_hold(device):
 def test_the_op_keeps_the_rules_of_torch_library(device):
     op = torch.ops.whisper_triton.skinny_linear.default
     x, weights, biases, norm, residual = make(1, 64, 32, 1, torch.float16, device)
-    tiles = [4, 1, 4, 0, 0]
+    tiles = [4, 1, 4, 0, 0, 0]
     torch.library.opcheck(op, (x, list(weights), list(biases), *norm, 1.0, True, None, tiles))
     torch.library.opcheck(op, (x, list(weights), [None], None, None, 0.0, 1.0, False, residual, tiles))
 
@@ -130,7 +130,7 @@ def test_other_widths_are_refused(device):
         (lambda x, w, b, r: (x, w, b, {"residual": r[:, :-1]}), "residual"),
         (lambda x, w, b, r: (x, w, b, {"gelu": True, "tiles": LinearTiles(32, 2, 4)}), "split"),
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(16, 1, 4, PACE=2)}), "paced"),
-        (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(4, 1, 4, PACE=-1)}), "PACE at least 0"),
+        (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(4, 1, 4, PACE=-1)}), "PACE and PROGRAMS at least 0"),
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(4, 1, 8)}), "BLOCK_N must be as many"),
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(8, 1, 4, True)}), "16 for tensor cores"),
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(64, 1, 64)}), "32 warps are the most"),
@@ -180,11 +180,13 @@ def test_the_tiles_of_every_link_are_allowed(width, has_copies, monkeypatch):
         (2, 384, False, LinearTiles(16, 1, 4, True, 2)),  # K in no whole chunks
         (2, 2048, True, LinearTiles(64, 1, 4, True, 1)),  # more than shared memory holds
         (2, 256, False, LinearTiles(16, 1, 4, False, 2)),  # several rows without tensor cores
+        (32, 1280, True, LinearTiles(64, 1, 16, True, 5, 2)),  # fits, but for what brings sums together beside the weights
     ],
 )
 def test_paced_tiles_that_do_not_fit_are_refused(B, K, norm, tiles, monkeypatch):
     monkeypatch.setattr(module, "has_paced_copies", lambda device, dtype: True)
     x, weights, biases, layer_norm, _ = make(B, K, 48, 1, torch.float16, torch.device("cpu"))
+    biases = (None,) if tiles.PROGRAMS else biases
     with pytest.raises(ValueError, match=r"paced copies are for whole tiles|several rows"):
         skinny_linear(x, weights, biases, layer_norm=layer_norm if norm else None, tiles=tiles)
 
@@ -227,6 +229,40 @@ def test_compiles_without_a_graph_break(device):
         lambda: skinny_linear(x, weights, biases, layer_norm=norm) + 1, fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(), skinny_linear(x, weights, biases, layer_norm=norm) + 1)
+
+
+@pytest.mark.parametrize(
+    ("B", "around", "tiles"),
+    [
+        (2, {"gelu": True}, LinearTiles(16, 1, 4, True, 1, 2)),
+        (2, {"residual": torch.ones(2, 48, dtype=torch.float16)}, LinearTiles(16, 1, 4, True, 1, 2)),
+        (33, {}, LinearTiles(16, 1, 4, True, 1, 2)),  # more rows than a program takes
+        (2, {}, LinearTiles(16, 1, 4, True, 0, 2)),
+        (1, {}, LinearTiles(16, 1, 4, False, 1, 2)),
+        (2, {}, LinearTiles(16, 2, 4, True, 1, 2)),
+    ],
+)
+def test_many_tiles_a_program_are_for_a_bare_product(B, around, tiles, monkeypatch):
+    monkeypatch.setattr(module, "has_paced_copies", lambda device, dtype: True)
+    x, weights, *_ = make(B, 512, 48, 1, torch.float16, torch.device("cpu"))
+    reason = "without bias, GELU and residual" if around else f"over all of K, of up to 32 rows, got {B} and"
+    with pytest.raises(ValueError, match=reason):
+        skinny_linear(x, weights, (None,), tiles=tiles, **around)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("BLOCK_N", "num_warps", "PROGRAMS"), [(16, 4, 1), (16, 4, 4), (32, 4, 1), (32, 8, 2)])
+@pytest.mark.parametrize(
+    ("B", "K", "N"), [(1, 256, 20), (8, 512, 9999), (1, 1280, 51866), (8, 1280, 51866), (9, 1024, 51865), (32, 1280, 51866)]
+)
+def test_paced_rows_of_many_tiles(B, K, N, BLOCK_N, num_warps, PROGRAMS, dtype, device):
+    tiles = LinearTiles(BLOCK_N, 1, num_warps, True, K // 256, PROGRAMS)
+    if not has_paced_copies(device, dtype):
+        pytest.skip("not this GPU's")
+    x, weights, _, norm, _ = make(B, K, N, 1, dtype, device)
+    check(x, weights, (None,), tiles=tiles, layer_norm=norm)
+    check(x, weights, (None,), tiles=tiles, scale=0.125)
 
 
 @pytest.mark.gpu
