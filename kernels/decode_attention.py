@@ -8,9 +8,9 @@ for all of them. The cache is (B, H, S, D), the query (B, T, H, D) and so is the
 
 At batch 1 the H heads of Whisper cannot fill the chip, so each head's keys are cut into NUM_SPLITS chunks, one a program; a
 second tiny kernel merges the partial softmax states in a fixed order, or, with `counters`, the last of a head's programs
-does. The split depends on shapes alone, so results do not depend on the run or on the other rows of the batch. Method:
-flash-decoding, https://pytorch.org/blog/flash-decoding/. The kernels: `_plain_attention.py` for any GPU, and on an H100, in
-a step of a wide model over its cross caches, `_paced_attention.py`.
+does. The split depends on shapes and the GPU alone, so results do not depend on the run or on the other rows of the batch.
+Method: flash-decoding, https://pytorch.org/blog/flash-decoding/. The kernels: `_plain_attention.py` for any GPU, and on an
+H100 or H200, in a step of a wide model over its cross caches, `_paced_attention.py`, for many heads `_paced_stream.py`.
 
 Bytes moved: 2 * B * H * n * D elements (each key and value once).
 """
@@ -25,6 +25,7 @@ from ._checks import check_attention, check_caches, check_counters, check_ended,
 from ._dispatch import register, triton
 from ._paced import give_up
 from ._paced_attention import covers_attention, paced_attention
+from ._paced_stream import choose_stream_tiles, paced_stream
 from ._plain_attention import plain_attention
 
 LOG2E = 1.4426950408889634
@@ -146,8 +147,10 @@ def _launch(
     S = key_cache.shape[2]
     joins = counters is not None and T == 1
     if joins and read_ahead and kv_length is None and tiles is None and covers_attention(query, key_cache, value_cache):
+        arguments = query, key_cache, value_cache, scale * LOG2E, counters, ended
+        stream = choose_stream_tiles(B * H, D)
         try:
-            return paced_attention(query, key_cache, value_cache, scale * LOG2E, counters, ended)
+            return paced_attention(*arguments) if stream is None else paced_stream(*arguments, stream)
         except Exception as error:
             give_up(error, query.device)
     tiles = tiles or choose_tiles(B, T, H, S, D, query.element_size(), joins)

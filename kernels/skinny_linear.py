@@ -27,7 +27,7 @@ from ._dispatch import register
 from ._linear_call import LinearCall
 from ._paced import MIN_WIDTH, MIN_WIDTH_OF_FEW, give_up, has_paced_copies
 from ._paced_linear import covers_linear, paced_linear
-from ._paced_rows import MAX_BLOCK_B, covers_rows, paced_rows
+from ._paced_rows import BLOCK_K, MAX_BLOCK_B, covers_rows, paced_rows
 from ._plain_linear import plain_linear, sum_splits
 
 MAX_ROWS = 64
@@ -117,13 +117,17 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
     """Tiles of the kernels with paced copies, or None where the plain one is as fast or nothing has been measured.
 
     Measured on one H100 80GB HBM3, fp16, as benchmarks/tune_step.py does, tiles and paces together: large-v3 at batch 1 and 8,
-    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried at 2 and 4, and in medium at 1, 2 and 8; the LM head on one
-    NVIDIA H200, 2026-11-29, turbo at 2 to 16 and large-v3 at 8.
+    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried at 2 and 4, and in medium at 1, 2 and 8. The LM head on one
+    NVIDIA H200, 2026-11-29: turbo at 1 to 32, medium, small and base at 1, 2 and 8.
     """
-    if B > 32 or min(N, K) < (MIN_WIDTH_OF_FEW if 1 < B <= 4 else MIN_WIDTH):
+    if B > 32:
         return None
     if N > MANY_OUTPUTS:
-        return Tiles(16, 1, 4, True, K // 256, PROGRAMS=4) if 1 < B <= 16 else None
+        if K < MIN_WIDTH:
+            return Tiles(32, 1, 4, True, max(1, K // BLOCK_K), PROGRAMS=4) if B > 4 else None
+        return Tiles(32, 1, 8, True, K // BLOCK_K, PROGRAMS=2) if B > 16 else Tiles(16, 1, 4, True, K // BLOCK_K, PROGRAMS=4)
+    if min(N, K) < (MIN_WIDTH_OF_FEW if 1 < B <= 4 else MIN_WIDTH):
+        return None
     if B == 1:
         if K > 2048:
             return Tiles(4, 1, 2, PACE=8)
