@@ -213,6 +213,20 @@ def test_wrong_tokens_are_not_timed(command: Callable[..., Result], monkeypatch:
     refuses(command(*arguments), 1, "the step is wrong in 8 rows: ")
 
 
+@pytest.mark.usefixtures("nothing_is_timed")
+def test_wrong_tokens_of_the_last_row_are_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = benchmark_of_generate.Variant.generate
+
+    def others(self: benchmark_of_generate.Variant) -> torch.Tensor:
+        tokens = generate(self).clone()
+        tokens[-1] += self.name == "accelerate"
+        return tokens
+
+    monkeypatch.setattr(benchmark_of_generate.Variant, "generate", others)
+    arguments = ("generate", "--batch", 4, "--new-tokens", 4, "--calls", 1)
+    refuses(command(*arguments), 1, "accelerate is wrong: a token's logit is")
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
