@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from whisper_triton.benchmarks.compare import read_rows
-from whisper_triton.benchmarks.plots import digest, plot, read_digest
+from whisper_triton.benchmarks.plots import digest, is_as_drawn, plot, read_digest
 from whisper_triton.benchmarks.readme_tables import TABLES, render_table
 
 ROOT = Path(__file__).parents[1]
@@ -107,8 +107,11 @@ def differences(root: Path) -> list[str]:
     found = [f"README.md: {a[1].strip()} differs" for a, b in blocks if a[0] != b[0]]
     found += [f"README.md: {mark} is missing" for mark in unmarked(root)]
     for name, rows in figures.items():
-        if read_digest(root / "benchmarks" / "plots" / f"{name}.svg") != digest(rows, FIGURES[name]):
-            found.append(f"benchmarks/plots/{name}.svg shows other rows or none")
+        path = root / "benchmarks" / "plots" / f"{name}.svg"
+        if read_digest(path) != digest(rows, FIGURES[name]):
+            found.append(f"benchmarks/plots/{name}.svg shows other rows or none, or is of another plots.py")
+        elif not is_as_drawn(path):
+            found.append(f"benchmarks/plots/{name}.svg is not as it was drawn")
     return found
 
 

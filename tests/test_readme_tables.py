@@ -1,6 +1,7 @@
 """README's tables and figures are what benchmarks/rows/ gives, and benchmarks/readme.py says where they are not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,31 @@ def test_differences(root: Path) -> None:
     every = [
         "README.md: <!-- rows: decoder_step --> differs",
         "README.md: <!-- plot: decoder_step --> differs",
-        "benchmarks/plots/decoder_step.svg shows other rows or none",
+        "benchmarks/plots/decoder_step.svg shows other rows or none, or is of another plots.py",
     ]
     assert readme.differences(root) == every
     readme.rewrite(root)
     write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.28})
     assert readme.differences(root) == [every[0], every[2]]
+
+
+def test_a_figure_that_was_altered(root: Path) -> None:
+    readme.rewrite(root)
+    path = root / "benchmarks" / "plots" / "decoder_step.svg"
+    drawn = path.read_text()
+    path.write_text(drawn.replace(">turbo<", ">ours<"))
+    assert path.read_text() != drawn
+    assert readme.differences(root) == ["benchmarks/plots/decoder_step.svg is not as it was drawn"]
+    path.write_text(re.sub(r", picture sha256:\w+", "", drawn))
+    assert readme.differences(root) == ["benchmarks/plots/decoder_step.svg is not as it was drawn"]
+
+
+def test_figures_of_another_plots(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readme.rewrite(root)
+    other = tmp_path / "plots.py"
+    other.write_text(Path(plots.__file__).read_text().replace("#187FC4", "#187FC5"))
+    monkeypatch.setattr(plots, "__file__", str(other))
+    assert readme.differences(root) == ["benchmarks/plots/decoder_step.svg shows other rows or none, or is of another plots.py"]
 
 
 def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
