@@ -232,6 +232,17 @@ TABLES = {
             measured("these three, ms", "around_ms", "around_spread_ms"),
         ],
     ),
+    "first_call": Table(
+        [
+            MODEL,
+            BATCH,
+            Column("variant", ("variant",)),
+            measured("first call, s", "first_s"),
+            measured("second, s", "second_s"),
+            measured("another prompt, s", "other_prompt_s"),
+            measured("more tokens, s", "longer_s"),
+        ],
+    ),
     "select_token": Table(
         [
             BATCH,
