@@ -152,6 +152,57 @@ class TestStocksTokens:
         assert len(loops) == len(lengths)
 
     @pytest.mark.parametrize(
+        ("steps_of_one", "kept"),
+        [
+            (6.0, [[1], [1, 2], [1, 2, 3], [2, 3, 1], [1, 4], [4, 2]]),
+            (3.0, [[1], [1, 2], [3], [1], [4], [2]]),
+            (0.5, [[1], [2], [3], [1], [4], [2]]),
+        ],
+    )
+    def test_kept_steps_never_take_more_than_their_share(
+        self,
+        device: torch.device,
+        steps_of_one: float,
+        kept: list[list[int]],
+        loops: list[int],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """But for one that is larger by itself, which is kept alone."""
+        model, found = talkative(device), []
+        size = decoder.cache_bytes(model, 1, model.config.max_source_positions, generation.slots_for(8, 64))
+        most, nbytes = int(steps_of_one * size), decoder.DecoderStep.nbytes.fget
+        monkeypatch.setattr(generation, "MAX_BYTES", most)
+        # Of the caches alone: what a graph takes depends on the GPU.
+        monkeypatch.setattr(decoder.DecoderStep, "nbytes", property(lambda step: size * step.encoder_states.shape[0]))
+        with accelerated(model):
+            steps = getattr(model, STATE).steps
+            init = decoder.DecoderStep.__init__
+
+            def spy(step: decoder.DecoderStep, *args: Any) -> None:
+                others = sum(other.nbytes for other in steps.values())
+                init(step, *args)
+                assert nbytes(step) == step.nbytes  # before there is a graph
+                assert not others or others + step.nbytes <= most
+
+            monkeypatch.setattr(decoder.DecoderStep, "__init__", spy)
+            for B in (1, 2, 3, 1, 4, 2):
+                model.generate(mel(B, device), max_new_tokens=4)
+                found.append(list(steps))
+        assert found == kept
+        assert len(loops) == len(found)
+
+    def test_graphs_captured_since_count_when_a_step_is_used_again(
+        self, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with accelerated(talkative(device)) as model:
+            steps = getattr(model, STATE).steps
+            for B in (1, 2, 3):
+                model.generate(mel(B, device), max_new_tokens=4)
+            monkeypatch.setattr(generation, "MAX_BYTES", steps[1].nbytes + steps[3].nbytes)
+            model.generate(mel(1, device), max_new_tokens=4)
+            assert list(steps) == [3, 1]
+
+    @pytest.mark.parametrize(
         "kwargs",
         [
             {"min_new_tokens": 12},

@@ -79,6 +79,12 @@ def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
     return tuple(found)
 
 
+def cache_bytes(model: WhisperForConditionalGeneration, batch_size: int, num_frames: int, num_slots: int) -> int:
+    """Of the caches that such a step allocates when it is made. Its graphs come later, and count once they are there."""
+    config = model.config
+    return 2 * config.decoder_layers * batch_size * (num_slots + num_frames) * config.d_model * model.dtype.itemsize
+
+
 def cross_projections(model: WhisperForConditionalGeneration, cache: StaticEncoderDecoderCache) -> CrossTable | None:
     """Where one launch finds all it needs to fill the cross cache; None where the model is not of the form that it takes."""
     modules = [layer.encoder_attn for layer in model.model.decoder.layers]

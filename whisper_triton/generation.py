@@ -26,13 +26,14 @@ from .attention import STATE, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .coverage import returns_tokens_alone, why_not_our_cache, why_not_our_loop, why_not_replayed, why_not_static
 from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
-from .decoder import DecoderStep, fingerprint, why_not_captured
+from .decoder import DecoderStep, cache_bytes, fingerprint, why_not_captured
 from .early import start_encoder, whole_segment
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
+from .graphs import make_room
 from .stand_ins import StandIn, stand_in
 
-MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps, the batch size in use always among them
+MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps; a step that is larger by itself is kept alone
 MIN_SLOTS = 128  # of a step's self cache
 _CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
 
@@ -297,6 +298,7 @@ def _cache_for(
     if batch_size not in state.steps and not _add_step(self, state, batch_size, num_frames, num_slots):
         return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
     state.steps.move_to_end(batch_size)
+    make_room(state.steps, 0, MAX_BYTES, state.forget, in_use=batch_size)  # graphs that were captured since
     state.in_use = step = state.steps[batch_size]
     step.reset()
     return step.cache
@@ -316,8 +318,7 @@ def slots_for(length: int, most: int) -> int:
 
 def _add_step(self: WhisperForConditionalGeneration, state: State, batch_size: int, num_frames: int, num_slots: int) -> bool:
     """Whether there is memory for another step."""
-    while state.steps and sum(kept.nbytes for kept in state.steps.values()) > MAX_BYTES:
-        state.forget(next(iter(state.steps)))
+    make_room(state.steps, cache_bytes(self, batch_size, num_frames, num_slots), MAX_BYTES, state.forget)
     try:
         state.steps[batch_size] = DecoderStep(self, batch_size, num_frames, num_slots)
     except torch.OutOfMemoryError:
