@@ -91,8 +91,8 @@ def choice() -> Arguments:
     rules = TokenRules(torch.zeros(V, dtype=torch.uint8), limits, torch.tensor(0.0))
     numbers = [torch.full((B,), value) for value in (2, 0, 0)]
     ids = torch.zeros(B, 6, dtype=torch.int64)
-    next_ids, host_ends = torch.zeros(B, 1, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
-    state = TokenState(ids, torch.zeros(B, 6), *numbers, next_ids, host_ends)
+    seeds, host_ends = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
+    state = TokenState(ids, torch.zeros(B, 6), *numbers, seeds, torch.zeros(B, 1, dtype=torch.int64), host_ends)
     return {"logits": torch.randn(B, V)} | rules._asdict() | state._asdict()
 
 

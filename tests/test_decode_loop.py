@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, StoppingCriteria, SuppressTokensLogitsProcessor, WhisperForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutput
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, mel, tensors_of, tiny_whisper
 from whisper_triton.kernels._rules import TokenLimits
 
@@ -362,6 +363,101 @@ class TestSampling:
         alone, beside = results
         assert beside[: len(alone)] == alone
         assert set(beside[len(alone) :]) <= {EOS}  # what pads a row that ends before the others
+
+    @staticmethod
+    def sampled(model: WhisperForConditionalGeneration, features: torch.Tensor, **kwargs: Any) -> list[list[int]]:
+        """A row's tokens, without what pads it."""
+        torch.manual_seed(5)
+        return [row[: row.index(EOS)] if EOS in row else row for row in model.generate(features, **kwargs).tolist()]
+
+    @pytest.mark.parametrize("top_k", [50, 0])
+    def test_a_row_is_the_same_wherever_in_the_batch(self, device: torch.device, top_k: int) -> None:
+        model, features = talkative(device), mel(3, device)
+        with accelerated(model):
+            rows = [self.sampled(model, features[i : i + 1], **SAMPLING, top_k=top_k)[0] for i in range(3)]
+            for order in ([0, 1, 2], [2, 0, 1], [1, 0]):
+                assert self.sampled(model, features[order], **SAMPLING, top_k=top_k) == [rows[i] for i in order]
+        assert len({tuple(row) for row in rows}) == 3
+
+    def test_a_row_is_the_same_whatever_temperatures_others_need(
+        self, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, features, sizes, run = talkative(device), mel(4, device), [], decode_loop.run_until_ended
+
+        def spy(advance: Callable[[], object], selection: decode_loop.TokenSelection, *args: Any) -> int:
+            sizes.append(len(selection.state.ids))
+            return run(advance, selection, *args)
+
+        monkeypatch.setattr(decode_loop, "run_until_ended", spy)
+        found = set()
+        for threshold in (-2.0, -1.5, -1.0):
+            kwargs = SAMPLING | {"temperature": (0.0, 0.4, 0.8, 1.2), "logprob_threshold": threshold}
+            with accelerated(model):
+                rows, attempts = [], []
+                for i in range(4):
+                    sizes.clear()
+                    rows += self.sampled(model, features[i : i + 1], **kwargs)
+                    attempts.append(len(sizes))
+                for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+                    sizes.clear()
+                    assert self.sampled(model, features[order], **kwargs) == [rows[i] for i in order]
+            found |= set(attempts)
+            assert sizes == [sum(attempt > i for attempt in attempts) for i in range(max(attempts))]
+        assert len(found) > 1
+
+    def test_a_row_is_the_same_whatever_windows_others_have(self, device: torch.device, loops: list[int]) -> None:
+        features, lengths = mel(3, device, seconds=4.5), (450, 210, 330)
+        mask = torch.stack([torch.arange(450, device=device) < length for length in lengths]).long()
+        kwargs = SAMPLING | {"return_timestamps": True}
+        with accelerated(talkative(device)) as model:
+            beside = self.sampled(model, features, attention_mask=mask, **kwargs)
+            assert len(loops) > 3
+            for i, length in enumerate(lengths):
+                assert self.sampled(model, features[i : i + 1, :, :length], **kwargs) == beside[i : i + 1]
+
+    @pytest.mark.parametrize("temperature", [0.8, (0.0, 0.8)])
+    def test_equal_rows_draw_different_tokens(self, device: torch.device, temperature: float | tuple[float, ...]) -> None:
+        kwargs = SAMPLING | {"temperature": temperature, "compression_ratio_threshold": 0.0}
+        with accelerated(talkative(device)) as model:
+            features = mel(1, device)
+            copies = self.sampled(model, features.repeat(3, 1, 1), **kwargs)
+            alone = self.sampled(model, features, **kwargs)
+            sequences = self.sampled(model, features, **kwargs, num_return_sequences=3, do_sample=True)
+        assert len({tuple(row) for row in copies}) == 3
+        assert copies[0] == alone[0]
+        assert sequences == copies
+
+    def test_each_temperature_and_each_call_draws_anew(self, device: torch.device) -> None:
+        kwargs = SAMPLING | {"compression_ratio_threshold": 0.0}  # which nothing meets
+        with accelerated(talkative(device)) as model:
+            once, twice = (self.sampled(model, mel(1, device), **kwargs | {"temperature": t}) for t in ((0.8,), (0.8, 0.8)))
+            again = model.generate(mel(1, device), **kwargs).tolist()
+        assert len({str(once[0]), str(twice[0]), str(again[0])}) == 3
+
+    def test_a_call_draws_one_number_and_a_greedy_one_none(self, device: torch.device) -> None:
+        def state() -> list[int]:
+            return (torch.cuda.get_rng_state() if device.type == "cuda" else torch.get_rng_state()).tolist()
+
+        torch.manual_seed(5)
+        torch.randint(1 << 62, (), device=device)
+        after_one = state()
+        with accelerated(talkative(device)) as model:
+            self.sampled(model, mel(2, device), **SAMPLING | {"temperature": (0.4, 0.8)}, compression_ratio_threshold=0.0)
+            assert state() == after_one
+            model.generate(mel(2, device), max_new_tokens=10)
+            assert state() == after_one
+
+    def test_of_given_states_the_states_count(self, device: torch.device) -> None:
+        with accelerated(talkative(device)) as model:
+            with torch.no_grad():
+                states = model.model.encoder(mel(3, device)).last_hidden_state
+
+            def sampled(rows: list[int]) -> list[list[int]]:
+                return self.sampled(model, None, encoder_outputs=BaseModelOutput(last_hidden_state=states[rows]), **SAMPLING)
+
+            alone, beside = sampled([1]), sampled([0, 2, 1])
+        assert beside[2] == alone[0]
+        assert len({tuple(row) for row in beside}) == 3
 
 
 class Streamer(BaseStreamer):

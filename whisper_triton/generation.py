@@ -32,6 +32,7 @@ from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 from .graphs import make_room
 from .stand_ins import StandIn, stand_in
+from .streams import RandomStreams
 
 MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps; a step that is larger by itself is kept alone
 MIN_SLOTS = 128  # of a step's self cache
@@ -45,6 +46,7 @@ class _Call:
     # Of a prompt. All of transformers' own decoding methods that get our cache do; one of the user's may want the others too.
     reads_last_logits: bool
     returns_tokens: bool  # and nobody sees more of it, though stock may ask for more itself
+    streams: RandomStreams = field(default_factory=RandomStreams)
 
 
 class CallLock:
@@ -169,8 +171,15 @@ def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kw
     step = None if state is None else state.in_use
     if step is not None and not is_plain:
         report_once(f"{STOCKS_LOOP}: the model has hooks, or another forward pass or class")
-    returns_tokens = getattr(_CALL.get(), "returns_tokens", False)
-    return decode(self, step if is_plain else None, input_ids, returns_tokens=returns_tokens, **kwargs)
+    call = _CALL.get() or _Call(reads_last_logits=False, returns_tokens=False)  # kept by somebody, and called by itself
+    return decode(
+        self,
+        step if is_plain else None,
+        input_ids,
+        returns_tokens=call.returns_tokens,
+        streams=call.streams,
+        **kwargs,
+    )
 
 
 _decode.__signature__ = inspect.signature(_decode)  # for which transformers asks twice a call, with the GPU idle
@@ -242,8 +251,20 @@ def _prepare_generation_config(
 
 
 def _get_input_segment(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    call = _CALL.get()
+    if call is not None:
+        call.streams.begin_window()
     segment = whole_segment(*args, **kwargs)
     return _stock(self, "_get_input_segment")(*args, **kwargs) if segment is None else segment
+
+
+def _prepare_model_inputs(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
+    inputs, name, model_kwargs = _stock(self, "_prepare_model_inputs")(*args, **kwargs)
+    call = _CALL.get()
+    if call is not None:
+        is_heard = name == "input_features" and model_kwargs.get("encoder_outputs") is None
+        call.streams.hear(inputs if is_heard else None)
+    return inputs, name, model_kwargs
 
 
 def _prepare_cache_for_generation(
@@ -389,6 +410,7 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "generate": _generate,
     "_prepare_generation_config": _prepare_generation_config,
     "_get_input_segment": _get_input_segment,
+    "_prepare_model_inputs": _prepare_model_inputs,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_prepare_static_cache": _prepare_static_cache,
     "_postprocess_outputs": _postprocess_outputs,
