@@ -585,6 +585,52 @@ def test_what_an_interrupted_call_tells_late_is_not_taken(device: torch.device) 
         assert selection.ends() == ends
 
 
+class Device:
+    """A clock for `run_until_ended`, in microseconds: steps take their time one after the other, the host a little for each."""
+
+    def __init__(self, step: int, ends_after: int, host: int = 10) -> None:
+        self.step, self.host, self.ends_after = step, host, ends_after
+        self.now = self.waits = self.idle = 0
+        self.finished: list[int] = []  # when each of the steps queued so far has been done
+        self.marked = 0  # the steps that the event stands behind
+        self.ahead = 0  # the most steps that were queued and not done
+
+    def advance(self) -> None:
+        self.now += self.host
+        before = self.finished[-1] if self.finished else self.now
+        self.idle += max(0, self.now - before)
+        self.finished.append(max(self.now, before) + self.step)
+        self.ahead = max(self.ahead, sum(when > self.now for when in self.finished))
+
+    def record(self) -> None:
+        self.marked = len(self.finished)
+
+    def synchronize(self) -> None:
+        done = self.finished[self.marked - 1] if self.marked else 0
+        if done > self.now:
+            self.waits += 1
+            assert len(self.finished) > self.marked, "the newest step is waited for, and nothing is queued behind it"
+            self.now = done
+
+    def tolist(self) -> list[int]:
+        """What the host finds in its memory: the call's number, 0, and the row's end once it is there."""
+        return [self.ends_after if sum(when <= self.now for when in self.finished) >= self.ends_after else 0]
+
+
+@pytest.mark.parametrize(("step", "look_every"), [(800, 1), (100, decode_loop.LOOK_EVERY)])
+def test_the_host_never_waits_for_the_newest_step(step: int, look_every: int) -> None:
+    """So the device is never idle; steps beyond the end are `look_every` at most, and so is how far the host runs ahead."""
+    for ends_after in range(1, 40):
+        selection = decode_loop.TokenSelection(1, 8, 20, torch.device("cpu"))
+        device = selection._event = Device(step, ends_after)
+        selection.state = selection.state._replace(host_ends=device)
+        assert decode_loop.run_until_ended(device.advance, selection, 440, look_every) == ends_after
+        assert device.idle == 0
+        assert device.ahead <= look_every + 1
+        assert 0 < len(device.finished) - ends_after <= look_every
+        assert device.waits <= len(device.finished) / look_every + 1
+
+
 @pytest.mark.gpu
 def test_no_token_is_copied_to_the_host(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first step to the last nothing is: what stock copies comes before and after them."""

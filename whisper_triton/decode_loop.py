@@ -141,13 +141,15 @@ def run_until_ended(advance: Callable[[], object], selection: TokenSelection, st
     """Calls `advance` until all rows have ended, up to `look_every` times more than needed, at most `steps` times; returns the
     greatest length.
 
-    After `steps` of them all rows must have ended.
+    After `steps` of them all rows must have ended. What a look waits for has always a newer step queued behind it: the device
+    goes on meanwhile, and the host, which queues a step in microseconds, is never more than `look_every` + 1 of them ahead.
+    To ask the event without waiting for it would only let the host run on, and queue what nobody needs.
     """
     for i in range(steps):
         if i % look_every == 0:
             selection.look()
         advance()
-        # Only now: while the host waits for the step before, the device has this one to run.
+        # Only now, and for the step before: the device has this one to run meanwhile.
         if i % look_every == 0 and all(selection.ends()):
             break
     else:
