@@ -283,7 +283,9 @@ def _prepare_cache_for_generation(
         frames = model_kwargs["encoder_outputs"][0]
         model_kwargs["past_key_values"] = _cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
         return
-    if reason != "cache_implementation='static'":  # which ends in `_prepare_static_cache`
+    if model_kwargs.get("past_key_values") is not None:  # of any class, and ours may be compiled over
+        report_once("steps are not replayed: generate runs over the cache that it was given")
+    elif reason != "cache_implementation='static'":  # which ends in `_prepare_static_cache`
         _report_stocks_cache(reason)
     _stock(self, "_prepare_cache_for_generation")(
         generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
