@@ -38,6 +38,7 @@ BLOCK_V = 1024
 
 def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: TokenState, *, top_k: bool = False) -> None:
     """What `select_token` does, in PyTorch."""
+    _check(logits, rules, state, is_reference=True)
     B, V = logits.shape
     limits = TokenLimits(*rules.limits.unbind())
     tokens, rows = torch.arange(V, device=logits.device), torch.arange(B, device=logits.device)
@@ -346,9 +347,9 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
     )
 
 
-def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
+def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState, is_reference: bool = False) -> None:
     check_tensors(logits=logits, **rules._asdict(), **state._asdict())
-    check_dtype(logits)
+    check_dtype(logits, is_reference)
     if state.ids.dim() != 2 or state.ids.numel() == 0:
         raise ValueError(f"ids must be (B, L) and not empty, got {tuple(state.ids.shape)}")
     if logits.dim() != 2 or not logits.is_contiguous() or logits.numel() == 0:
