@@ -4,7 +4,8 @@ Not on its place in the batch, which stock's fallback changes from temperature t
 is made, on the device, of the bits of the row's own input: the features of its window, which are the same in any batch. The
 encoder's states are not, as cuBLAS rounds differently for other batch sizes. They are taken where they are all there is: where
 a user has given `encoder_outputs`. Equal rows are numbered in their order, so that they draw different tokens; which of them
-draws what then depends on how many of them need a further temperature. Equal windows of one row, silence say, draw alike.
+draws what then depends on how many of them need a further temperature. Equal windows of one row, silence say, draw alike. What
+stock's loop decodes, a batch of prompts padded on the left say, draws as stock does, row after row.
 """
 
 from __future__ import annotations
