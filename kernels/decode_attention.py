@@ -44,6 +44,7 @@ def decode_attention_reference(
     ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `decode_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
+    _check(query, key_cache, value_cache, kv_length, counters, ended, is_reference=True)
     B, T, _, _ = query.shape
     S = key_cache.shape[2]
     if kv_length is None and ended is None and (T == 1 or not is_causal):
@@ -235,7 +236,20 @@ def decode_attention(
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
-    check_states(query=query, key_cache=key_cache, value_cache=value_cache)
+    _check(query, key_cache, value_cache, kv_length, counters, ended)
+    return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters, ended)
+
+
+def _check(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_length: torch.Tensor | None,
+    counters: torch.Tensor | None,
+    ended: torch.Tensor | None,
+    is_reference: bool = False,
+) -> None:
+    check_states(query=query, key_cache=key_cache, value_cache=value_cache, is_reference=is_reference)
     check_caches(query, key_cache, value_cache)
     check_attention(query)
     if kv_length is not None:
@@ -243,4 +257,3 @@ def decode_attention(
     if counters is not None:
         check_counters(counters, query.shape[0] * query.shape[2], query.device)
     check_ended(ended, query.shape[0], query.device)
-    return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters, ended)

@@ -53,6 +53,7 @@ def skinny_linear_reference(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `skinny_linear` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
+    check_linear(x, weights, biases, layer_norm, residual, is_reference=True)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
     if layer_norm is not None:
@@ -296,6 +297,7 @@ def check_linear(
     biases: tuple[torch.Tensor | None, ...],
     layer_norm: LayerNorm | None,
     residual: torch.Tensor | None,
+    is_reference: bool = False,
 ) -> None:
     if len(weights) not in (1, 3) or len(biases) != len(weights):
         raise ValueError(f"one or three weights are wanted and a bias or None for each, got {len(weights)} and {len(biases)}")
@@ -305,7 +307,7 @@ def check_linear(
     check_tensors(**({} if residual is None else {"residual": residual}))
     if layer_norm is not None:
         check_tensors(norm_weight=layer_norm[0], norm_bias=layer_norm[1])
-    check_dtype(x)
+    check_dtype(x, is_reference)
     if x.dim() != 2 or any(w.dim() != 2 or 0 in w.shape for w in weights):
         raise ValueError(f"x must be (B, K) and weights (N, K), got {tuple(x.shape)} and {[tuple(w.shape) for w in weights]}")
     (B, K), N = x.shape, weights[0].shape[0]

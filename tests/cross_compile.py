@@ -220,7 +220,7 @@ def encoder_calls() -> Iterator[Call]:
 def select_calls() -> Iterator[Call]:
     """The choice of the next token over Whisper's vocabulary, and over one that fits one program."""
     for B, V, dtype in ((1, 51866, torch.float16), (8, 51865, torch.bfloat16), (3, 1000, torch.float32)):
-        *integers, host_ends = [torch.zeros(B, dtype=torch.int64) for _ in range(4)]
+        *integers, host_ends = [torch.zeros(B, dtype=torch.int64) for _ in range(5)]
         ids, next_ids = torch.zeros(B, 448, dtype=torch.int64), torch.zeros(B, 1, dtype=torch.int64)
         limits = torch.zeros(len(select.TokenLimits._fields), dtype=torch.int64)
         rules = select.TokenRules(torch.zeros(V, dtype=torch.uint8), limits, torch.tensor(0.0))
