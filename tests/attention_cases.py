@@ -379,6 +379,23 @@ def captured(step: Callable[[], torch.Tensor | None]) -> tuple[torch.cuda.CUDAGr
     return graph, result
 
 
+def assert_chain_waits(
+    x: torch.Tensor, chain: Callable[[Callable[[], None]], tuple[torch.Tensor, ...]], times: int = 300
+) -> None:
+    """Replays of a captured `chain` give, bit for bit, what its launches do one at a time, whatever is in `x`, which it reads.
+
+    Args:
+        chain: launches kernels that each read what those before wrote, calls what it is given after each, and returns results.
+    """
+    graph, results = captured(lambda: chain(lambda: None))
+    for values in torch.randn(times, *x.shape, device=x.device).to(x.dtype):
+        x.copy_(values)
+        graph.replay()
+        replayed = [result.clone() for result in results]
+        for ours, alone in zip(replayed, chain(torch.cuda.synchronize), strict=True):
+            assert torch.equal(bits(ours), bits(alone))
+
+
 def on_two_streams(launches: tuple[Callable[[], None], Callable[[], None]], times: int) -> None:
     """Both `launches`, over and over, each on a stream of its own."""
     streams = [torch.cuda.Stream() for _ in launches]

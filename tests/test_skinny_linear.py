@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from attention_cases import assert_chain_waits
 from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels.skinny_linear import LayerNorm, fits_tiles, skinny_linear, skinny_linear_reference
 from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
@@ -221,6 +222,45 @@ def test_paced_rows(B, K, BLOCK_N, num_warps, PACE, dtype, device):
         check(x, weights[:1], biases[:1], tiles=tiles, residual=residual)
         check(x, weights[:1], biases[:1], tiles=tiles._replace(SPLIT_K=K // 256), residual=residual)
         check(x, weights[:1], (None,), tiles=tiles, layer_norm=norm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("B", [1, 2, 8, 32])
+def test_a_captured_chain_waits_for_each_input(B, dtype, device):
+    """The linear layers of two layers of a wide model, in its tiles: each reads what the launch before it wrote."""
+    K, V = 1280, 51866
+
+    def norm() -> LayerNorm:
+        return LayerNorm(*(torch.randn(K, device=device).to(dtype) for _ in range(2)), 1e-5)
+
+    def linear(N: int, K: int, parts: int = 1):
+        return make(B, K, N, parts, dtype, device)[1:3]
+
+    shapes = (K, K, 3), (K, K), (K, K), (K, K), (4 * K, K), (K, 4 * K)
+    layers = [(*(linear(*shape) for shape in shapes), [norm() for _ in range(3)]) for _ in range(2)]
+    first, head, last_norm, last = torch.empty(B, K, device=device, dtype=dtype), linear(V, K)[0], norm(), linear(K, K)
+    tiles = LinearTiles(16, 1, 4, True, K // 256, PROGRAMS=4) if B > 1 and has_paced_copies(device, dtype) else None
+
+    def chain(launched):
+        def run(*args, **around):
+            out = skinny_linear(*args, **around)
+            launched()
+            return out
+
+        x = first
+        for qkv, out, query, cross_out, fc1, fc2, norms in layers:
+            thirds = run(x, *qkv, layer_norm=norms[0], scale=0.125).view(3, B, K)  # in place of what attention makes of them
+            x = run(thirds[0], *out, residual=x)
+            y = run(x, *query, layer_norm=norms[1], scale=0.125)
+            x = run(y, *cross_out, residual=thirds[1])
+            x = run(x, *cross_out, residual=thirds[2])
+            y = run(x, *fc1, layer_norm=norms[2], gelu=True)
+            x = run(y, *fc2, residual=x)  # of several rows split over K, and the parts added up by a launch of its own
+        logits = run(x, head, (None,), layer_norm=last_norm, tiles=tiles)
+        return logits, run(logits.view(-1)[: B * K].view(B, K), *last)
+
+    assert_chain_waits(first, chain, times=200)
 
 
 def test_compiles_without_a_graph_break(device):
