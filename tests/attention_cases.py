@@ -193,6 +193,9 @@ def poisoned_allocations() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+ALLOCATIONS = (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
+
+
 class GuardedAllocations(TorchDispatchMode):
     """Every tensor allocated inside is the contiguous middle of a buffer of canaries, which must be whole at the end."""
 
@@ -202,7 +205,7 @@ class GuardedAllocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensor = func(*args, **kwargs or {})
-        if func not in (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format) or not tensor.numel():
+        if func not in ALLOCATIONS or not tensor.numel():
             return tensor
         buffer = canaries(tensor.numel() + 2 * MARGIN, dtype=tensor.dtype, device=tensor.device)
         self.buffers.append((buffer, storage(buffer)))
