@@ -27,9 +27,10 @@ PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
 # What could come out otherwise with another transformers, or beside that package: its Whisper's modules, caches, generation and
-# pipeline beside ours, and who gets which `kernels`. Our kernels, the parsers, the benchmarks and what is done to a call from
-# outside are the same with any, and real speech takes its time.
-WITH_OLDEST = $(patsubst %,tests/test_%.py,cache compile decode_loop early encoded encoder parity patching thresholds) \
+# pipeline beside ours, what hangs on its models from outside, and who gets which `kernels`. Our kernels, the parsers and the
+# benchmarks are the same with any, and real speech takes its time.
+WITH_OLDEST = $(patsubst %,tests/test_%.py,attention bad_input_model cache checkpoints compile concurrency decode_loop decoder \
+  early encoded encoder faults parity patching prefill stand_ins thresholds token_rules transcription undo) \
   --deselect tests/test_parity.py::TestTinyEn \
   tests/test_packaging.py::test_kernels_are_ours_and_transformers_keeps_its_own
 
