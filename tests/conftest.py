@@ -15,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 HAS_GPU = torch.cuda.is_available()
 # Triton reads this when a kernel is defined, so it must be set before any test module imports one (torch does not).
@@ -55,7 +56,20 @@ if INTERPRET and importlib.util.find_spec("triton") is not None:
     _speed_up_interpreter()
 
 
+def why_not_interpreted(triton: str, numpy: str) -> str | None:
+    """Why Triton's interpreter runs no kernel of ours with these versions, or None."""
+    if Version(triton) < Version("3.7") and Version(numpy) >= Version("2.4"):
+        return f"the interpreter of triton {triton} breaks with numpy {numpy}: pip install 'numpy<2.4'"
+    return None
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if INTERPRET and importlib.util.find_spec("triton") is not None:
+        import triton
+
+        reason = why_not_interpreted(triton.__version__, np.__version__)
+        if reason is not None:
+            raise pytest.UsageError(reason)  # hundreds of tests would fail, none of which says so
     config.pluginmanager.register(counts)
 
 
