@@ -31,6 +31,7 @@ torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False
 # The interpreter takes seconds for some examples; and the same examples each time, so that a run can be repeated.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("fresh", deadline=None, derandomize=False, database=None)
 hypothesis.settings.load_profile("suite")
 
 
@@ -64,6 +65,8 @@ def why_not_interpreted(triton: str, numpy: str) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--hypothesis-seed") is not None:  # which hypothesis else ignores
+        hypothesis.settings.load_profile("fresh")
     if INTERPRET and importlib.util.find_spec("triton") is not None:
         import triton
 
