@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from whisper_triton.kernels import _dispatch
+from whisper_triton.kernels import _dispatch, _paced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -25,6 +25,8 @@ MAX_TOKENS = 16  # of a call that attends
 MARGIN = 4096  # canaries before and after a tensor: more elements than a tile of new tokens has
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAN_BITS = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0, torch.float32: 0x7FC00000, torch.float64: 0x7FF8 << 48}
+
+needs_gluon = pytest.mark.skipif(not _paced.HAS_GLUON, reason="this Triton has no Gluon, as before 3.6")
 
 
 class Shape(NamedTuple):

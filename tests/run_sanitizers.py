@@ -40,7 +40,7 @@ TESTS = [
 SELECT = "WHISPER_TRITON_ONE_CASE"  # an environment variable: this file is then pytest's plugin, in the sanitizer's process
 LEFT_OUT = re.compile("graph|captur|compile|opcheck|profile|streams", re.IGNORECASE)
 # What large sizes add is addresses, memcheck's concern. The other two shadow memory, of which little is left then.
-# Hundreds of steps over a whole vocabulary, five minutes under racecheck, show no more than one over it and some over a small one.
+# Hundreds of steps over a whole vocabulary take racecheck five minutes, and show no more than one of them and many small ones.
 LARGE = re.compile("large|RealShapes|whispers_shapes|two_to_the_31|many_steps", re.IGNORECASE)
 # Bytes of shared memory a program from which racecheck 2025.3 ends with "failed to handle a hardware exception": every kernel
 # that it did so at has more than CUDA gives without being asked, those below passed.

@@ -15,6 +15,7 @@ from attention_cases import (
     assert_close_as_pytorch,
     bits,
     lay_out,
+    needs_gluon,
     poisoned_allocations,
     random_caches,
     storage,
@@ -243,6 +244,7 @@ def test_clusters_in_a_captured_chain(tiles: CrossTiles, device: torch.device) -
     assert_layers_wait(layers, lambda case: case.run(by_clusters(tiles)))
 
 
+@needs_gluon
 def test_one_row_of_a_wide_model_takes_clusters(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
     wide = {"B": 1, "H": 16, "S": 1500, "K": 1024, "dtype": torch.float16, "device": device}
@@ -282,6 +284,7 @@ def test_what_is_not_for_clusters_is_refused(
         case.run(by_clusters(tiles))
 
 
+@needs_gluon
 def test_no_clusters_over_a_cache_past_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
     case = random_case(1, 16, 1500, 1024, torch.float16, torch.device("cpu"))
