@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from attention_cases import needs_gluon
+from packaging.version import Version
 
 from whisper_triton.kernels import _paced
 
@@ -28,6 +30,8 @@ PACED = {
 }  # fmt: skip
 # Of the decoder's chain, for several rows, which it does not take where shared memory is short.
 SEVERAL_ROWS = {"_layer_norm_kernel", "_sum_splits_kernel"}
+# Bytes that Triton before 3.7 spills of one row's append_attention: 3.5.1 8 on sm_120, 3.6.0 48 on sm_80 and 16 on sm_120.
+SPILLED = 48 if Version(metadata.version("triton")) < Version("3.7") else 0
 KERNELS = READ_AHEAD | {
     "_update_kv_cache_kernel", "_merge_splits_kernel", "_embed_tokens_kernel", "_project_cross_kv_kernel",
     "_add_layer_norm_kernel", "_bias_gelu_kernel", "_reduce_chunks_kernel", "_pick_token_kernel",
@@ -77,7 +81,7 @@ def spills(builds: list[Build], target: str, is_odd: bool) -> list[str]:
         f"{build['call']}: {build['kernel']} with {build['num_warps']} warps and {build['registers']} registers"
         f" spills {build['spilled']} bytes"
         for build in of(builds, target)
-        if build["is_odd"] == is_odd and build["spilled"]
+        if build["is_odd"] == is_odd and build["spilled"] > (SPILLED if build["kernel"] == "_append_attention_kernel" else 0)
     ]
 
 
