@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from ctranslate2_writer import write_directory
 from transformers import GenerationConfig, StoppingCriteria, SuppressTokensLogitsProcessor, WhisperForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, assert_same, mel, tiny_whisper
 from whisper_triton.kernels._rules import TokenLimits
 
-from whisper_triton import accelerated, decode_loop, decoder, fused, generation
+from whisper_triton import StaticEncoderDecoderCache, accelerated, decode_loop, decoder, fused, generation
 from whisper_triton.attention import STATE
+from whisper_triton.checkpoints import load_model
 from whisper_triton.coverage import why_not_our_loop
 from whisper_triton.decode_loop import STOCKS_LOOP
 from whisper_triton.token_rules import Settings
@@ -340,6 +342,8 @@ NOT_COVERED = [
     ),
     ("a user's logits processors or stopping criteria", {"stopping_criteria": [AfterTwelve()]}),
     ("other processors, as a repetition penalty", {"repetition_penalty": 1.3}),
+    ("token timestamps", {"return_token_timestamps": True}),
+    ("a limit of time, strings to stop at", {"max_time": 1000.0}),
     ("no cache, another cache", {"use_cache": False}),
     ("no cache, another cache", {"cache_implementation": "static", "disable_compile": True}),
 ]
@@ -358,6 +362,47 @@ class TestStocksLoop:
             results.append(result if isinstance(result, torch.Tensor) else result["sequences"])
         assert results[0].tolist() == results[1].tolist()
         assert not loops
+
+    @row("a `custom_generate` of the user's", "the user's")
+    def test_a_loop_of_the_users(self, device: torch.device, loops: list[int]) -> None:
+        """It finds an accelerated model, whose steps are over our cache."""
+        caches = []
+
+        def second_best(model: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            caches.append(type(kwargs["past_key_values"]))
+            given = {name: kwargs[name] for name in ("encoder_outputs", "past_key_values")}
+            new = input_ids
+            for _ in range(8):
+                logits = model(decoder_input_ids=new, use_cache=True, **given).logits
+                new = logits[:, -1].topk(2).indices[:, 1:]
+                input_ids = torch.cat([input_ids, new], 1)
+            return input_ids
+
+        model, features = talkative(device), mel(2, device)
+        stock = model.generate(features, custom_generate=second_best).tolist()
+        with accelerated(model):
+            assert model.generate(features, custom_generate=second_best).tolist() == stock
+        assert not loops
+        assert caches[0] is not caches[1] is StaticEncoderDecoderCache
+        assert len(set(stock[0])) > 4
+
+    def test_an_assistant(self, device: torch.device, loops: list[int]) -> None:
+        model, features, assistant = talkative(device), mel(1, device), tiny_whisper(device, seed=5)
+        stock = model.generate(features, max_new_tokens=14, assistant_model=assistant).tolist()
+        with accelerated(model):
+            assert model.generate(features, max_new_tokens=14, assistant_model=assistant).tolist() == stock
+        assert not loops
+
+    def test_strings_to_stop_at(self, device: torch.device, loops: list[int], tmp_path: Path) -> None:
+        model, features = talkative(device), mel(1, device)
+        tokenizer = load_model(str(write_directory(tmp_path, model)), torch.float32, "cpu")[1].tokenizer
+        whole = model.generate(features, max_new_tokens=14)[0]
+        kwargs = {"max_new_tokens": 14, "tokenizer": tokenizer, "stop_strings": [tokenizer.decode(whole[5:6])]}
+        stock = model.generate(features, **kwargs)[0].tolist()
+        with accelerated(model):
+            assert model.generate(features, **kwargs)[0].tolist() == stock
+        assert not loops
+        assert len(stock) < len(whole)
 
     def test_the_log_says_why_once(self, device: torch.device, fallbacks: Callable[[], list[str]]) -> None:
         with accelerated(talkative(device)) as model:
@@ -460,5 +505,5 @@ def test_no_token_is_copied_to_the_host(device: torch.device, monkeypatch: pytes
 
 
 def test_readme_says_which_loop_decodes_what() -> None:
-    rows = dict(re.findall(r"^\| ([^|]+) \| (ours|stock's) \|$", README.read_text(), flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| ([^|]+) \| (ours|stock's|the user's) \|$", README.read_text(), flags=re.MULTILINE))
     assert rows == DECODED_BY
