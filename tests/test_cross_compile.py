@@ -30,7 +30,7 @@ PACED = {
 }  # fmt: skip
 # Of the decoder's chain, for several rows, which it does not take where shared memory is short.
 SEVERAL_ROWS = {"_layer_norm_kernel", "_sum_splits_kernel"}
-# Bytes that Triton before 3.7 spills of one row's append_attention: 3.5.1 8 on sm_120, 3.6.0 48 on sm_80 and 16 on sm_120.
+# Bytes that Triton before 3.7 spills of append_attention: 3.5.1 up to 24 on sm_120, 3.6.0 48 on sm_80 and 16 on sm_120.
 SPILLED = 48 if Version(metadata.version("triton")) < Version("3.7") else 0
 KERNELS = READ_AHEAD | {
     "_update_kv_cache_kernel", "_merge_splits_kernel", "_embed_tokens_kernel", "_project_cross_kv_kernel",
