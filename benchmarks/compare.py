@@ -3,13 +3,15 @@
     python benchmarks/compare.py before.jsonl after.jsonl
 
 Rows are matched by what identifies them: all columns that both files have and that hold neither a measurement nor where it was
-made. Of each pair the main time and the tokens per second are set against each other, b / a. A time is `faster` or `slower`
+made. Where both files hold rows of a GPU, only rows of the same GPU are compared, else those of each with those of each other.
+Of each pair the main time and the tokens per second are set against each other, b / a. A time is `faster` or `slower`
 where the ranges of the two, spread or least to greatest, do not touch; the rest may be noise.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -107,26 +109,47 @@ def environment(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, list[s
     return {column: sorted({str(row[column]) for row in rows if row.get(column) is not None}) for column in columns}
 
 
+def by_gpu(rows: Sequence[Row]) -> dict[str | None, list[Row]]:
+    found: dict[str | None, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.get("gpu"), []).append(row)
+    return found
+
+
 def compare(a: Path, b: Path) -> str:
     """A table of the pairs of rows, what stands in one file only, and a warning where GPU or versions differ.
 
-    Raises ValueError for a file that is none of rows, and where rows of one cannot be told from each other.
+    Raises ValueError for a file that is none of rows, and where rows of one GPU cannot be told from each other.
     """
     rows = read_rows(a), read_rows(b)
-    shared = [column for column in identifying(rows[0]) if column in identifying(rows[1])]
-    before, after = (by_identity(own, shared, path) for own, path in zip(rows, (a, b), strict=True))
     lines = []
     for letter, path, own in zip("ab", (a, b), rows, strict=True):
         known = environment(own, ENVIRONMENT)
         said = "; ".join(f"{column} {', '.join(known[column])}" for column in ("gpu", "revision", "date") if known[column])
         lines.append(f"{letter}: {path}" + (f" ({said})" if said else ""))
-    where = [environment(own, VERSIONS) for own in rows]
+
+    gpus = by_gpu(rows[0]), by_gpu(rows[1])
+    same = [(gpu, gpu) for gpu in gpus[0] if gpu in gpus[1]]
+    meeting = same or list(itertools.product(*gpus))
+    compared = [[row for row in own if row.get("gpu") in {pair[i] for pair in meeting}] for i, own in enumerate(rows)]
+    where = [environment(own, VERSIONS) for own in compared]
     for column in VERSIONS:
         if where[0][column] != where[1][column]:
             texts = (", ".join(side[column]) or "unknown" for side in where)
             lines.append(f"warning: {column} differs: {' in a, '.join(texts)} in b")
 
-    pairs = [compare_rows(name, before[name], after[name]) for name in before if name in after]
+    pairs, alone = [], []
+    for pair in meeting:
+        parts = [own[gpu] for own, gpu in zip(gpus, pair, strict=True)]
+        shared = [column for column in identifying(parts[0]) if column in identifying(parts[1])]
+        before, after = (by_identity(part, shared, path) for part, path in zip(parts, (a, b), strict=True))
+        # Only where there are several is a GPU named, for it takes half a line.
+        on = "" if len(meeting) == 1 else f"{' / '.join(map(str, dict.fromkeys(pair)))}: "
+        pairs += [compare_rows(on + name, before[name], after[name]) for name in before if name in after]
+        alone += [f"only in a: {on}{name}" for name in before if name not in after]
+        alone += [f"only in b: {on}{name}" for name in after if name not in before]
+    for letter, own in zip("ab", gpus, strict=True):
+        alone += [f"only in {letter}: all {len(own[gpu])} of {gpu}" for gpu in own if same and (gpu, gpu) not in same]
     if pairs:
         table = [["row", "a", "b", "b / a", "tok/s b / a", ""], *pairs]
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
@@ -137,9 +160,7 @@ def compare(a: Path, b: Path) -> str:
         lines += ["", f"{len(pairs)} row{'s' * (len(pairs) != 1)} of both: {', '.join(said)}"]
     else:
         lines += ["", "no row of a is in b"]
-    lines += [f"only in a: {name}" for name in before if name not in after]
-    lines += [f"only in b: {name}" for name in after if name not in before]
-    return "\n".join(lines)
+    return "\n".join([*lines, *alone])
 
 
 def main() -> None:

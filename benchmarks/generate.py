@@ -28,7 +28,7 @@ import whisper_triton
 NEW_TOKENS = 64
 BY_NAME = "attention by name, static+compile"
 VARIANTS = ("stock static+compile", BY_NAME, "stock dynamic", "accelerate")
-CHECKED = 2  # sequences: a float64 run of more takes its time
+CHECKED = 2  # sequences at a time: so a float64 run of a large batch stays small in memory
 SECONDS_A_FRAME = 0.02
 
 
@@ -99,44 +99,48 @@ class Recorder(LogitsProcessor):
 
     def __init__(self) -> None:
         self.prompt: torch.Tensor | None = None  # (B, P)
-        self.allowed: list[torch.Tensor] = []  # (vocabulary,) each
+        self.allowed: list[torch.Tensor] = []  # (B, vocabulary) each
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.prompt = input_ids.clone() if self.prompt is None else self.prompt
-        self.allowed.append(scores[0] > float("-inf"))
+        self.allowed.append(scores > float("-inf"))
         return scores
 
 
 class TokenCheck:
-    """Whether tokens are what greedy search chooses after each other, by float64 logits."""
+    """Whether tokens are what greedy search with these arguments of `generate` chooses after each other, by float64 logits."""
 
     def __init__(
-        self, stock: WhisperForConditionalGeneration, exact: WhisperForConditionalGeneration, features: torch.Tensor, new: int
+        self,
+        stock: WhisperForConditionalGeneration,
+        exact: WhisperForConditionalGeneration,
+        features: torch.Tensor,
+        kwargs: dict[str, object],
     ) -> None:
-        self.stock, self.exact, self.features = stock, exact, features[:CHECKED]
+        self.stock, self.exact, self.features = stock, exact, features
         recorder = Recorder()
-        stock.generate(self.features, logits_processor=[recorder], **settings(stock, new))
-        self.prompt, self.allowed = recorder.prompt, torch.stack(recorder.allowed)
+        stock.generate(features, logits_processor=[recorder], **kwargs)
+        self.prompt, self.allowed = recorder.prompt, torch.stack(recorder.allowed, dim=1)  # (B, tokens, vocabulary)
 
     @torch.no_grad()
-    def logits(self, model: WhisperForConditionalGeneration, ids: torch.Tensor) -> torch.Tensor:
-        features = self.features.to(model.dtype)
-        return model(features, decoder_input_ids=ids, use_cache=False).logits[:, self.prompt.shape[1] - 1 :].double()
+    def logits(self, model: WhisperForConditionalGeneration, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Those that each of the tokens after the prompt is chosen by."""
+        out = model(features.to(model.dtype), decoder_input_ids=ids, use_cache=False)
+        return out.logits[:, self.prompt.shape[1] - 1 :].double()
 
-    def __call__(self, variant: Variant) -> None:
-        """Exits if a token of `variant` is further below the greatest than twice the error of stock's logits in its dtype."""
-        tokens = variant.tokens[:CHECKED]
-        if tokens.shape[1] != len(self.allowed):
-            raise SystemExit(f"{variant.name} is wrong: {tokens.shape[1]} tokens for {len(self.allowed)}")
-        ids = torch.cat([self.prompt, tokens[:, :-1]], dim=1)
-        exact, stock = self.logits(self.exact, ids), self.logits(self.stock, ids)
-        best = exact.masked_fill(~self.allowed, float("-inf")).amax(-1)
-        below = (best - exact.gather(-1, tokens[..., None])[..., 0]).max().item()
-        error = (stock - exact).abs().max().item()
-        if not below <= 2 * error:
-            raise SystemExit(
-                f"{variant.name} is wrong: a token's logit is {below:.2e} below the best, stock's error {error:.2e}"
-            )
+    def __call__(self, name: str, tokens: torch.Tensor) -> None:
+        """Exits if one of `tokens` is further below the greatest than twice the error of stock's logits in its dtype."""
+        if tokens.shape != self.allowed.shape[:2]:
+            raise SystemExit(f"{name} is wrong: {tuple(tokens.shape)} tokens for {tuple(self.allowed.shape[:2])}")
+        parts = (tensor.split(CHECKED) for tensor in (self.features, self.prompt, self.allowed, tokens))
+        for features, prompt, allowed, chosen in zip(*parts, strict=True):
+            ids = torch.cat([prompt, chosen[:, :-1]], dim=1)
+            exact, stock = (self.logits(model, features, ids) for model in (self.exact, self.stock))
+            best = exact.masked_fill(~allowed, float("-inf")).amax(-1)
+            below = (best - exact.gather(-1, chosen[..., None])[..., 0]).max().item()
+            error = (stock - exact).abs().max().item()
+            if not below <= 2 * error:
+                raise SystemExit(f"{name} is wrong: a token's logit is {below:.2e} below the best, stock's error {error:.2e}")
 
 
 class Models:
@@ -168,11 +172,11 @@ def bench(
     whisper_triton.accelerate(models.ours)
     config = models.stock.config
     features = place.randn(B, config.num_mel_bins, 2 * config.max_source_positions)
-    check_tokens = TokenCheck(models.stock, models.exact, features, new_tokens)
+    check_tokens = TokenCheck(models.stock, models.exact, features, settings(models.stock, new_tokens))
     torch.compiler.reset()
     running = [Variant(name, models.runners[name], features, new_tokens, place) for name in variants]
     for variant in running:
-        check_tokens(variant)
+        check_tokens(variant.name, variant.tokens)
     for _ in range(calls):
         for variant in running:
             variant.time_once()

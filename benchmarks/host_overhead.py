@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from whisper_triton.benchmarks.generate import NEW_TOKENS, Models, TokenCheck, Variant, synchronize
+from whisper_triton.benchmarks.generate import NEW_TOKENS, Models, TokenCheck, Variant, settings, synchronize
 from whisper_triton.benchmarks.harness import Place, Row, median_and_spread
 from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
@@ -179,10 +179,10 @@ def bench(place: Place, models: Models, B: int, *, calls: int | None = None, new
     new_tokens = new_tokens or (NEW_TOKENS if place.is_gpu else 4)
     config = models.stock.config
     features = place.randn(B, config.num_mel_bins, 2 * config.max_source_positions)
-    check_tokens = TokenCheck(models.stock, models.exact, features, new_tokens)
+    check_tokens = TokenCheck(models.stock, models.exact, features, settings(models.stock, new_tokens))
     running = [Variant(name, models.runners[name], features, new_tokens, place) for name in VARIANTS]
     for variant in running:
-        check_tokens(variant)
+        check_tokens(variant.name, variant.tokens)
     for _ in range(calls):
         for variant in running:
             variant.time_once()

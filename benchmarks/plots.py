@@ -10,7 +10,7 @@
 
 Rows that differ in model, GPU, dtype and the like (`PANELS`) get a panel each. Backgrounds are transparent, and every colour is
 legible on white and on GitHub's dark page; what a colour says, a marker, a hatching or a label says too. An SVG depends on
-rows, title and the version of matplotlib alone, and carries a digest of the first two.
+rows, title, this file and the version of matplotlib alone. It carries a digest of the first three, and one of itself.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
 }
 
+SEAL = re.compile(r"(picture sha256:)(\w*)")
+
 
 class Kind(NamedTuple):
     """How rows of one kind are drawn: a panel each that `split` makes, a line or bar a label of `series`."""
@@ -71,14 +73,27 @@ class Kind(NamedTuple):
 
 
 def digest(rows: Sequence[Row], title: str | None = None) -> str:
-    """What an SVG carries to tell which rows it shows."""
-    return hashlib.sha256(json.dumps([title, list(rows)], sort_keys=True).encode()).hexdigest()
+    """What an SVG carries to tell which rows it shows, and how this file drew them."""
+    made_of = json.dumps([title, list(rows)], sort_keys=True).encode() + Path(__file__).read_bytes()
+    return hashlib.sha256(made_of).hexdigest()
 
 
 def read_digest(path: Path) -> str | None:
     """The digest that `plot` wrote into an SVG; None where there is no such file, or none in it."""
     found = re.search(r"rows sha256:(\w+)", path.read_text(encoding="utf-8")) if path.exists() else None
     return found and found[1]
+
+
+def seal(svg: str) -> str:
+    """The SVG with a digest of all that it says beside, in the place of any before."""
+    blank = SEAL.sub(r"\1", svg)
+    return SEAL.sub(rf"\g<1>{hashlib.sha256(blank.encode()).hexdigest()}", svg)
+
+
+def is_as_drawn(path: Path) -> bool:
+    """Whether an SVG is what `plot` once wrote, to the last character."""
+    svg = path.read_text(encoding="utf-8")
+    return SEAL.search(svg) is not None and seal(svg) == svg
 
 
 def values(rows: Sequence[Row], column: str) -> list[Any]:
@@ -305,6 +320,6 @@ def plot(rows: Sequence[Row], path: Path, title: str | None = None) -> None:
             figure.savefig(path, transparent=True, dpi=150)
             return
         drawn = io.StringIO()
-        says = {"Date": None, "Title": title, "Description": f"rows sha256:{digest(rows, title)}"}
+        says = {"Date": None, "Title": title, "Description": f"rows sha256:{digest(rows, title)}, picture sha256:"}
         figure.savefig(drawn, format="svg", transparent=True, metadata=says)
-    path.write_text(shorten(drawn.getvalue()), encoding="utf-8")
+    path.write_text(seal(shorten(drawn.getvalue())), encoding="utf-8")

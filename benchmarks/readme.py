@@ -11,7 +11,7 @@ README marks a table, and a figure, by the name of their row file; what stands b
     <!-- end -->
 
 What has no rows is not marked, and what has some must be. By which command, where and when they were measured is said from
-the rows.
+the rows, above a table or, where they have none, above the figure.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from whisper_triton.benchmarks.compare import read_rows
-from whisper_triton.benchmarks.plots import digest, plot, read_digest
-from whisper_triton.benchmarks.readme_tables import TABLES, render_table
+from whisper_triton.benchmarks.plots import digest, is_as_drawn, plot, read_digest
+from whisper_triton.benchmarks.readme_tables import TABLES, caption, render_table
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- (rows|plot): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -91,7 +91,9 @@ def render(root: Path) -> tuple[str, dict[str, list[Row]]]:
         if kind == "rows":
             return f"{start}{render_table(name, rows)}{end}"
         figures[name] = [r for r in rows if name not in OF_ONE_MODEL or r.get("model") == rows[0].get("model")]
-        return f"{start}![{FIGURES[name]}](benchmarks/plots/{name}.svg)\n{end}"
+        # Of rows that have a table its caption says how they were measured.
+        said = "" if name in TABLES else f"{caption(figures[name], name)}\n\n"
+        return f"{start}{said}![{FIGURES[name]}](benchmarks/plots/{name}.svg)\n{end}"
 
     new = BLOCK.sub(block, text)
     if len(re.findall("<!-- (?:rows|plot):", text)) != len(BLOCK.findall(text)):
@@ -107,8 +109,11 @@ def differences(root: Path) -> list[str]:
     found = [f"README.md: {a[1].strip()} differs" for a, b in blocks if a[0] != b[0]]
     found += [f"README.md: {mark} is missing" for mark in unmarked(root)]
     for name, rows in figures.items():
-        if read_digest(root / "benchmarks" / "plots" / f"{name}.svg") != digest(rows, FIGURES[name]):
-            found.append(f"benchmarks/plots/{name}.svg shows other rows or none")
+        path = root / "benchmarks" / "plots" / f"{name}.svg"
+        if read_digest(path) != digest(rows, FIGURES[name]):
+            found.append(f"benchmarks/plots/{name}.svg shows other rows or none, or is of another plots.py")
+        elif not is_as_drawn(path):
+            found.append(f"benchmarks/plots/{name}.svg is not as it was drawn")
     return found
 
 

@@ -13,8 +13,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from whisper_triton.benchmarks.plots import named, values
+from whisper_triton.benchmarks.record import parts_of
 
 OURS, STOCK, DYNAMIC = "accelerate", "stock static+compile", "stock dynamic"
+
+MOST_COMMANDS = 2  # that a caption lists for a GPU, where record.py measures the same
 
 Row = dict[str, Any]
 
@@ -94,6 +97,14 @@ def of_each(names: Sequence[str], unit: str = "us") -> list[Column]:
     return [measured(f"{name}, {unit}", f"{name}: {unit}", f"{name}: spread_{unit}", optional=True) for name in names]
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def numbers(*found: float) -> str:
+    return ", ".join(map(number, found))
+
+
 def calls_text(rate: float, ms: float, least: float, greatest: float) -> str:
     places = decimals(rate, 3)
     return f"{rate:.{places}f} ({rate * ms / greatest:.{places}f}-{rate * ms / least:.{places}f})"
@@ -108,9 +119,16 @@ def generate_columns(rows: Sequence[Row]) -> list[Column]:
         Column(f"{OURS} / {v}", (f"{OURS}: tok/s", f"{v}: tok/s"), lambda ours, stock: number(ours / stock), optional=True)
         for v in (DYNAMIC, STOCK)
     ]
-    firsts = (f"{STOCK}: first_s", f"{OURS}: first_s")
-    first = Column(f"first call, s: {STOCK}, {OURS}", firsts, lambda *s: ", ".join(map(number, s)), optional=True)
-    return [MODEL, BATCH, *rates, *gains, first]
+    ours = [
+        measured(f"{OURS}, ms a token", f"{OURS}: ms/token", optional=True),
+        measured(f"{OURS}, RTFx", f"{OURS}: RTFx", optional=True),
+        Column(f"{OURS}, tokens equal to stock's", (f"{OURS}: equal_tokens",), percent, optional=True),
+    ]
+    sides = [
+        Column(f"{what}: {STOCK}, {OURS}", (f"{STOCK}: {column}", f"{OURS}: {column}"), numbers, optional=True)
+        for what, column in (("GB beyond the model", "extra_GB"), ("first call, s", "first_s"))
+    ]
+    return [MODEL, BATCH, *rates, *gains, *ours, *sides]
 
 
 def link_columns(rows: Sequence[Row]) -> list[Column]:
@@ -214,6 +232,17 @@ TABLES = {
             measured("these three, ms", "around_ms", "around_spread_ms"),
         ],
     ),
+    "first_call": Table(
+        [
+            MODEL,
+            BATCH,
+            Column("variant", ("variant",)),
+            measured("first call, s", "first_s"),
+            measured("second, s", "second_s"),
+            measured("another prompt, s", "other_prompt_s"),
+            measured("more tokens, s", "longer_s"),
+        ],
+    ),
     "select_token": Table(
         [
             BATCH,
@@ -293,7 +322,7 @@ TABLES = {
             measured("recompute, us", "recompute_us", "recompute_spread_us"),
             measured("reuse, us", "reuse_us", "reuse_spread_us"),
             measured("recompute / reuse", "recompute/reuse"),
-            Column("equal tokens", ("equal_tokens",), lambda share: f"{100 * share:.0f} %", optional=True),
+            Column("equal tokens", ("equal_tokens",), percent, optional=True),
         ],
     ),
     "logits_processors": Table(
@@ -336,16 +365,32 @@ def commands(rows: Sequence[Row], name: str) -> list[str]:
     return lines
 
 
+def recorded(rows: Sequence[Row], name: str) -> str | None:
+    """The command of record.py that measures all these rows anew; None where it measures no such."""
+    models, batches = values(rows, "model"), sorted(values(rows, "B"))
+    measured = {(part.model, B) for part in parts_of("cuda", [name], models, batches) for B in part.batches}
+    if not measured.issuperset((row.get("model"), row.get("B")) for row in rows):
+        return None
+    chosen = ["--models", ",".join(models), "--batch", ",".join(map(str, batches))]
+    return shlex.join(["python", "benchmarks/record.py", "--output", "new", "--only", name, *chosen])
+
+
 def caption(rows: Sequence[Row], name: str) -> str:
-    """By which commands, on what, with which versions and when the rows were measured."""
-    said = ", ".join(f"`{command}`" for command in commands(rows, name))
-    where = [", ".join(named(column, value) for value in values(rows, column)) for column in ("gpu", "dtype")]
-    where += [
-        f"{c} {', '.join(map(str, values(rows, c)))}" for c in ("driver", "torch", "triton", "transformers") if values(rows, c)
-    ]
-    when = f"{', '.join(sorted(values(rows, 'date')))} at revision {', '.join(values(rows, 'revision'))}"
+    """By which commands, on what, when and with which versions the rows were measured; GPU by GPU."""
+    places: dict[str, list[str]] = {}
+    for gpu in values(rows, "gpu"):
+        own = [row for row in rows if row["gpu"] == gpu]
+        listed = commands(own, name)
+        if len(listed) > MOST_COMMANDS and (command := recorded(own, name)):
+            listed = [command]
+        when = f"{', '.join(sorted(values(own, 'date')))} at revision {', '.join(values(own, 'revision'))}"
+        places.setdefault(", ".join(f"`{command}`" for command in listed), []).append(f"on {gpu}, {when}")
+    said = [f"{by} {' and '.join(where)}" for by, where in places.items()]
+    with_what = [", ".join(named("dtype", dtype) for dtype in values(rows, "dtype"))]
+    versions = ("driver", "torch", "triton", "transformers")
+    with_what += [f"{column} {', '.join(map(str, found))}" for column in versions if (found := values(rows, column))]
     notes = "".join(f" ({source})" for source in values(rows, "source"))
-    return f"{said} on {', '.join(text for text in where if text)}; {when}{notes}:"
+    return f"{'; '.join([*said, ', '.join(with_what)])}{notes}:"
 
 
 def short(name: str) -> str:

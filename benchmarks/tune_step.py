@@ -6,8 +6,8 @@ A link timed alone says little: what counts is how it overlaps with its neighbou
 tries its candidates in the captured step, and keeps the best before it goes on; `--links` leaves others as they are. Where
 clusters are not asked for, or lose, cross-attention is launched without them, and has links of its own. The tables of
 `choose_tiles` in kernels/skinny_linear.py, decode_attention.py and append_attention.py, of `choose_attention_tiles` in
-_paced_attention.py, `choose_append_tiles` in _paced_append.py and `choose_cross_tiles` in _clustered_cross.py are set from its
-output.
+_paced_attention.py, `choose_stream_tiles` in _paced_stream.py, `choose_append_tiles` in _paced_append.py and
+`choose_cross_tiles` in _clustered_cross.py are set from its output.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from whisper_triton.kernels._linear_call import LinearCall
 from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels._paced_append import PacedTiles as PacedAppendTiles
 from whisper_triton.kernels._paced_attention import AttentionTiles as PacedTiles
+from whisper_triton.kernels._paced_stream import StreamTiles
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.decode_attention import Tiles as AttentionTiles
 from whisper_triton.kernels.skinny_linear import MANY_OUTPUTS, LayerNorm, Tiles, skinny_linear
@@ -44,7 +45,7 @@ decode = sys.modules["whisper_triton.kernels.decode_attention"]
 skinny = sys.modules["whisper_triton.kernels.skinny_linear"]
 
 LINEAR = ("q/k/v", "out", "cross query", "fc1", "fc2", "LM head")
-LINKS = (*LINEAR, "append", "cross", "paced cross", "clustered cross")
+LINKS = (*LINEAR, "append", "cross", "paced cross", "stream", "clustered cross")
 CLUSTERS = ("clustered cross",)
 LATE = 420  # a position late in a cache: `late_ms` is told beside the time at POSITION, which alone chooses
 Link = tuple[object, ...]
@@ -110,6 +111,9 @@ def candidates(link: Link, B: int) -> list[object]:
         return tiles
     if link[0] == "clustered cross":
         return [None, *(CrossTiles(*cut) for cut in itertools.product((4, 8), (1, 2, 3, 4, 5, 6, 8)))]
+    if link[0] == "stream":
+        cuts = ((2, 4, 4), (2, 8, 8), (4, 4, 8), (4, 8, 4), (4, 16, 4), (8, 4, 2))  # warps, rows of each, programs
+        return [None, *(StreamTiles(*cut[:2], places, cut[2]) for cut in cuts for places in (2, 3, 4, 6, 8))]
     if link[0] == "paced cross":
         cuts = itertools.product((64, 96, 128, 160, 192, 256), (2, 4, 8), (1, 2, 3, 4))
         return [PacedTiles(*cut) for cut in cuts if cut[0] % (_paced_attention.ROWS * cut[1]) == 0]
@@ -239,6 +243,7 @@ def main() -> None:
     overridable(append, lambda *args: ("append",))
     overridable(decode, lambda *args: ("cross",))
     overridable(_paced_attention, lambda *args: ("paced cross",), "choose_attention_tiles")
+    overridable(decode, lambda *args: ("stream",), "choose_stream_tiles")
     overridable(_clustered_cross, lambda *args: ("clustered cross",), "choose_cross_tiles")
     rows = []
     for name in args.model.split(","):

@@ -1,4 +1,6 @@
-"""Argument checks shared by the launchers. Each raises `ValueError` with the offending value; none reads device memory."""
+"""Argument checks shared by the launchers and their references. Each raises `ValueError` with the offending value; none reads
+device memory.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ def check_tensors(**tensors: object) -> None:
             raise ValueError(f"{name} must be a tensor, got one in the layout {tensor.layout}")
 
 
-def check_dtype(tensor: torch.Tensor) -> None:
+def check_dtype(tensor: torch.Tensor, is_reference: bool = False) -> None:
     """One that the kernels take; the PyTorch references also take float64, which is what the kernels are measured against."""
-    allowed = (*DTYPES, torch.float64) if backend(tensor.device) == "reference" else DTYPES
+    allowed = (*DTYPES, torch.float64) if is_reference or backend(tensor.device) == "reference" else DTYPES
     if tensor.dtype not in allowed:
         raise ValueError(f"dtype must be one of {[str(d) for d in allowed]}, got {tensor.dtype}")
 
@@ -34,11 +36,11 @@ def check_mutated(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} is written to and must not overlap itself, got strides {tensor.stride()}")
 
 
-def check_states(**tensors: torch.Tensor) -> None:
+def check_states(*, is_reference: bool = False, **tensors: torch.Tensor) -> None:
     """All tensors 4-d, one dtype and device, dense in the last dimension; the dtype one that the kernels take."""
     check_tensors(**tensors)
     first = next(iter(tensors.values()))
-    check_dtype(first)
+    check_dtype(first, is_reference)
     for name, tensor in tensors.items():
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")

@@ -1,4 +1,7 @@
-"""`decode_attention` of one token over a cross cache that comes by paced asynchronous copies: see `_paced.py`."""
+"""`decode_attention` of one token over a cross cache that comes by paced asynchronous copies: see `_paced.py`.
+
+A program has a part of one head's keys, all of which find room in its shared memory; for many heads see `_paced_stream.py`.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +150,7 @@ class AttentionTiles(NamedTuple):
 
 
 def choose_attention_tiles(B: int) -> AttentionTiles:
-    """Tiles for B sequences. Measured on one H100 80GB HBM3, in steps of large-v3 of 1 to 32 rows, fp16, 2026-11-25."""
+    """Tiles for B sequences. Measured on one H100 80GB HBM3, in steps of large-v3 of 1 to 8 rows, fp16, 2026-11-25."""
     return AttentionTiles(128, 4, 4 if B == 1 else 2)
 
 

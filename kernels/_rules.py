@@ -23,7 +23,6 @@ class TokenLimits(NamedTuple):
     last_initial_timestamp: int = NEVER  # the greatest token there
     end_of_text: int = 0  # tokens below it may not follow an opening timestamp
     prefer_timestamps: int = 0  # 1: all timestamps together are compared with the best text token
-    seed: int = 0
     top_k: int = 0  # for `select_token(..., top_k=True)`: tokens below the k-th most probable are not drawn
     call: int = 0  # less than 2 ** 31, stands beside what `host_ends` is told
 
@@ -32,7 +31,7 @@ class TokenRules(NamedTuple):
     """A call's rules on the device, read by each step."""
 
     flags: torch.Tensor  # (V,) uint8, the bits above
-    limits: torch.Tensor  # (12,) int64, a TokenLimits
+    limits: torch.Tensor  # (11,) int64, a TokenLimits
     temperature: torch.Tensor  # () fp32, 0 is greedy
 
 
@@ -46,6 +45,7 @@ class TokenState(NamedTuple):
     lengths: torch.Tensor  # (B,) int64
     last_timestamps: torch.Tensor  # (B,) int64, a row's newest timestamp, 0 if it has none
     ends: torch.Tensor  # (B,) int64, the length at which a row ended, 0 while it goes on
+    seeds: torch.Tensor  # (B,) int64, of a row's random numbers: different rows draw alike if theirs are equal; never written
     next_ids: torch.Tensor  # (B, 1) int64, the tokens chosen last
     # (B,) int64, the call in the high half and `ends` in the low one, written when a row ends and never before. It may lie in
     # pinned memory of the host: what the host reads after an event is what was written before it, or later.

@@ -21,10 +21,11 @@ def _multiply(a: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (high + (low >> 16)) >> 16, ((high << 16) + low) & 0xFFFFFFFF
 
 
-def random_bits(seed: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """32 random bits for each token, length and row: Philox4x32-10 (Salmon et al., SC'11)."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(tokens, lengths, rows, torch.zeros_like(tokens))
-    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+def random_bits(seeds: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """32 random bits for each row's seed, token and length: Philox4x32-10 (Salmon et al., SC'11)."""
+    seeds, c0, c1 = torch.broadcast_tensors(seeds, tokens, lengths)
+    c2 = c3 = torch.zeros_like(c0)
+    k0, k1 = seeds & 0xFFFFFFFF, (seeds >> 32) & 0xFFFFFFFF
     for _ in range(10):
         (high_0, low_0), (high_2, low_2) = _multiply(0xD2511F53, c0), _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high_2 ^ c1 ^ k0, low_2, high_0 ^ c3 ^ k1, low_0
@@ -32,9 +33,9 @@ def random_bits(seed: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor,
     return c0
 
 
-def gumbel_reference(seed: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def gumbel_reference(seeds: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """What is added to values whose greatest is then a draw from their softmax."""
-    v = ((random_bits(seed, tokens, lengths, rows).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    v = ((random_bits(seeds, tokens, lengths).float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log(torch.where(v < 0.015625, v * (1 + v * (0.5 + v * (1 / 3 + v * 0.25))), -torch.log(1 - v)))
 
 
@@ -46,10 +47,10 @@ def keep_top_k(scores: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def gumbel(seed, tokens, length, i_b):
+def gumbel(seed, tokens, length):
     """As above."""
     zeros = tokens * 0
-    bits, _, _, _ = tl.philox(seed, tokens, zeros + length, zeros + i_b, zeros)
+    bits, _, _, _ = tl.philox(seed, tokens, zeros + length, zeros, zeros)
     # An exponential variate, exact in its small values, which are those that win.
     v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
     small = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
@@ -84,7 +85,6 @@ def draw_from_top_k(
     temperature,
     seed,
     length,
-    i_b,
     text_groups,  # the groups of tokens from 0 on; those after them are of tokens from `time` on
     time,
     BLOCK_G: tl.constexpr,
@@ -124,7 +124,7 @@ def draw_from_top_k(
         tokens = group * GROUP + offs % GROUP + tl.where(group < text_groups, 0, time - text_groups * GROUP)
         is_kept = _ordered(x) >= least
         total += tl.sum(tl.where(is_kept, tl.exp((x - top) * temperature), 0.0), axis=0)
-        key = tl.where(is_kept, x + gumbel(seed, tokens, length, i_b), float("-inf"))
+        key = tl.where(is_kept, x + gumbel(seed, tokens, length), float("-inf"))
         best_here, i_best = tl.max(key, axis=0, return_indices=True)
         if best_here > best:
             # Loaded again: to look for it among those at hand would take registers for all of them.

@@ -25,7 +25,8 @@ def add_layer_norm_reference(
     eps: float,
     limit: float = float("inf"),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `add_layer_norm` computes, in PyTorch."""
+    """What `add_layer_norm` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
+    _check(x, residual, weight, bias, is_reference=True)
     dtype = torch.promote_types(x.dtype, torch.float32)
     total = x.view(-1, *residual.shape).to(dtype) + residual.to(dtype)
     total = total.view(x.shape).to(x.dtype).clamp(-limit, limit)
@@ -128,8 +129,15 @@ def add_layer_norm(
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
+    _check(x, residual, weight, bias)
+    return _op(x, residual, weight, bias, eps, limit)
+
+
+def _check(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, is_reference: bool = False
+) -> None:
     check_tensors(x=x, residual=residual, weight=weight, bias=bias)
-    check_dtype(x)
+    check_dtype(x, is_reference)
     if x.dim() != 2 or residual.dim() != 2 or x.shape[1] != residual.shape[1] or min(*x.shape, len(residual)) == 0:
         raise ValueError(f"x must be (M, C) and residual (R, C), got {tuple(x.shape)} and {tuple(residual.shape)}")
     if x.shape[0] % residual.shape[0]:
@@ -142,4 +150,3 @@ def add_layer_norm(
                 f"all tensors must be contiguous and {x.dtype} on {x.device} like x, got {tensor.dtype} on"
                 f" {tensor.device} with strides {tensor.stride()}"
             )
-    return _op(x, residual, weight, bias, eps, limit)

@@ -49,6 +49,7 @@ def append_attention_reference(
     ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `append_attention` computes, in PyTorch: `update_kv_cache`, then causal `decode_attention`."""
+    _check(query, key, value, key_cache, value_cache, cache_position, ended, is_reference=True)
     update_kv_cache_reference(key, value, key_cache, value_cache, cache_position)
     B, T = query.shape[:2]
     limit = (cache_position.reshape(-1, 1) + torch.arange(1, T + 1, device=query.device)).expand(B, -1)
@@ -315,7 +316,24 @@ def append_attention(
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit; the caches are then untouched.
     """
-    check_states(query=query, key=key, value=value, key_cache=key_cache, value_cache=value_cache)
+    _check(query, key, value, key_cache, value_cache, cache_position, ended)
+    out = query.new_empty(query.shape)
+    _op(query, key, value, key_cache, value_cache, cache_position, out, scale, read_ahead, ended)
+    return out
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    ended: torch.Tensor | None,
+    is_reference: bool = False,
+) -> None:
+    states = {"query": query, "key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache}
+    check_states(**states, is_reference=is_reference)
     check_caches(query, key_cache, value_cache, mutated=True)
     check_attention(query)
     if key.shape != query.shape or value.shape != query.shape:
@@ -324,6 +342,3 @@ def append_attention(
         )
     check_positions("cache_position", cache_position, query.shape[0], query.device)
     check_ended(ended, query.shape[0], query.device)
-    out = query.new_empty(query.shape)
-    _op(query, key, value, key_cache, value_cache, cache_position, out, scale, read_ahead, ended)
-    return out

@@ -17,7 +17,8 @@ from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
 def bias_gelu_reference(x: torch.Tensor, bias: torch.Tensor) -> None:
-    """What `bias_gelu` computes, in PyTorch."""
+    """What `bias_gelu` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
+    _check(x, bias, is_reference=True)
     dtype = torch.promote_types(x.dtype, torch.float32)
     x.copy_(torch.nn.functional.gelu(x.to(dtype) + bias.to(dtype)))
 
@@ -81,12 +82,16 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> None:
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit; x is then untouched.
     """
+    _check(x, bias)
+    _op(x, bias)
+
+
+def _check(x: torch.Tensor, bias: torch.Tensor, is_reference: bool = False) -> None:
     check_tensors(x=x, bias=bias)
-    check_dtype(x)
+    check_dtype(x, is_reference)
     if x.dim() != 2 or bias.shape != x.shape[1:] or x.numel() == 0:
         raise ValueError(f"x must be (M, N) and bias (N,), got {tuple(x.shape)} and {tuple(bias.shape)}")
     if bias.dtype != x.dtype or bias.device != x.device:
         raise ValueError(f"bias is {bias.dtype} on {bias.device}, expected {x.dtype} on {x.device} like x")
     if not x.is_contiguous() or not bias.is_contiguous():
         raise ValueError(f"x and bias must be contiguous, got strides {x.stride()} and {bias.stride()}")
-    _op(x, bias)

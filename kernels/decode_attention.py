@@ -8,9 +8,9 @@ for all of them. The cache is (B, H, S, D), the query (B, T, H, D) and so is the
 
 At batch 1 the H heads of Whisper cannot fill the chip, so each head's keys are cut into NUM_SPLITS chunks, one a program; a
 second tiny kernel merges the partial softmax states in a fixed order, or, with `counters`, the last of a head's programs
-does. The split depends on shapes alone, so results do not depend on the run or on the other rows of the batch. Method:
-flash-decoding, https://pytorch.org/blog/flash-decoding/. The kernels: `_plain_attention.py` for any GPU, and on an H100, in
-a step of a wide model over its cross caches, `_paced_attention.py`.
+does. The split depends on shapes and the GPU alone, so results do not depend on the run or on the other rows of the batch.
+Method: flash-decoding, https://pytorch.org/blog/flash-decoding/. The kernels: `_plain_attention.py` for any GPU, and on an
+H100 or H200, in a step of a wide model over its cross caches, `_paced_attention.py`, for many heads `_paced_stream.py`.
 
 Bytes moved: 2 * B * H * n * D elements (each key and value once).
 """
@@ -25,6 +25,7 @@ from ._checks import check_attention, check_caches, check_counters, check_ended,
 from ._dispatch import register, triton
 from ._paced import give_up
 from ._paced_attention import covers_attention, paced_attention
+from ._paced_stream import choose_stream_tiles, paced_stream
 from ._plain_attention import plain_attention
 
 LOG2E = 1.4426950408889634
@@ -43,6 +44,7 @@ def decode_attention_reference(
     ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `decode_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
+    _check(query, key_cache, value_cache, kv_length, counters, ended, is_reference=True)
     B, T, _, _ = query.shape
     S = key_cache.shape[2]
     if kv_length is None and ended is None and (T == 1 or not is_causal):
@@ -146,8 +148,10 @@ def _launch(
     S = key_cache.shape[2]
     joins = counters is not None and T == 1
     if joins and read_ahead and kv_length is None and tiles is None and covers_attention(query, key_cache, value_cache):
+        arguments = query, key_cache, value_cache, scale * LOG2E, counters, ended
+        stream = choose_stream_tiles(B * H, D)
         try:
-            return paced_attention(query, key_cache, value_cache, scale * LOG2E, counters, ended)
+            return paced_attention(*arguments) if stream is None else paced_stream(*arguments, stream)
         except Exception as error:
             give_up(error, query.device)
     tiles = tiles or choose_tiles(B, T, H, S, D, query.element_size(), joins)
@@ -232,7 +236,20 @@ def decode_attention(
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
-    check_states(query=query, key_cache=key_cache, value_cache=value_cache)
+    _check(query, key_cache, value_cache, kv_length, counters, ended)
+    return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters, ended)
+
+
+def _check(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    kv_length: torch.Tensor | None,
+    counters: torch.Tensor | None,
+    ended: torch.Tensor | None,
+    is_reference: bool = False,
+) -> None:
+    check_states(query=query, key_cache=key_cache, value_cache=value_cache, is_reference=is_reference)
     check_caches(query, key_cache, value_cache)
     check_attention(query)
     if kv_length is not None:
@@ -240,4 +257,3 @@ def decode_attention(
     if counters is not None:
         check_counters(counters, query.shape[0] * query.shape[2], query.device)
     check_ended(ended, query.shape[0], query.device)
-    return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters, ended)

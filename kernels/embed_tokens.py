@@ -17,6 +17,7 @@ def embed_tokens_reference(
     input_ids: torch.Tensor, token_embedding: torch.Tensor, position_embedding: torch.Tensor, cache_position: torch.Tensor
 ) -> torch.Tensor:
     """What `embed_tokens` computes, in PyTorch."""
+    _check(input_ids, token_embedding, position_embedding, cache_position, is_reference=True)
     ids = input_ids.reshape(input_ids.shape[0], -1)
     positions = cache_position + torch.arange(ids.shape[1], device=ids.device)
     V, P = len(token_embedding), len(position_embedding)
@@ -111,8 +112,19 @@ def embed_tokens(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
+    _check(input_ids, token_embedding, position_embedding, cache_position)
+    return _op(input_ids, token_embedding, position_embedding, cache_position)
+
+
+def _check(
+    input_ids: torch.Tensor,
+    token_embedding: torch.Tensor,
+    position_embedding: torch.Tensor,
+    cache_position: torch.Tensor,
+    is_reference: bool = False,
+) -> None:
     check_tensors(input_ids=input_ids, token_embedding=token_embedding, position_embedding=position_embedding)
-    check_dtype(token_embedding)
+    check_dtype(token_embedding, is_reference)
     if token_embedding.dim() != 2 or token_embedding.numel() == 0 or position_embedding.numel() == 0:
         shapes = f"{tuple(token_embedding.shape)} and {tuple(position_embedding.shape)}"
         raise ValueError(f"embeddings must be (V, K) and (P, K) and not empty, got {shapes}")
@@ -132,4 +144,3 @@ def embed_tokens(
             f"{token_embedding.device}"
         )
     check_positions("cache_position", cache_position, 1, token_embedding.device)
-    return _op(input_ids, token_embedding, position_embedding, cache_position)

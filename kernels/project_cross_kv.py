@@ -24,6 +24,7 @@ from ._dispatch import capability, pdl_handover, pdl_options, register, tl, trit
 
 def project_cross_kv_reference(encoder_states: torch.Tensor, table: CrossTable) -> None:
     """What `project_cross_kv` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
+    _check(encoder_states, table)
     _run_reference(encoder_states, *table)
 
 
@@ -270,6 +271,11 @@ def project_cross_kv(encoder_states: torch.Tensor, table: CrossTable) -> None:
     Raises:
         ValueError: encoder states that do not fit; the caches are then untouched.
     """
+    _check(encoder_states, table)
+    _op(encoder_states, *table)
+
+
+def _check(encoder_states: torch.Tensor, table: CrossTable) -> None:
     if not isinstance(table, CrossTable):
         raise ValueError(f"table must be what cross_table returns, got {type(table).__name__}")
     check_tensors(encoder_states=encoder_states)
@@ -282,4 +288,3 @@ def project_cross_kv(encoder_states: torch.Tensor, table: CrossTable) -> None:
         )
     if encoder_states.shape[-1] > 1 and encoder_states.stride(-1) != 1:
         raise ValueError(f"encoder_states must be dense in its last dimension, got strides {encoder_states.stride()}")
-    _op(encoder_states, *table)

@@ -12,8 +12,9 @@ gets the pad token. All that differs from call to call lies on the device (`Toke
 (`TokenState`), so that one captured graph serves every call and no step waits for the host.
 
 The first launch cuts text and timestamps into chunks and reduces each to (maximum, sum of exponentials, best token); the
-second, a program a row, joins them. Noise is Philox at the counter (token, length, row) under the call's seed: a row draws the
-same whatever else is in the batch. `top_k` is `TopKLogitsWarper`, a variant of the two launches: see `_sampling.py`.
+second, a program a row, joins them. Noise is Philox at the counter (token, length) under the row's own seed: a row draws the
+same wherever in a batch it stands, and whatever else is there. `top_k` is `TopKLogitsWarper`, a variant of the two launches:
+see `_sampling.py`.
 Who calls it: `whisper_triton.decode_loop`. Bytes moved: B * V logits and V flags, with `top_k` 8 * B * V more in the L2.
 """
 
@@ -37,6 +38,7 @@ BLOCK_V = 1024
 
 def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: TokenState, *, top_k: bool = False) -> None:
     """What `select_token` does, in PyTorch."""
+    _check(logits, rules, state, is_reference=True)
     B, V = logits.shape
     limits = TokenLimits(*rules.limits.unbind())
     tokens, rows = torch.arange(V, device=logits.device), torch.arange(B, device=logits.device)
@@ -44,7 +46,7 @@ def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: Token
     divided = scores / rules.temperature
     if top_k:
         divided = keep_top_k(divided, limits.top_k)
-    noise = gumbel_reference(limits.seed, tokens, state.lengths[:, None], rows[:, None])
+    noise = gumbel_reference(state.seeds[:, None], tokens, state.lengths[:, None])
     keys = torch.where(rules.temperature > 0, divided + noise, scores)
     chosen = keys.argmax(-1)
     left = divided * rules.temperature if top_k else scores
@@ -69,12 +71,13 @@ def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: Token
 def _reduce_chunks_kernel(
     logits_ptr,  # (B, V) fp16/bf16/fp32
     flags_ptr,  # (V,) uint8
-    limits_ptr,  # (12,) int64
+    limits_ptr,  # (11,) int64
     temperature_ptr,  # () fp32
     ids_ptr,  # (B, L) int64
     lengths_ptr,  # (B,) int64
     last_timestamps_ptr,  # (B,) int64
     ends_ptr,  # (B,) int64
+    seeds_ptr,  # (B,) int64
     partial_ptr,  # (3, B, chunks) fp32: maximum, sum of exponentials below it, best key
     partial_tokens_ptr,  # (B, chunks) int32: the best key's token
     values_ptr,  # (B, chunks, BLOCK_V) fp32, with TOP_K: scores by temperature
@@ -140,7 +143,7 @@ def _reduce_chunks_kernel(
         maxima = tl.max(tl.reshape(x, (BLOCK_V // GROUP, GROUP)), axis=1)
         tl.store(maxima_ptr + i_partial * (BLOCK_V // GROUP) + tl.arange(0, BLOCK_V // GROUP), maxima)
     elif temperature > 0:
-        key = s / temperature + gumbel(tl.load(limits_ptr + 9), offs, length, i_b)
+        key = s / temperature + gumbel(tl.load(seeds_ptr + i_b), offs, length)
     best, i_best = tl.max(key, axis=0, return_indices=True)
 
     partial_ptr += i_b * chunks + i_chunk
@@ -171,7 +174,8 @@ def _pick_token_kernel(
     maxima_ptr,
     order_ptr,  # (B, chunks, BLOCK_V / GROUP) int32, with TOP_K
     flags_ptr,  # (V,) uint8
-    limits_ptr,  # (12,) int64
+    limits_ptr,  # (11,) int64
+    seeds_ptr,  # (B,) int64
     ids_ptr,  # (B, L) int64, this and all below in place
     lengths_ptr,  # (B,) int64
     last_timestamps_ptr,  # (B,) int64
@@ -206,7 +210,7 @@ def _pick_token_kernel(
     end = tl.load(ends_ptr + i_b)
     max_length, pad_token = tl.load(limits_ptr), tl.load(limits_ptr + 1)
     timestamp_begin = tl.load(limits_ptr + 4)
-    call = tl.load(limits_ptr + 11)
+    call = tl.load(limits_ptr + 10)
 
     is_text = offs_c < tl.cdiv(tl.minimum(timestamp_begin.to(tl.int32), V), BLOCK_V)
     m_text, l_text, key_text, text = join_chunks(is_text, m_c, l_c, key_c, token_c)
@@ -232,11 +236,10 @@ def _pick_token_kernel(
             order_ptr + row,
             tl.where(running, groups, 0),
             tl.where(prefer, text_groups, 0),
-            tl.load(limits_ptr + 10).to(tl.int32),
+            tl.load(limits_ptr + 9).to(tl.int32),
             temperature,
-            tl.load(limits_ptr + 9),
+            tl.load(seeds_ptr + i_b),
             length.to(tl.int32),
-            i_b,
             text_groups,
             text_end,
             BLOCK_G,
@@ -318,6 +321,7 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
         "lengths_ptr": state.lengths,
         "last_timestamps_ptr": state.last_timestamps,
         "ends_ptr": state.ends,
+        "seeds_ptr": state.seeds,
         "stride_ids_b": state.ids.stride(0),
         "L": state.ids.shape[1],
         "V": V,
@@ -343,9 +347,9 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
     )
 
 
-def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
+def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState, is_reference: bool = False) -> None:
     check_tensors(logits=logits, **rules._asdict(), **state._asdict())
-    check_dtype(logits)
+    check_dtype(logits, is_reference)
     if state.ids.dim() != 2 or state.ids.numel() == 0:
         raise ValueError(f"ids must be (B, L) and not empty, got {tuple(state.ids.shape)}")
     if logits.dim() != 2 or not logits.is_contiguous() or logits.numel() == 0:
@@ -362,6 +366,7 @@ def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState) -> None:
         "lengths": (state.lengths, (B,), torch.int64),
         "last_timestamps": (state.last_timestamps, (B,), torch.int64),
         "ends": (state.ends, (B,), torch.int64),
+        "seeds": (state.seeds, (B,), torch.int64),
         "next_ids": (state.next_ids, (B, 1), torch.int64),
         "host_ends": (state.host_ends, (B,), torch.int64),
     }

@@ -27,7 +27,7 @@ from ._dispatch import register
 from ._linear_call import LinearCall
 from ._paced import MIN_WIDTH, MIN_WIDTH_OF_FEW, give_up, has_paced_copies
 from ._paced_linear import covers_linear, paced_linear
-from ._paced_rows import MAX_BLOCK_B, covers_rows, paced_rows
+from ._paced_rows import BLOCK_K, MAX_BLOCK_B, covers_rows, paced_rows
 from ._plain_linear import plain_linear, sum_splits
 
 MAX_ROWS = 64
@@ -53,6 +53,7 @@ def skinny_linear_reference(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `skinny_linear` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
+    check_linear(x, weights, biases, layer_norm, residual, is_reference=True)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
     if layer_norm is not None:
@@ -117,13 +118,17 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
     """Tiles of the kernels with paced copies, or None where the plain one is as fast or nothing has been measured.
 
     Measured on one H100 80GB HBM3, fp16, as benchmarks/tune_step.py does, tiles and paces together: large-v3 at batch 1 and 8,
-    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried at 2 and 4, and in medium at 1, 2 and 8; the LM head on one
-    NVIDIA H200, 2026-11-29, turbo at 2 to 16 and large-v3 at 8.
+    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried at 2 and 4, and in medium at 1, 2 and 8. The LM head on one
+    NVIDIA H200, 2026-11-29: turbo at 1 to 32, medium, small and base at 1, 2 and 8.
     """
-    if B > 32 or min(N, K) < (MIN_WIDTH_OF_FEW if 1 < B <= 4 else MIN_WIDTH):
+    if B > 32:
         return None
     if N > MANY_OUTPUTS:
-        return Tiles(16, 1, 4, True, K // 256, PROGRAMS=4) if 1 < B <= 16 else None
+        if K < MIN_WIDTH:
+            return Tiles(32, 1, 4, True, max(1, K // BLOCK_K), PROGRAMS=4) if B > 4 else None
+        return Tiles(32, 1, 8, True, K // BLOCK_K, PROGRAMS=2) if B > 16 else Tiles(16, 1, 4, True, K // BLOCK_K, PROGRAMS=4)
+    if min(N, K) < (MIN_WIDTH_OF_FEW if 1 < B <= 4 else MIN_WIDTH):
+        return None
     if B == 1:
         if K > 2048:
             return Tiles(4, 1, 2, PACE=8)
@@ -292,6 +297,7 @@ def check_linear(
     biases: tuple[torch.Tensor | None, ...],
     layer_norm: LayerNorm | None,
     residual: torch.Tensor | None,
+    is_reference: bool = False,
 ) -> None:
     if len(weights) not in (1, 3) or len(biases) != len(weights):
         raise ValueError(f"one or three weights are wanted and a bias or None for each, got {len(weights)} and {len(biases)}")
@@ -301,7 +307,7 @@ def check_linear(
     check_tensors(**({} if residual is None else {"residual": residual}))
     if layer_norm is not None:
         check_tensors(norm_weight=layer_norm[0], norm_bias=layer_norm[1])
-    check_dtype(x)
+    check_dtype(x, is_reference)
     if x.dim() != 2 or any(w.dim() != 2 or 0 in w.shape for w in weights):
         raise ValueError(f"x must be (B, K) and weights (N, K), got {tuple(x.shape)} and {[tuple(w.shape) for w in weights]}")
     (B, K), N = x.shape, weights[0].shape[0]

@@ -26,6 +26,7 @@ def update_kv_cache_reference(
     cache_position: torch.Tensor,
 ) -> None:
     """What `update_kv_cache` computes, in PyTorch: tokens that fall outside the S slots are dropped."""
+    _check(key, value, key_cache, value_cache, cache_position, is_reference=True)
     B, T, _, _ = key.shape
     S = key_cache.shape[2]
     slots = cache_position.reshape(-1, 1).expand(B, 1) + torch.arange(T, device=key.device)  # (B, T)
@@ -148,9 +149,20 @@ def update_kv_cache(
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit; the caches are then untouched.
     """
-    check_states(key=key, value=value, key_cache=key_cache, value_cache=value_cache)
+    _check(key, value, key_cache, value_cache, cache_position)
+    _op(key, value, key_cache, value_cache, cache_position)
+
+
+def _check(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_position: torch.Tensor,
+    is_reference: bool = False,
+) -> None:
+    check_states(key=key, value=value, key_cache=key_cache, value_cache=value_cache, is_reference=is_reference)
     check_caches(key, key_cache, value_cache, mutated=True)
     if key.shape != value.shape:
         raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} differ in shape")
     check_positions("cache_position", cache_position, key.shape[0], key.device)
-    _op(key, value, key_cache, value_cache, cache_position)

@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
-from whisper_triton.kernels import _attend, _cluster, _dispatch, _paced, _paced_rows
+from whisper_triton.kernels import _attend, _cluster, _dispatch, _paced, _paced_rows, _paced_stream
 
 
 class Launcher:
@@ -98,7 +98,8 @@ def emulate(change: Callable[[str], str] = str, early: bool = False) -> Iterator
     with ExitStack() as stack:
         for module in (_dispatch, _attend, _paced):
             stack.enter_context(mock.patch.object(module, "capability", return_value=(9, 0)))
-        stack.enter_context(mock.patch.object(_paced_rows, "multiprocessors", return_value=3))
+        for module in (_paced_rows, _paced_stream):
+            stack.enter_context(mock.patch.object(module, "multiprocessors", return_value=3))
         stack.enter_context(mock.patch.object(_paced, "set_attribute", return_value=0))
         stack.enter_context(mock.patch.object(_cluster, "set_attribute", return_value=0))
         stack.enter_context(mock.patch.object(_paced, "is_tritons", return_value=False))

@@ -23,7 +23,7 @@ Run = Callable[[Where], None]
 INTEGER, FLOAT = r"(?P<kind>[us](?:16|32|64))", r"(?P<kind>f32)"
 # Opcodes that compute one register from others of their own type, or from a second one of another.
 ELEMENTWISE = [
-    (rf"(?P<name>add|sub|min|max|neg|abs|mul\.lo|mad\.lo)\.{INTEGER}", {}),
+    (rf"(?P<name>add|sub|min|max|neg|abs|div|rem|mul\.lo|mad\.lo)\.{INTEGER}", {}),
     (rf"(?P<name>add|sub|mul|min|max|neg|abs)(?:\.rn)?(?:\.ftz)?\.{FLOAT}", {}),
     (rf"(?P<name>fma\.rn|div\.full|div\.rn|ex2\.approx|rsqrt\.approx)(?:\.ftz)?\.{FLOAT}", {}),
     (r"(?P<name>and|or|xor|not)\.(?P<kind>pred|b16|b32|b64)", {}),

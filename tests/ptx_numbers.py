@@ -49,8 +49,15 @@ def extract(a: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarr
     return (signed if is_signed else wide & (1 << np.minimum(length & 255, 62).astype(np.int64)) - 1).astype(a.dtype)
 
 
+def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of integers towards zero. Threads that do not take part may hold a zero."""
+    if a.dtype.kind == "f":
+        return np.divide(a, b)
+    return ((a - np.fmod(a, b)) // np.where(b == 0, 1, b)).astype(a.dtype)
+
+
 FUNCTIONS: dict[str, Callable] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "div": np.divide,
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "mul.lo": np.multiply, "div": divide, "rem": np.fmod,
     "min": np.fmin, "max": np.fmax, "neg": np.negative, "abs": np.absolute,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert,
     "shl": np.left_shift, "shr": np.right_shift, "ex2": np.exp2, "rsqrt": lambda x: np.float32(1) / np.sqrt(x),

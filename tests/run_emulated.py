@@ -28,6 +28,7 @@ from test_skinny_linear import double, make
 from whisper_triton.kernels._clustered_cross import CrossTiles
 from whisper_triton.kernels._paced_append import PacedTiles
 from whisper_triton.kernels._paced_attention import paced_attention
+from whisper_triton.kernels._paced_stream import StreamTiles, paced_stream
 
 from whisper_triton.kernels import _cluster
 
@@ -77,8 +78,10 @@ def run_linear(B: int, K: int, N: int, tiles: linear.Tiles, parts: int, dtype: t
     return judge(out, exact, stock)
 
 
-def run_attention(B: int, H: int, D: int, S: int, dtype: torch.dtype, has_ended: bool) -> Judged:
-    """With `has_ended` every second sequence has, and its keys and values are NaN."""
+def run_attention(
+    B: int, H: int, D: int, S: int, dtype: torch.dtype, has_ended: bool, tiles: StreamTiles | None = None
+) -> Judged:
+    """With `tiles` by programs that go on; with `has_ended` every second sequence has, and its keys and values are NaN."""
     shape = Shape(B=B, T=1, H=H, D=D, S=S, length=S)
     (query,), caches = random_states(shape, dtype, CPU, 1), random_caches(shape, dtype, CPU, [S] * B)
     counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.arange(B) % 2 if has_ended else None
@@ -89,7 +92,8 @@ def run_attention(B: int, H: int, D: int, S: int, dtype: torch.dtype, has_ended:
         for cache in caches:
             cache[ended != 0] = torch.nan
     with poisoned_allocations():
-        out = paced_attention(query, *caches, SCALE * decode.LOG2E, counters, ended)
+        arguments = query, *caches, SCALE * decode.LOG2E, counters, ended
+        out = paced_attention(*arguments) if tiles is None else paced_stream(*arguments, tiles)
     if counters.any():
         raise Fault(f"counters are {counters.tolist()} afterwards")
     return judge(out, exact, stock)
@@ -182,6 +186,24 @@ def attention_cases() -> Iterator[Case]:
     ):
         run = functools.partial(run_attention, B, H, D, S, dtype, has_ended)
         yield f"attention {B=} {H=} {D=} {S=} {has_ended=} {dtype}", run
+    for (
+        B,
+        H,
+        D,
+        S,
+        dtype,
+        has_ended,
+        tiles,
+    ) in (  # on three multiprocessors, one of whose programs may have part of a head or many
+        (1, 2, 64, 1500, torch.float16, False, StreamTiles(4, 16, 2, 4)),
+        (1, 1, 64, 513, torch.float16, False, StreamTiles(2, 8, 6, 8)),
+        (9, 2, 64, 513, torch.bfloat16, True, StreamTiles(4, 8, 3, 1)),
+        (3, 2, 64, 600, torch.float16, True, StreamTiles(4, 4, 2, 2)),
+        (2, 2, 32, 700, torch.float16, False, StreamTiles(2, 16, 4, 1)),
+        (1, 1, 128, 530, torch.float16, False, StreamTiles(4, 8, 2, 40)),
+    ):
+        run = functools.partial(run_attention, B, H, D, S, dtype, has_ended, tiles)
+        yield f"stream {B=} {H=} {D=} {S=} {has_ended=} {tuple(tiles)} {dtype}", run
 
 
 def append_cases() -> Iterator[Case]:
@@ -271,6 +293,7 @@ def damaged_cases() -> Iterator[Case]:
     one_row = functools.partial(run_linear, 1, 512, 48, linear.Tiles(8, 1, 4, PACE=2), 3, torch.float16, "scale")
     tiles = linear.Tiles(16, 1, 4, True, 1, PROGRAMS=1)
     in_tiles = functools.partial(run_linear, 2, 512, 100, tiles, 1, torch.float16, "no bias")
+    streamed = functools.partial(run_attention, 1, 2, 64, 600, torch.float16, False, StreamTiles(4, 8, 3, 1))
     appended = functools.partial(run_append, PacedTiles(32, 4, 3), [130], 64, torch.float16, True)
     crossed = judged(check_clusters, 1, 1, 100, 256, torch.float16, CrossTiles(4, 4))
     for name, pattern, by, run in (
@@ -279,6 +302,7 @@ def damaged_cases() -> Iterator[Case]:
         ("far offset", r"(cp\.async\.cg[^,]*, \[ %rd\d+ \+ )0", r"\g<1>1048576", one_row),
         ("too weak a wait", r"cp\.async\.wait_group\s+0", "cp.async.wait_group 1", one_row),
         ("too weak a wait in a loop", r"cp\.async\.wait_group\s+2", "cp.async.wait_group 3", appended),
+        ("too weak a wait between pieces", r"cp\.async\.wait_group\s+2", "cp.async.wait_group 3", streamed),
         ("too many bytes expected", r"(expect_tx[^;]*, )256;", r"\g<1>260;", crossed),
         ("too few bytes expected", r"(expect_tx[^;]*, )256;", r"\g<1>252;", crossed),
         ("no wait for what is sent", r"mbarrier\.try_wait[^;]*;", "setp.eq.u32 p, 0, 0;", crossed),
@@ -307,7 +331,8 @@ def main() -> None:
     torch.set_num_threads(1)
     words = sys.argv[1:] or [""]
     results = []
-    early = [("copies at once: " + name, run) for name, run in append_cases()]
+    streamed = [case for case in attention_cases() if case[0].startswith("stream")]
+    early = [("copies at once: " + name, run) for name, run in (*append_cases(), *streamed)]
     for options, cases in (
         ({}, [*linear_cases(), *attention_cases(), *append_cases(), *cross_cases()]),
         ({"early": True}, early),

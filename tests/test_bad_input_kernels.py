@@ -1,4 +1,6 @@
-"""Every kernel's launcher against arguments that do not fit: each is refused with a reason, and no tensor has changed."""
+"""Every kernel's launcher, and its reference, against arguments that do not fit: each is refused with a reason, and no tensor
+has changed.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,6 @@ from whisper_triton.kernels.skinny_linear import LayerNorm
 from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
 
 from whisper_triton import kernels
-
-pytestmark = pytest.mark.bad_input
 
 L, B, T, H, D, S, C = 2, 2, 2, 3, 32, 8, 64  # layers, sequences, tokens, heads, head dim, slots, width
 V, ROWS = 96, 4  # vocabulary, rows of an encoder's states
@@ -91,8 +91,8 @@ def choice() -> Arguments:
     rules = TokenRules(torch.zeros(V, dtype=torch.uint8), limits, torch.tensor(0.0))
     numbers = [torch.full((B,), value) for value in (2, 0, 0)]
     ids = torch.zeros(B, 6, dtype=torch.int64)
-    next_ids, host_ends = torch.zeros(B, 1, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
-    state = TokenState(ids, torch.zeros(B, 6), *numbers, next_ids, host_ends)
+    seeds, host_ends = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
+    state = TokenState(ids, torch.zeros(B, 6), *numbers, seeds, torch.zeros(B, 1, dtype=torch.int64), host_ends)
     return {"logits": torch.randn(B, V)} | rules._asdict() | state._asdict()
 
 
@@ -280,6 +280,7 @@ SPECIAL: dict[str, list[Bad]] = {
 }  # fmt: skip
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("launcher", "bad"),
     [pytest.param(name, bad, id=f"{name}-{bad.name}") for name in LAUNCHERS for bad in systematic(name) + SPECIAL[name]],
@@ -288,3 +289,38 @@ def test_it_is_refused_with_a_reason_and_changes_nothing(launcher: str, bad: Bad
     call, make = LAUNCHERS[launcher]
     with torch.device(device):
         assert_refused(call, make(), bad)
+
+
+# What concerns launches alone.
+ONLY_OF_LAUNCHES = {
+    "skinny_linear": ("several rows in fp32", "off 16 bytes", "K split under a norm", "an odd tile", "no tile"),
+    "select_token": ("logits: float64", "a block of 100", "a block of 16"),
+}
+WITH_REFERENCES = [name for name in LAUNCHERS if name != "cross_table"]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("launcher", "bad"),
+    [
+        pytest.param(name, bad, id=f"{name}-{bad.name}")
+        for name in WITH_REFERENCES
+        for bad in systematic(name) + SPECIAL[name]
+        if bad.name not in ONLY_OF_LAUNCHES.get(name, ())
+    ],
+)
+def test_the_reference_refuses_it_too(launcher: str, bad: Bad, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, reference = getattr(kernels, launcher), getattr(kernels, f"{launcher}_reference")
+    monkeypatch.setattr(kernels, launcher, reference)  # which the functions above call
+    call, make = LAUNCHERS[launcher]
+    with torch.device(device):
+        assert_refused(reference if call is kernel else call, make(), bad)
+
+
+@pytest.mark.parametrize("launcher", WITH_REFERENCES)
+def test_the_reference_takes_what_is_good(launcher: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, reference = getattr(kernels, launcher), getattr(kernels, f"{launcher}_reference")
+    monkeypatch.setattr(kernels, launcher, reference)
+    call, make = LAUNCHERS[launcher]
+    with torch.device(device):
+        (reference if call is kernel else call)(**make())

@@ -213,15 +213,32 @@ def test_wrong_tokens_are_not_timed(command: Callable[..., Result], monkeypatch:
     refuses(command(*arguments), 1, "the step is wrong in 8 rows: ")
 
 
+@pytest.mark.usefixtures("nothing_is_timed")
+def test_wrong_tokens_of_the_last_row_are_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = benchmark_of_generate.Variant.generate
+
+    def others(self: benchmark_of_generate.Variant) -> torch.Tensor:
+        tokens = generate(self).clone()
+        tokens[-1] += self.name == "accelerate"
+        return tokens
+
+    monkeypatch.setattr(benchmark_of_generate.Variant, "generate", others)
+    arguments = ("generate", "--batch", 4, "--new-tokens", 4, "--calls", 1)
+    refuses(command(*arguments), 1, "accelerate is wrong: a token's logit is")
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        (("step", "--batch", "0"), 2, "--batch takes numbers from 1 on, separated by commas, got '0'"),
+        (("step", "--batch", "0"), 2, "--batch takes numbers from 1 to 2147483647, separated by commas, got '0'"),
+        (("step", "--batch", "99999999999999999999"), 2, "got '99999999999999999999'"),
         (("step", "--batch", "1,two"), 2, "got '1,two'"),
         (("kernels", "--model", "toy,"), 2, "--model takes names separated by commas, got 'toy,'"),
         (("kernels", "--only", "attention"), 2, "no kernel 'attention': there are decode_attention, "),
         (("kernels", "--model", "./nowhere"), 1, "./nowhere: no such directory"),
         (("generate", "--plot", "x.png"), 1, "--plot needs matplotlib"),
+        (("kernels", "--output", "/dev/null/rows.jsonl"), 1, "/dev/null: cannot write there: it is a file, not a directory"),
+        (("kernels", "--output", "/proc/x/rows.jsonl"), 1, "/proc/x: cannot write there: No such file or directory"),
     ],
 )
 def test_bad_options(
@@ -234,6 +251,39 @@ def test_bad_options(
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     refuses(command(*arguments), exit_code, message)
+
+
+@pytest.mark.usefixtures("nothing_is_timed")
+@pytest.mark.parametrize(
+    ("path", "exit_code", "message"),
+    [
+        ("x.xyz", 2, "got 'x.xyz'"),
+        ("plot", 2, "--plot takes a file whose name ends in one of .eps, "),
+        ("/proc/x/y.png", 1, "/proc/x: cannot write there: No such file or directory"),
+    ],
+)
+def test_a_plot_that_cannot_be_drawn(path: str, exit_code: int, message: str, command: Callable[..., Result]) -> None:
+    refuses(command("kernels", "--plot", path), exit_code, message)
+
+
+def test_a_plot_that_cannot_be_drawn_after_all(
+    command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots.Figure, "savefig", full)
+    result = command("kernels", "--only", "embed_tokens", "--batch", 1, "--plot", tmp_path / "x.png")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "whisper-triton: [Errno 28] No space left on device"
+
+
+def test_out_of_memory(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*args: object, **kwargs: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(decoder_step, "bench", allocate)
+    refuses(command("step", "--batch", 1), 1, "cpu is out of memory: try a smaller --batch or --model")
 
 
 def test_every_kernel_is_measured() -> None:

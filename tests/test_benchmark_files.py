@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ from whisper_triton.benchmarks.models import build_model
 
 import whisper_triton
 from whisper_triton import fused_encoder
-from whisper_triton.benchmarks import encoder, harness, host_overhead, prefill
+from whisper_triton.benchmarks import encoder, first_call, harness, host_overhead, prefill
 from whisper_triton.encoder import CapturedEncoder
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ MAINS = {path.stem: path.read_text() for path in FOLDER.glob("*.py") if "\ndef m
 SWEEPS = sorted(name for name, text in MAINS.items() if "measure_named(" in text)
 TUNERS = sorted(name for name in MAINS if name.startswith("tune_"))
 PLACE = harness.Place(torch.device("cpu"), torch.float32, 10.0)
+CALLS = ("first", "second", "other_prompt", "longer")
 
 
 def test_every_command_line_is_tested() -> None:
@@ -155,6 +157,58 @@ class TestHostOverhead:
     def test_work_that_overlaps_counts_once(self) -> None:
         assert host_overhead.covered([(5, 7), (0, 2), (1, 3), (1.5, 2.5)]) == 5
         assert host_overhead.covered([]) == 0
+
+
+class TestFirstCall:
+    def test_rows(self, run: Run) -> None:
+        rows = run(first_call)
+        assert [row["variant"] for row in rows] == list(first_call.VARIANTS)
+        assert all(row[f"{call}_s"] > 0 for row in rows for call in CALLS)
+
+    @pytest.mark.parametrize("call", CALLS)
+    def test_wrong_tokens_are_refused(self, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run_here(place: harness.Place, folder: Path, function: Callable, *args: Any) -> Any:
+            found = function(*args)
+            if folder.name == "compiled":
+                seconds, tokens = found[call]
+                tokens[-1][-1] += 1
+                found[call] = seconds, tokens
+            return found
+
+        monkeypatch.setattr(first_call, "in_new_process", run_here)
+        with pytest.raises(SystemExit, match=f"stock static.compile, nothing cached, {call} call is wrong: a token's logit is"):
+            first_call.bench(PLACE, first_call.load("toy", PLACE), 2)
+
+    def test_calls_differ_in_prompt_and_length(self) -> None:
+        model = build_model("toy", torch.float32, "cpu")
+        calls = first_call.calls_of(model, 64, 200)
+        assert list(calls) == [*CALLS]
+        assert [len(kwargs.get("prompt_ids", ())) for kwargs in calls.values()] == [0, 0, first_call.PROMPT, 0]
+        assert [kwargs["min_new_tokens"] for kwargs in calls.values()] == [64, 64, 64, 200]
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])  # where a process is copied, and where it begins with nothing
+    def test_a_process_of_its_own(self, device: str, tmp_path: Path) -> None:
+        place = PLACE._replace(device=torch.device(device))
+        before = dict(os.environ)
+        for variable, name in first_call.CACHES.items():
+            assert first_call.in_new_process(place, tmp_path, os.getenv, variable) == str(tmp_path / name)
+        pids = {first_call.in_new_process(place, tmp_path, os.getpid) for _ in range(2)}
+        assert len(pids - {os.getpid()}) == 2
+        assert dict(os.environ) == before
+
+    def test_kernels_that_fail_are_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(first_call, "failed_gpus", lambda: (0,))
+        monkeypatch.setattr(first_call, "why_reference", lambda device: f"no kernels on {device}")
+        with pytest.raises(SystemExit, match="accelerate: no kernels on cuda:0"):
+            first_call.run_calls(PLACE, "toy", 1, "accelerate", 4, 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+def test_first_call_on_a_gpu() -> None:
+    place = harness.Place(torch.device("cuda"), torch.float16, 1000.0)
+    built, cached, *_ = first_call.bench(place, first_call.load("tiny", place), 1)
+    assert cached["first_s"] < built["first_s"]
 
 
 @pytest.mark.gpu

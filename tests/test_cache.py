@@ -310,6 +310,18 @@ class TestLegacyFormat:
         for found, wanted in zip(contents(copied), contents(cache), strict=True):
             assert torch.equal(found, wanted)
 
+    def test_one_that_holds_no_token_yet_continues_alike_too(self, device: torch.device) -> None:
+        decoding = Decoding(device)
+        cache = build_static_cache(decoding.model, 1)
+        decoding.step(cache, SOT)
+        cache.self_attention_cache.reset()  # the cross keys and values are there, as after a projection
+        legacy = cache.to_legacy_cache()
+        assert {tuple(t.shape) for layer in legacy for t in layer[:2]} == {(1, H, 0, D)}
+        copied = StaticEncoderDecoderCache.from_legacy_cache(legacy, cache.get_max_length())
+        assert copied.check_length() == 0
+        for token in (SOT, 4):
+            assert torch.equal(decoding.step(copied, token), decoding.step(cache, token))
+
     def test_a_cache_too_small_for_it_is_refused(self, device: torch.device) -> None:
         decoding = Decoding(device)
         cache = build_static_cache(decoding.model, 1)

@@ -27,10 +27,11 @@ from tqdm import tqdm
 from whisper_models import tiny_whisper
 
 import whisper_triton
-from whisper_triton import checkpoints, doctor, fused, jobs, runtime
+from whisper_triton import checkpoints, doctor, fused, jobs, runtime, variants
 from whisper_triton.checkpoints import DEMO_PACKAGE
 from whisper_triton.cli import DTYPES, main
 from whisper_triton.failure import Failure
+from whisper_triton.kernels import _dispatch, _paced
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")
@@ -415,7 +416,9 @@ def test_doctor(command: Callable[..., Result]) -> None:
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     parts = result.stdout.split("\n\n")[1]
     names = [line[:17].rstrip() for line in parts.splitlines()]
-    assert names == [*doctor.KERNELS, "attention module", "decoding step", "prompt", "encoder", "choice of tokens"]
+    variants = ["dependent launch", "paced copies", "clusters"]
+    parts_of_the_package = ["attention module", "decoding step", "prompt", "encoder", "choice of tokens"]
+    assert names == [*doctor.KERNELS, *variants, *parts_of_the_package]
     assert {"update_kv_cache", "decode_attention", "append_attention", "skinny_linear", "select_token"} <= set(names)
     if not torch.cuda.is_available():
         assert facts["GPU"].startswith("none: ")
@@ -431,6 +434,73 @@ def test_doctor_says_how_many_sequences_the_fused_kernels_take(
 ) -> None:
     monkeypatch.setattr(fused, "_shared_memory", lambda device: shared_memory)
     assert doctor._step(torch.device("cuda"))[1].startswith(f"{sequences} through fused kernels")
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_gluon", "given_up", "dependent", "paced"),
+    [
+        (
+            (8, 0),
+            True,
+            {},
+            "no +NVIDIA GPUs of compute capability 9.0 and later have it",
+            "measured on compute capability 9.0 alone",
+        ),
+        ((9, 0), True, {}, "yes +a kernel begins while another ends", None),
+        ((9, 0), False, {}, "yes ", "this Triton has no Gluon that they could be built with: 3.6 has"),
+        (
+            (9, 0),
+            True,
+            {3: "RuntimeError: PassManager::run failed"},
+            "yes ",
+            "they do not build here: RuntimeError: PassManager",
+        ),
+        ((9, 0), True, {0: "of another GPU"}, "yes ", None),
+        ((10, 0), True, {}, "yes ", "measured on compute capability 9.0 alone"),
+    ],
+)
+def test_doctor_says_which_variants_of_the_kernels_serve(
+    capability: tuple[int, int],
+    has_gluon: bool,
+    given_up: dict[int, str],
+    dependent: str,
+    paced: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (_dispatch, variants):
+        monkeypatch.setattr(module, "capability", lambda device: capability)
+    monkeypatch.setattr(_paced, "HAS_GLUON", has_gluon)
+    monkeypatch.setattr(_paced, "_given_up", given_up)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    lines = [" ".join(line) for line in doctor._variants(torch.device("cuda"))]
+    for line, expected in zip(
+        lines,
+        [
+            f"dependent launch {dependent}",
+            f"paced copies {f'no: plain kernels {paced}' if paced else 'yes linear layers and attention of 2-byte decoders'}",
+            f"clusters {f'no: plain kernels {paced}' if paced else 'yes cross-attention of one sequence, 2-byte decoders'}",
+        ],
+        strict=True,
+    ):
+        assert re.match(expected, line)
+
+
+def test_doctor_tries_the_variants_with_arguments_that_fit(device: torch.device) -> None:
+    doctor.try_paced_kernels(device)
+
+
+def test_a_triton_without_gluon_is_said_once(fallbacks: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(variants, "capability", lambda device: (9, 0))
+    for has_gluon, width, dtype in ((True, 1280, torch.float16), (False, 1280, torch.float32), (False, 384, torch.float16)):
+        monkeypatch.setattr(_paced, "HAS_GLUON", has_gluon)
+        variants.report_missing(gpu, width, dtype)
+    assert fallbacks() == []
+    for dtype in (torch.float16, torch.bfloat16):
+        variants.report_missing(gpu, 1280, dtype)
+    assert fallbacks() == [
+        "the plain kernels serve instead of the paced ones: this Triton has no Gluon that they could be built with: 3.6 has"
+    ]
 
 
 def test_doctor_in_the_interpreter() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from whisper_triton.benchmarks import compare
+from whisper_triton.benchmarks import compare, merge
 
 WHERE = {"gpu": "GPU X", "torch": "2.11", "revision": "abc", "date": "2026-01-01"}
 
@@ -80,6 +80,35 @@ def test_warns_of_another_gpu_and_versions(tmp_path: Path) -> None:
     warnings = [line for line in compare.compare(a, b).splitlines() if line.startswith("warning")]
     assert warnings == ["warning: gpu differs: GPU X in a, GPU Y in b", "warning: torch differs: 2.11 in a, 2.12 in b"]
     assert "warning" not in compare.compare(a, a)
+
+
+def test_rows_of_a_gpu_are_compared_with_its_own(tmp_path: Path) -> None:
+    def rows(**times: float) -> list[dict]:
+        return [step(1, ms, gpu=f"GPU {name}") for name, ms in times.items()]
+
+    def compared(a: list[dict], b: list[dict]) -> list[str]:
+        for name, own in (("a", a), ("b", b)):
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(WHERE | row) + "\n" for row in own))
+        return compare.compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl").splitlines()
+
+    both = compared(rows(X=1.0, Y=2.0), rows(Y=1.0, X=1.0))
+    assert [line.split("  ")[0] for line in both[4:6]] == ["GPU X: model=turbo B=1", "GPU Y: model=turbo B=1"]
+    assert both[-1] == "2 rows of both: 1 faster, 1 within the spread"
+    one = compared(rows(X=1.0, Y=2.0), rows(Y=2.0, Z=3.0))
+    assert one[-3:] == ["1 row of both: 1 within the spread", "only in a: all 1 of GPU X", "only in b: all 1 of GPU Z"]
+    assert not [line for line in (*both, *one) if line.startswith("warning")]
+    none = compared(rows(X=1.0, Y=2.0), rows(Z=2.0))
+    assert none[2] == "warning: gpu differs: GPU X, GPU Y in a, GPU Z in b"
+    assert [line.split(":")[0] for line in none[5:7]] == ["GPU X / GPU Z", "GPU Y / GPU Z"]
+
+
+@pytest.mark.parametrize("path", sorted(merge.ROWS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_every_committed_file_is_as_fast_as_itself(path: Path) -> None:
+    said = compare.compare(path, path)
+    rows = len(compare.read_rows(path))
+    assert f"\n{rows} rows of both: " in said
+    for word in ("faster", "slower", "warning", "only in"):
+        assert word not in said
 
 
 @pytest.mark.parametrize("row", [{"B": 1, "ours_us": 2.0, "stock_us": 9.0}, {"B": 1, "floor_us": 9.0, "flash_us": 2.0}])

@@ -25,8 +25,8 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120":
 READ_AHEAD = {"_decode_attention_kernel", "_append_attention_kernel", "_skinny_linear_kernel"}
 # The same, of one GPU alone.
 PACED = {
-    "_paced_linear_kernel", "_paced_rows_kernel", "_paced_attention_kernel", "_paced_append_kernel",
-    "_clustered_cross_kernel",
+    "_paced_linear_kernel", "_paced_rows_kernel", "_paced_attention_kernel", "_paced_stream_kernel",
+    "_paced_append_kernel", "_clustered_cross_kernel",
 }  # fmt: skip
 # Of the decoder's chain, for several rows, which it does not take where shared memory is short.
 SEVERAL_ROWS = {"_layer_norm_kernel", "_sum_splits_kernel"}

@@ -40,7 +40,9 @@ from attention_cases import (
 from counts import KERNEL_CALLS, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whisper_triton.kernels._paced import SHARED_MEMORY
 from whisper_triton.kernels._paced_attention import covers_attention
+from whisper_triton.kernels._paced_stream import choose_stream_tiles
 
 from whisper_triton.kernels import _attend, decode_attention, decode_attention_reference
 
@@ -509,9 +511,34 @@ def test_a_captured_graph_follows_the_length_on_the_device(T: int, S: int, dtype
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize(
-    ("B", "D", "S"), [(1, 64, 1500), (1, 64, 513), (1, 64, 1536), (1, 128, 700), (8, 64, 1500), (3, 128, 600)]
+    ("B", "D", "S"), [(1, 64, 1500), (1, 64, 513), (1, 64, 1536), (1, 128, 700), (4, 64, 1500), (3, 128, 600)]
 )
 def test_paced_copies(B: int, D: int, S: int, dtype: torch.dtype, device: torch.device) -> None:
+    check_paced_copies(B, D, S, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize(("B", "D"), [(7, 64), (8, 64), (16, 64), (23, 64), (32, 64), (16, 128), (8, 32)])
+@pytest.mark.parametrize("S", [1500, 513, 1536])
+def test_programs_go_on_from_piece_to_piece(B: int, D: int, S: int, dtype: torch.dtype, device: torch.device) -> None:
+    assert choose_stream_tiles(B * 1280 // D, D) is not None
+    check_paced_copies(B, D, S, dtype, device)
+
+
+@pytest.mark.parametrize("B", [1, 2, 6, 7, 8, 15, 16, 32])
+@pytest.mark.parametrize("D", [32, 64, 128])
+def test_stream_tiles_fit_and_are_for_many_heads(B: int, D: int) -> None:
+    tiles = choose_stream_tiles(B * 1280 // D, D)
+    assert (tiles is None) == (B * 1280 // D < 128)
+    if tiles is not None:
+        piece = 4 * tiles.num_warps * tiles.ROWS * D  # bytes of keys and values
+        assert tiles.ROWS >= 256 // D  # a row a thread at least
+        assert tiles.PLACES * piece + (1 << 10) <= SHARED_MEMORY // tiles.PROGRAMS
+
+
+def check_paced_copies(B: int, D: int, S: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Over whole caches, as a step calls it, and with every second sequence ended, whose keys and values are NaN."""
     shape = Shape(B=B, T=1, H=1280 // D, D=D, S=S, length=S)
     query, *caches = (arguments(shape, dtype, device)[name] for name in ("query", "key_cache", "value_cache"))
     if not covers_attention(query, *caches):

@@ -16,6 +16,7 @@ import torch
 from ctranslate2_writer import write_directory
 from transformers import GenerationConfig, StoppingCriteria, SuppressTokensLogitsProcessor, WhisperForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutput
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, assert_same, mel, tiny_whisper
 from whisper_triton.kernels._rules import TokenLimits
 
@@ -147,6 +148,57 @@ class TestStocksTokens:
                 slots.append(getattr(model, STATE).steps[2].num_slots)
         assert slots == [8] * 5 + [16] * 4 + [32, 32, 64, 64]
         assert len(loops) == len(lengths)
+
+    @pytest.mark.parametrize(
+        ("steps_of_one", "kept"),
+        [
+            (6.0, [[1], [1, 2], [1, 2, 3], [2, 3, 1], [1, 4], [4, 2]]),
+            (3.0, [[1], [1, 2], [3], [1], [4], [2]]),
+            (0.5, [[1], [2], [3], [1], [4], [2]]),
+        ],
+    )
+    def test_kept_steps_never_take_more_than_their_share(
+        self,
+        device: torch.device,
+        steps_of_one: float,
+        kept: list[list[int]],
+        loops: list[int],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """But for one that is larger by itself, which is kept alone."""
+        model, found = talkative(device), []
+        size = decoder.cache_bytes(model, 1, model.config.max_source_positions, generation.slots_for(8, 64))
+        most, nbytes = int(steps_of_one * size), decoder.DecoderStep.nbytes.fget
+        monkeypatch.setattr(generation, "MAX_BYTES", most)
+        # Of the caches alone: what a graph takes depends on the GPU.
+        monkeypatch.setattr(decoder.DecoderStep, "nbytes", property(lambda step: size * step.encoder_states.shape[0]))
+        with accelerated(model):
+            steps = getattr(model, STATE).steps
+            init = decoder.DecoderStep.__init__
+
+            def spy(step: decoder.DecoderStep, *args: Any) -> None:
+                others = sum(other.nbytes for other in steps.values())
+                init(step, *args)
+                assert nbytes(step) == step.nbytes  # before there is a graph
+                assert not others or others + step.nbytes <= most
+
+            monkeypatch.setattr(decoder.DecoderStep, "__init__", spy)
+            for B in (1, 2, 3, 1, 4, 2):
+                model.generate(mel(B, device), max_new_tokens=4)
+                found.append(list(steps))
+        assert found == kept
+        assert len(loops) == len(found)
+
+    def test_graphs_captured_since_count_when_a_step_is_used_again(
+        self, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with accelerated(talkative(device)) as model:
+            steps = getattr(model, STATE).steps
+            for B in (1, 2, 3):
+                model.generate(mel(B, device), max_new_tokens=4)
+            monkeypatch.setattr(generation, "MAX_BYTES", steps[1].nbytes + steps[3].nbytes)
+            model.generate(mel(1, device), max_new_tokens=4)
+            assert list(steps) == [3, 1]
 
     @pytest.mark.parametrize(
         "kwargs",
@@ -313,6 +365,101 @@ class TestSampling:
         alone, beside = results
         assert beside[: len(alone)] == alone
         assert set(beside[len(alone) :]) <= {EOS}  # what pads a row that ends before the others
+
+    @staticmethod
+    def sampled(model: WhisperForConditionalGeneration, features: torch.Tensor, **kwargs: Any) -> list[list[int]]:
+        """A row's tokens, without what pads it."""
+        torch.manual_seed(5)
+        return [row[: row.index(EOS)] if EOS in row else row for row in model.generate(features, **kwargs).tolist()]
+
+    @pytest.mark.parametrize("top_k", [50, 0])
+    def test_a_row_is_the_same_wherever_in_the_batch(self, device: torch.device, top_k: int) -> None:
+        model, features = talkative(device), mel(3, device)
+        with accelerated(model):
+            rows = [self.sampled(model, features[i : i + 1], **SAMPLING, top_k=top_k)[0] for i in range(3)]
+            for order in ([0, 1, 2], [2, 0, 1], [1, 0]):
+                assert self.sampled(model, features[order], **SAMPLING, top_k=top_k) == [rows[i] for i in order]
+        assert len({tuple(row) for row in rows}) == 3
+
+    def test_a_row_is_the_same_whatever_temperatures_others_need(
+        self, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, features, sizes, run = talkative(device), mel(4, device), [], decode_loop.run_until_ended
+
+        def spy(advance: Callable[[], object], selection: decode_loop.TokenSelection, *args: Any) -> int:
+            sizes.append(len(selection.state.ids))
+            return run(advance, selection, *args)
+
+        monkeypatch.setattr(decode_loop, "run_until_ended", spy)
+        found = set()
+        for threshold in (-2.0, -1.5, -1.0):
+            kwargs = SAMPLING | {"temperature": (0.0, 0.4, 0.8, 1.2), "logprob_threshold": threshold}
+            with accelerated(model):
+                rows, attempts = [], []
+                for i in range(4):
+                    sizes.clear()
+                    rows += self.sampled(model, features[i : i + 1], **kwargs)
+                    attempts.append(len(sizes))
+                for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+                    sizes.clear()
+                    assert self.sampled(model, features[order], **kwargs) == [rows[i] for i in order]
+            found |= set(attempts)
+            assert sizes == [sum(attempt > i for attempt in attempts) for i in range(max(attempts))]
+        assert len(found) > 1
+
+    def test_a_row_is_the_same_whatever_windows_others_have(self, device: torch.device, loops: list[int]) -> None:
+        features, lengths = mel(3, device, seconds=4.5), (450, 210, 330)
+        mask = torch.stack([torch.arange(450, device=device) < length for length in lengths]).long()
+        kwargs = SAMPLING | {"return_timestamps": True}
+        with accelerated(talkative(device)) as model:
+            beside = self.sampled(model, features, attention_mask=mask, **kwargs)
+            assert len(loops) > 3
+            for i, length in enumerate(lengths):
+                assert self.sampled(model, features[i : i + 1, :, :length], **kwargs) == beside[i : i + 1]
+
+    @pytest.mark.parametrize("temperature", [0.8, (0.0, 0.8)])
+    def test_equal_rows_draw_different_tokens(self, device: torch.device, temperature: float | tuple[float, ...]) -> None:
+        kwargs = SAMPLING | {"temperature": temperature, "compression_ratio_threshold": 0.0}
+        with accelerated(talkative(device)) as model:
+            features = mel(1, device)
+            copies = self.sampled(model, features.repeat(3, 1, 1), **kwargs)
+            alone = self.sampled(model, features, **kwargs)
+            sequences = self.sampled(model, features, **kwargs, num_return_sequences=3, do_sample=True)
+        assert len({tuple(row) for row in copies}) == 3
+        assert copies[0] == alone[0]
+        assert sequences == copies
+
+    def test_each_temperature_and_each_call_draws_anew(self, device: torch.device) -> None:
+        kwargs = SAMPLING | {"compression_ratio_threshold": 0.0}  # which nothing meets
+        with accelerated(talkative(device)) as model:
+            once, twice = (self.sampled(model, mel(1, device), **kwargs | {"temperature": t}) for t in ((0.8,), (0.8, 0.8)))
+            again = model.generate(mel(1, device), **kwargs).tolist()
+        assert len({str(once[0]), str(twice[0]), str(again[0])}) == 3
+
+    def test_a_call_draws_one_number_and_a_greedy_one_none(self, device: torch.device) -> None:
+        def state() -> list[int]:
+            return (torch.cuda.get_rng_state() if device.type == "cuda" else torch.get_rng_state()).tolist()
+
+        torch.manual_seed(5)
+        torch.randint(1 << 62, (), device=device)
+        after_one = state()
+        with accelerated(talkative(device)) as model:
+            self.sampled(model, mel(2, device), **SAMPLING | {"temperature": (0.4, 0.8)}, compression_ratio_threshold=0.0)
+            assert state() == after_one
+            model.generate(mel(2, device), max_new_tokens=10)
+            assert state() == after_one
+
+    def test_of_given_states_the_states_count(self, device: torch.device) -> None:
+        with accelerated(talkative(device)) as model:
+            with torch.no_grad():
+                states = model.model.encoder(mel(3, device)).last_hidden_state
+
+            def sampled(rows: list[int]) -> list[list[int]]:
+                return self.sampled(model, None, encoder_outputs=BaseModelOutput(last_hidden_state=states[rows]), **SAMPLING)
+
+            alone, beside = sampled([1]), sampled([0, 2, 1])
+        assert beside[2] == alone[0]
+        assert len({tuple(row) for row in beside}) == 3
 
 
 class Streamer(BaseStreamer):
@@ -481,6 +628,52 @@ def test_what_an_interrupted_call_tells_late_is_not_taken(device: torch.device) 
             selection(torch.zeros(2, 20, device=device))
         selection.look()
         assert selection.ends() == ends
+
+
+class Device:
+    """A clock for `run_until_ended`, in microseconds: steps take their time one after the other, the host a little for each."""
+
+    def __init__(self, step: int, ends_after: int, host: int = 10) -> None:
+        self.step, self.host, self.ends_after = step, host, ends_after
+        self.now = self.waits = self.idle = 0
+        self.finished: list[int] = []  # when each of the steps queued so far has been done
+        self.marked = 0  # the steps that the event stands behind
+        self.ahead = 0  # the most steps that were queued and not done
+
+    def advance(self) -> None:
+        self.now += self.host
+        before = self.finished[-1] if self.finished else self.now
+        self.idle += max(0, self.now - before)
+        self.finished.append(max(self.now, before) + self.step)
+        self.ahead = max(self.ahead, sum(when > self.now for when in self.finished))
+
+    def record(self) -> None:
+        self.marked = len(self.finished)
+
+    def synchronize(self) -> None:
+        done = self.finished[self.marked - 1] if self.marked else 0
+        if done > self.now:
+            self.waits += 1
+            assert len(self.finished) > self.marked, "the newest step is waited for, and nothing is queued behind it"
+            self.now = done
+
+    def tolist(self) -> list[int]:
+        """What the host finds in its memory: the call's number, 0, and the row's end once it is there."""
+        return [self.ends_after if sum(when <= self.now for when in self.finished) >= self.ends_after else 0]
+
+
+@pytest.mark.parametrize(("step", "look_every"), [(800, 1), (100, decode_loop.LOOK_EVERY)])
+def test_the_host_never_waits_for_the_newest_step(step: int, look_every: int) -> None:
+    """So the device is never idle; steps beyond the end are `look_every` at most, and so is how far the host runs ahead."""
+    for ends_after in range(1, 40):
+        selection = decode_loop.TokenSelection(1, 8, 20, torch.device("cpu"))
+        device = selection._event = Device(step, ends_after)
+        selection.state = selection.state._replace(host_ends=device)
+        assert decode_loop.run_until_ended(device.advance, selection, 440, look_every) == ends_after
+        assert device.idle == 0
+        assert device.ahead <= look_every + 1
+        assert 0 < len(device.finished) - ends_after <= look_every
+        assert device.waits <= len(device.finished) / look_every + 1
 
 
 @pytest.mark.gpu

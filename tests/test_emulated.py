@@ -26,4 +26,4 @@ def test_every_case_is_right_and_every_damage_is_noticed(tmp_path: Path) -> None
     assert not wrong, "\n".join(wrong)
     assert done.returncode == 0, done.stderr
     kinds = {case["name"].partition(" ")[0] for case in cases}
-    assert kinds == {"linear", "rows", "attention", "append", "cross", "copies", "damaged:"}
+    assert kinds == {"linear", "rows", "attention", "stream", "append", "cross", "copies", "damaged:"}

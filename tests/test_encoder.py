@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_models import FRAMES, MEL_BINS, assert_generates_as_stock, mel, tiny_whisper
 
 import whisper_triton
-from whisper_triton import fused_encoder
+from whisper_triton import encoder, fused_encoder
 from whisper_triton.encoder import CapturedEncoder, fingerprint, why_not_captured
 from whisper_triton.fused_encoder import FusedEncoder
 
@@ -242,6 +243,38 @@ def test_one_graph_serves_every_features(B, dtype, device):
         ours = captured(features)
         assert_near(model, features, ours)
         assert torch.equal(captured(features), ours)
+
+
+@pytest.mark.parametrize(
+    ("most", "kept"),
+    [
+        (3 << 20, [[1], [1, 2], [1, 2, 3], [2, 3, 1], [3, 1, 4], [1, 4, 2]]),
+        (2 << 20, [[1], [1, 2], [2, 3], [3, 1], [1, 4], [4, 2]]),
+        (1, [[1], [2], [3], [1], [4], [2]]),
+    ],
+)
+def test_kept_graphs_never_take_more_than_their_share(
+    most: int, kept: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for one that is larger by itself. Each takes a megabyte here, and counts beside the next as soon as it is there."""
+    model, given_up = whisper_triton.accelerate(tiny_whisper()), []
+    graphs = model.model.encoder._whisper_triton.graphs
+
+    def capture(module: Any, features: torch.Tensor) -> SimpleNamespace:
+        B = features.shape[0]
+        # What goes in and comes out fits beside the others before a graph takes it.
+        assert not graphs or sum(graph.nbytes for graph in graphs.values()) + features.nbytes <= most
+        return SimpleNamespace(nbytes=1 << 20, fits=lambda _: True, wait=lambda: given_up.append(B))
+
+    monkeypatch.setattr(encoder, "CapturedEncoder", capture)
+    monkeypatch.setattr(encoder, "why_not_captured", lambda module: None)
+    monkeypatch.setattr(encoder, "MAX_BYTES", most)
+    found = []
+    for B in (1, 2, 3, 1, 4, 2):
+        encoder._captured(model.model.encoder, mel(B))
+        found.append([batch_size for batch_size, _ in graphs])
+    assert found == kept
+    assert given_up
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 from whisper_models import assert_generates_as_stock, assert_same, mel, tensors_of, tiny_whisper
 
-from whisper_triton import accelerate, accelerated, is_accelerated, restore
+from whisper_triton import accelerate, accelerated, build_static_cache, is_accelerated, restore
 from whisper_triton.attention import TritonAttention
 from whisper_triton.encoded import ENCODED
 from whisper_triton.generation import OVERRIDES
@@ -397,7 +397,22 @@ def test_an_assistant_and_a_cache_of_the_users_say_so_too(device: torch.device, 
     model.generate(features, max_new_tokens=2, assistant_model=accelerate(tiny_whisper(device, seed=5)))
     model.generate(features, max_new_tokens=2, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
     said = [line.rpartition(": ")[2] for line in fallbacks() if line.startswith("generate runs over stock's cache")]
-    assert said == ["assisted_generation", "the model is another's assistant", "past_key_values is given"]
+    assert said == ["assisted_generation", "the model is another's assistant"]
+    assert fallbacks()[-1] == "steps are not replayed: generate runs over the cache that it was given"
+
+
+def test_of_a_cache_of_ours_that_is_given_nobody_says_that_it_is_stocks(
+    device: torch.device, calls: Counter[str], fallbacks: Callable[[], list[str]]
+) -> None:
+    model, features = tiny_whisper(device, seed=3), mel(2, device)
+    stock = model.generate(features, max_new_tokens=4)
+    accelerate(model)
+    for _ in range(2):
+        cache = build_static_cache(model, 2, is_compileable=False)
+        assert torch.equal(model.generate(features, max_new_tokens=4, past_key_values=cache), stock)
+        assert cache.check_length() > 0
+    assert set(calls) == {"append_attention", "decode_attention"}
+    assert fallbacks() == ["steps are not replayed: generate runs over the cache that it was given"]
 
 
 @pytest.mark.usefixtures("eager_steps")

@@ -269,7 +269,7 @@ def select_token(draw: Draw, device: torch.device) -> None:
     )
     flags = sum((torch.rand(V) < 0.2).to(torch.uint8) * flag for flag in FLAGS)
     rules = TokenRules(flags.to(device), torch.tensor(limits, device=device), torch.tensor(0.0, device=device))
-    numbers = [torch.full((B,), value, device=device) for value in (2, 0, 0)]
+    numbers = [torch.full((B,), value, device=device) for value in (2, 0, 0, 0)]
     states = [
         TokenState(
             torch.zeros(B, L, dtype=torch.int64, device=device),

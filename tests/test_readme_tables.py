@@ -1,6 +1,7 @@
 """README's tables and figures are what benchmarks/rows/ gives, and benchmarks/readme.py says where they are not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ WHERE = {
     "revision": "abc",
     "date": "2026-01-01",
 }
-CAPTION = "on GPU X, fp16, driver 1.2, torch 2.11, triton 3.6, transformers 5.17; 2026-01-01 at revision abc:"
+VERSIONS = "fp16, driver 1.2, torch 2.11, triton 3.6, transformers 5.17:"
+CAPTION = f"on GPU X, 2026-01-01 at revision abc; {VERSIONS}"
 PAGE = """# Name
 
 Prose | that stays.
@@ -104,12 +106,31 @@ def test_differences(root: Path) -> None:
     every = [
         "README.md: <!-- rows: decoder_step --> differs",
         "README.md: <!-- plot: decoder_step --> differs",
-        "benchmarks/plots/decoder_step.svg shows other rows or none",
+        "benchmarks/plots/decoder_step.svg shows other rows or none, or is of another plots.py",
     ]
     assert readme.differences(root) == every
     readme.rewrite(root)
     write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.28})
     assert readme.differences(root) == [every[0], every[2]]
+
+
+def test_a_figure_that_was_altered(root: Path) -> None:
+    readme.rewrite(root)
+    path = root / "benchmarks" / "plots" / "decoder_step.svg"
+    drawn = path.read_text()
+    path.write_text(drawn.replace(">turbo<", ">ours<"))
+    assert path.read_text() != drawn
+    assert readme.differences(root) == ["benchmarks/plots/decoder_step.svg is not as it was drawn"]
+    path.write_text(re.sub(r", picture sha256:\w+", "", drawn))
+    assert readme.differences(root) == ["benchmarks/plots/decoder_step.svg is not as it was drawn"]
+
+
+def test_figures_of_another_plots(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readme.rewrite(root)
+    other = tmp_path / "plots.py"
+    other.write_text(Path(plots.__file__).read_text().replace("#187FC4", "#187FC5"))
+    monkeypatch.setattr(plots, "__file__", str(other))
+    assert readme.differences(root) == ["benchmarks/plots/decoder_step.svg shows other rows or none, or is of another plots.py"]
 
 
 def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
@@ -160,8 +181,11 @@ def test_what_rows_say_of_themselves(root: Path) -> None:
     links = {**STEP, "benchmark": "step_links"}
     write(root, "decoder_step", told, other, links)
     text = readme_tables.render_table("decoder_step", readme.load(root, "decoder_step")).splitlines()
-    assert text[0].startswith("`whisper-triton bench step` on GPU X, GPU Y, bf16, fp16, driver 1.2")
-    assert text[0].endswith("; 2026-01-01, 2026-01-02 at revision abc (a note):")
+    assert text[0].startswith(
+        "`whisper-triton bench step` on GPU X, 2026-01-01 at revision abc; "
+        "`python benchmarks/decoder_step.py` on GPU Y, 2026-01-02 at revision abc; bf16, fp16, driver 1.2"
+    )
+    assert text[0].endswith(" (a note):")
     assert text[2] == "| gpu | dtype | model | batch | ms | floor, ms | share of the bandwidth | stock compiled, ms |"
     assert text[4:] == [
         "| GPU X | bf16 | turbo | 1 | 0.1583 ± 0.0013 | 0.110 | 70 % | 0.40 ± 0.02 |",
@@ -190,20 +214,54 @@ def test_commands_that_differ_in_models_and_batches_are_one() -> None:
     assert readme_tables.commands([{}], "y") == ["python benchmarks/y.py"]
 
 
+def test_captions_go_gpu_by_gpu_and_name_few_commands() -> None:
+    def row(B: int, options: str, **more: object) -> dict:
+        return {"model": "turbo", "B": B, "dtype": "float16", "command": f"python x.py {options}", **WHERE, **more}
+
+    two = [row(1, "--calls 1"), row(8, "--calls 2")]
+    other = [row(1, "--calls 1", gpu="GPU Y", revision="def"), row(8, "--calls 2", gpu="GPU Y", date="2026-01-02")]
+    both = "on GPU X, 2026-01-01 at revision abc and on GPU Y, 2026-01-01, 2026-01-02 at revision def, abc"
+    listed = "`python x.py --calls 1`, `python x.py --calls 2`"
+    assert readme_tables.caption(two + other, "generate") == f"{listed} {both}; {VERSIONS}"
+    # Of more the one that measures as much, where there is one.
+    three = [*two, row(4, "--calls 3")]
+    command = "python benchmarks/record.py --output new --only generate --models turbo --batch 1,4,8"
+    assert readme_tables.caption(three, "generate") == f"`{command}` {CAPTION}"
+    unheard = [*two, row(3, "--calls 3")]
+    for rows, name in ((unheard, "generate"), (three, "y"), (three, "select_token")):
+        assert readme_tables.caption(rows, name).count("`python x.py --calls ") == 3
+
+
+def test_a_figure_without_a_table_says_how_it_was_measured(root: Path) -> None:
+    rows = [
+        {"benchmark": "step_position", "model": model, "B": 1, "variant": "accelerate", "position": p, "ms": 1.5, **WHERE}
+        for model in ("turbo", "tiny")
+        for p in (20, 40)
+    ]
+    write(root, "step_position", *(row | {"command": f"python x.py {row['model']}"} for row in rows))
+    (root / "README.md").write_text("<!-- plot: step_position -->\n<!-- end -->\n")
+    readme.rewrite(root)
+    _, caption, _, figure, _ = (root / "README.md").read_text().splitlines()
+    assert caption == f"`python x.py turbo` {CAPTION}"  # of the first model, which alone is shown
+    assert figure == "![One decoding step by position](benchmarks/plots/step_position.svg)"
+
+
 def test_generate_has_a_line_a_batch() -> None:
     def call(variant: str, B: int, ms: float, **more: object) -> dict:
         calls = {"tok/s": 64e3 * B / ms, "ms": ms, "min_ms": 0.8 * ms, "max_ms": 2 * ms, "first_s": ms / 10}
+        calls |= {"ms/token": ms / 64, "RTFx": 3e4 * B / ms, "extra_GB": B / 8, "equal_tokens": 0.875}
         return {"model": "turbo", "B": B, "variant": variant, **calls, "dtype": "fp16", **WHERE, **more}
 
     rows = [call("accelerate", 1, 64.0), call("stock static+compile", 1, 128.0), call("accelerate", 8, 512.0)]
     lines = readme_tables.render_table("generate", rows).splitlines()[2:]
     assert lines[0] == (
         "| model | batch | stock static+compile, tok/s | accelerate, tok/s "
-        "| accelerate / stock static+compile | first call, s: stock static+compile, accelerate |"
+        "| accelerate / stock static+compile | accelerate, ms a token | accelerate, RTFx | accelerate, tokens equal to stock's "
+        "| GB beyond the model: stock static+compile, accelerate | first call, s: stock static+compile, accelerate |"
     )
     assert lines[2:] == [
-        "| turbo | 1 | 500 (250-625) | 1000 (500-1250) | 2.00 | 12.8, 6.40 |",
-        "| turbo | 8 | - | 1000 (500-1250) | - | - |",
+        "| turbo | 1 | 500 (250-625) | 1000 (500-1250) | 2.00 | 1.00 | 469 | 88 % | 0.125, 0.125 | 12.8, 6.40 |",
+        "| turbo | 8 | - | 1000 (500-1250) | - | 8.00 | 469 | 88 % | - | - |",
     ]
 
 

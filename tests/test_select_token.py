@@ -5,6 +5,8 @@ That the reference is token for token what the stock processors give is tested i
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import TopKLogitsWarper
@@ -23,7 +25,7 @@ def make_rules(V: int, device: torch.device, temperature: float = 0.0, timestamp
     """Text, then special tokens, then a quarter of timestamps; a tenth of the tokens has each flag."""
     flags = sum((torch.rand(V) < 0.1).to(torch.uint8) << bit for bit in range(4))
     begin = V - V // 4
-    settings = {"max_length": L, "pad_token": PAD, "begin_length": PROMPT, "min_length": PROMPT + 2, "seed": 123456789012345}
+    settings = {"max_length": L, "pad_token": PAD, "begin_length": PROMPT, "min_length": PROMPT + 2}
     if timestamps:
         settings |= {"timestamp_begin": begin, "timestamp_length": PROMPT, "last_initial_timestamp": begin + V // 8}
         settings |= {"end_of_text": begin - 5, "prefer_timestamps": 1}
@@ -36,7 +38,9 @@ def make_state(B: int, device: torch.device) -> TokenState:
         return torch.full((B,), value, device=device)
 
     ids, logprobs = torch.zeros(B, L, dtype=torch.int64, device=device), torch.zeros(B, L, device=device)
-    return TokenState(ids, logprobs, integers(PROMPT), integers(0), integers(0), integers(-1)[:, None].clone(), integers(0))
+    seeds = 123456789012345 * (1 + torch.arange(B, device=device))
+    next_ids = integers(-1)[:, None].clone()
+    return TokenState(ids, logprobs, integers(PROMPT), integers(0), integers(0), seeds, next_ids, integers(0))
 
 
 def assert_equal(ours: TokenState, reference: TokenState, atol: float = 1e-5) -> None:
@@ -128,8 +132,8 @@ def test_a_length_that_ran_away_reads_and_writes_nothing_outside(length, device)
 def test_random_bits_are_philox():
     """Known answers of the Random123 library, philox4x32-10."""
     ones, zeros = torch.full((1,), 0xFFFFFFFF), torch.zeros(1, dtype=torch.int64)
-    assert random_bits(torch.tensor(0), zeros, zeros, zeros).item() == 0x6627E8D5
-    assert random_bits(torch.tensor(-1), ones, ones, ones).item() != random_bits(torch.tensor(0), ones, ones, ones).item()
+    assert random_bits(torch.tensor(0), zeros, zeros).item() == 0x6627E8D5
+    assert random_bits(torch.tensor(-1), ones, ones).item() != random_bits(torch.tensor(0), ones, ones).item()
 
 
 def draws(select, B: int, device: torch.device, temperature: float, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,14 +166,18 @@ def test_samples_are_from_the_softmax(temperature, top_k):
         assert abs(float((pair[0] == pair[1]).double().mean()) - agreement) < 0.02
 
 
-def test_a_row_draws_the_same_whatever_the_batch(device):
-    rules, logits = make_rules(128, device, temperature=1.0), torch.randn(3, 128, device=device)
-    states = [make_state(B, device) for B in (1, 3)]
-    for state in states:
-        for _ in range(2):
-            select_token(logits[: len(state.ids)].contiguous(), rules, state, block_size=128)
-    assert torch.equal(states[0].ids[0], states[1].ids[0])
-    assert not torch.equal(states[1].ids[0], states[1].ids[1])
+@pytest.mark.parametrize("top_k", [0, 50])
+@pytest.mark.parametrize("select", [partial(select_token, block_size=128), select_token_reference])
+def test_a_row_draws_by_its_seed_and_not_by_its_place(select, top_k, device):
+    rules = make_rules(128, device, temperature=1.0, top_k=top_k)
+    logits = torch.randn(1, 128, device=device).repeat(3, 1)
+    alone, beside = make_state(1, device), make_state(3, device)
+    beside.seeds.copy_(alone.seeds[0] + torch.tensor([1, 0, 1 << 40], device=device))
+    for state in (alone, beside):
+        for _ in range(4):
+            select(logits[: len(state.ids)].contiguous(), rules, state, top_k=top_k > 0)
+    assert torch.equal(alone.ids[0], beside.ids[1])
+    assert len({tuple(row) for row in beside.ids.tolist()}) == 3
 
 
 def equal_values(B: int, V: int, levels: int) -> torch.Tensor:
@@ -187,7 +195,8 @@ def test_the_k_most_probable_and_those_that_equal_the_last_of_them(V, levels, to
     rules = make_rules(V, device, 1000.0 * levels, timestamps, top_k=top_k, begin_length=NEVER, min_length=0)
     ours, reference = make_state(2, device), make_state(2, device)
     for seed in range(3 if device.type == "cpu" else 50):
-        rules.limits[9] = seed
+        for state in (ours, reference):
+            state.seeds.fill_(seed)
         logits = equal_values(2, V, levels).to(device)
         select_token(logits, rules, ours, top_k=True)
         select_token_reference(logits, rules, reference, top_k=True)

@@ -196,9 +196,24 @@ def test_the_tiles_of_every_link_are_allowed(width, has_copies, monkeypatch):
         skinny_linear(x, (wide,), (None,), layer_norm=norm, gelu=True)
         skinny_linear(y, (narrow,), (None,), residual=x)
         skinny_linear(x, (head,), (None,), layer_norm=norm)
-    paced = {B for B, tiles in seen if tiles.PACE > 0}
-    whisper = {1024: {1, 5, 8, 16, 17, 32}, 1280: {1, 2, 4, 5, 8, 16, 17, 32}}
-    assert paced == (whisper.get(width, paced if width > 1280 else set()) if has_copies else set())
+    layers = {B for B, tiles in seen if tiles.PACE > 0 and not tiles.PROGRAMS}
+    heads = {B for B, tiles in seen if tiles.PROGRAMS}
+    all_paced = {1, 2, 4, 5, 8, 16, 17, 32}
+    if not has_copies:
+        assert not layers | heads
+    elif width <= 1280:
+        assert layers == {1024: all_paced - {2, 4}, 1280: all_paced}.get(width, set())
+        assert heads == (all_paced if width >= 1024 else {5, 8, 16, 17, 32} if width % 256 == 0 else set())
+
+
+def test_an_lm_head_with_a_bias_has_a_program_a_tile(monkeypatch):
+    monkeypatch.setattr(module, "has_paced_copies", lambda device, dtype: True)
+    seen = []
+    monkeypatch.setattr(module, "_op", lambda *arguments: seen.append(LinearTiles(*arguments[-1])))
+    x, head, bias = (torch.empty(*s, dtype=torch.float16, device="meta") for s in ((8, 1280), (51866, 1280), (51866,)))
+    skinny_linear(x, (head,), (None,))
+    skinny_linear(x, (head,), (bias,))
+    assert [tiles.PROGRAMS > 0 for tiles in seen] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +304,6 @@ def test_a_captured_chain_waits_for_each_input(B, dtype, device):
     shapes = (K, K, 3), (K, K), (K, K), (K, K), (4 * K, K), (K, 4 * K)
     layers = [(*(linear(*shape) for shape in shapes), [norm() for _ in range(3)]) for _ in range(2)]
     first, head, last_norm, last = torch.empty(B, K, device=device, dtype=dtype), linear(V, K)[0], norm(), linear(K, K)
-    tiles = LinearTiles(16, 1, 4, True, K // 256, PROGRAMS=4) if B > 1 and has_paced_copies(device, dtype) else None
 
     def chain(launched):
         def run(*args, **around):
@@ -306,7 +320,7 @@ def test_a_captured_chain_waits_for_each_input(B, dtype, device):
             x = run(x, *cross_out, residual=thirds[2])
             y = run(x, *fc1, layer_norm=norms[2], gelu=True)
             x = run(y, *fc2, residual=x)  # of several rows split over K, and the parts added up by a launch of its own
-        logits = run(x, head, (None,), layer_norm=last_norm, tiles=tiles)
+        logits = run(x, head, (None,), layer_norm=last_norm)  # whose programs go on from tile to tile
         return logits, run(logits.view(-1)[: B * K].view(B, K), *last)
 
     assert_chain_waits(first, chain, times=200)

@@ -94,6 +94,7 @@ def state_of(ids: torch.Tensor, prompt_length: int) -> TokenState:
         torch.full((B,), length),
         torch.tensor(newest),
         torch.zeros(B, dtype=torch.int64),
+        7919 * (1 + torch.arange(B)),
         torch.zeros(B, 1, dtype=torch.int64),
         torch.zeros(B, dtype=torch.int64),
     )
@@ -123,8 +124,7 @@ def check(select: Callable[..., None], seed: int, B: int, device: torch.device, 
     scores = processors(ids, logits.float())
     noise = 0.0
     if top_k:
-        lengths, rows = torch.full((B, 1), draw.length), torch.arange(B)[:, None]
-        noise = gumbel_reference(TokenLimits(*rules.limits.cpu()).seed, torch.arange(V), lengths, rows)
+        noise = gumbel_reference(state.seeds.cpu()[:, None], torch.arange(V), torch.full((B, 1), draw.length))
     scores = warpers(ids, scores)
     expected = (scores + noise).argmax(-1)
     # As Whisper's threshold of log-probability has it: without the temperature.
@@ -196,8 +196,7 @@ def test_the_limits_and_flags_that_are_written() -> None:
     rules = allocate_rules(V, torch.device("cpu"))
     write_rules(read_settings(processors, criteria, GenerationConfig(do_sample=True), 3, V), torch.tensor([6]), rules)
     limits = TokenLimits(*rules.limits.tolist())
-    assert limits.seed > 0
-    assert limits._replace(seed=0) == TokenLimits(L, 6, 3, 9, TIMESTAMPS, 3, TIMESTAMPS + 5, EOS, 1, 0, 50)
+    assert limits == TokenLimits(L, 6, 3, 9, TIMESTAMPS, 3, TIMESTAMPS + 5, EOS, 1, 50)
     assert {i: flag for i, flag in enumerate(rules.flags.tolist()) if flag} == {
         1: 1 | 2, 2: 2, EOS: 4 | 8, EOS + 1: 4 | 8, NO_TIMESTAMPS: 1
     }  # fmt: skip
@@ -206,16 +205,6 @@ def test_the_limits_and_flags_that_are_written() -> None:
     assert TokenLimits(*rules.limits.tolist()) == TokenLimits(L, 0)
     assert rules.temperature == 0.0
     assert rules.flags.nonzero().flatten().tolist() == eos.tolist()
-
-
-def test_a_seed_gives_the_same_seed() -> None:
-    rules, seeds = allocate_rules(V, torch.device("cpu")), []
-    settings = read_settings(LogitsProcessorList(), CRITERIA, GenerationConfig(do_sample=True), 3, V)
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        write_rules(settings, None, rules)
-        seeds.append(TokenLimits(*rules.limits.tolist()).seed)
-    assert seeds[0] == seeds[1] != seeds[2]
 
 
 class OfTheUser(SuppressTokensLogitsProcessor):

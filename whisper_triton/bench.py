@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from whisper_triton.failure import Failure, Group, say
+from whisper_triton.failure import Failure, Group, make_writable, say
 
 if TYPE_CHECKING:
     from whisper_triton.benchmarks.harness import Place
@@ -34,6 +34,7 @@ KERNELS = {  # where each is measured: file and function
     "bias_gelu": ("encoder_kernels", "bench_bias_gelu"),
 }
 TOY = "toy"
+MOST_ROWS = 2**31 - 1  # of a batch: no GPU takes as many, and torch cannot even count many times more
 CPU_NOTE = "On a CPU these are timings of PyTorch references: they prove that the benchmarks run, and say nothing of kernels."
 WHERE_TO = ("output", "plot")  # not part of the command that a row names: they change nothing of what is measured
 
@@ -69,8 +70,9 @@ def parse_kernels(ctx: click.Context, parameter: click.Parameter, value: str | N
 
 def parse_batches(_: click.Context, parameter: click.Parameter, value: str) -> list[int]:
     words = [word.strip() for word in value.split(",")]
-    if not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
-        raise Failure(f"{parameter.opts[0]} takes numbers from 1 on, separated by commas, got {value!r}", exit_code=2)
+    if not all(word.isascii() and word.isdecimal() and 0 < int(word) <= MOST_ROWS for word in words):
+        said = f"{parameter.opts[0]} takes numbers from 1 to {MOST_ROWS}, separated by commas, got {value!r}"
+        raise Failure(said, exit_code=2)
     return [int(word) for word in words]
 
 
@@ -192,10 +194,13 @@ def measure(
     """Runs the benches that `prepare` returns, with what loads their subjects by name; the rest are options.
 
     Raises:
-        Failure: a result was wrong, a model cannot be had, or there is not enough memory.
+        Failure: a result was wrong, a model cannot be had, there is not enough memory, or no place for what is to be written.
     """
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise Failure("--plot needs matplotlib: pip install 'whisper-triton[bench]'")
+    if plot is not None:
+        check_format(plot)
+    for path in (output, plot):
+        if path is not None:
+            make_writable(path.parent)
     import torch
     import transformers
 
@@ -222,14 +227,32 @@ def measure(
         raise Failure(str(refusal)) from refusal
     except (CheckpointError, OSError) as error:
         raise Failure(str(error)) from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # Of a CPU's memory torch raises what it raises for anything.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise Failure(f"{where} is out of memory: try a smaller --batch or --model") from error
     except KeyboardInterrupt:
         raise Failure("interrupted", exit_code=130) from None
     if plot is not None:
         from whisper_triton.benchmarks.plots import plot as draw
 
-        draw([row | environment(where.type) for row in rows], plot)
+        try:
+            draw([row | environment(where.type) for row in rows], plot)
+        except OSError as error:
+            raise Failure(str(error)) from error
+
+
+def check_format(path: Path) -> None:
+    """Raises Failure where no plot can be written in the format that the file's name ends in."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise Failure("--plot needs matplotlib: pip install 'whisper-triton[bench]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        known = ", ".join(f".{name}" for name in formats)
+        raise Failure(f"--plot takes a file whose name ends in one of {known}, got {str(path)!r}", exit_code=2)
 
 
 def command_of(ctx: click.Context) -> str:

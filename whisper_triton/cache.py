@@ -243,7 +243,10 @@ class StaticEncoderDecoderCache(EncoderDecoderCache):
             raise ValueError(f"layers or their keys and values differ: {[[tuple(t.shape) for t in layer] for layer in layers]}")
         cache = cls(len(layers), max_cache_len, layers[0][2].shape[2], layers[0][0].device)
         for i, (key, value, cross_key, cross_value) in enumerate(layers):
-            cache.self_attention_cache.update(key, value, i)
+            if key.shape[2] == value.shape[2] == 0:  # no token yet, after the cross keys and values were projected
+                cache.self_attention_cache.layers[i].lazy_initialization(key, value)
+            else:
+                cache.self_attention_cache.update(key, value, i)
             cache.cross_attention_cache.update(cross_key, cross_value, i)
             cache.is_updated[i] = True
         return cache

@@ -21,6 +21,7 @@ from .decoder import DecoderStep
 from .kernels import select_token
 from .kernels._rules import TokenState, apply_rules
 from .kernels._sampling import keep_top_k
+from .streams import RandomStreams
 from .token_rules import NotCovered, Settings, allocate_rules, read_settings, write_rules
 
 ROWS_AT_ONCE = 64  # whose scores are computed together, after the last token
@@ -72,17 +73,19 @@ class TokenSelection:
             lengths, last_timestamps, ends = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(3))
             ids = torch.zeros(B, max_length, dtype=torch.int64, device=device)
             logprobs = torch.zeros(B, max_length, device=device)
-            next_ids = torch.zeros(B, 1, dtype=torch.int64, device=device)
+            seeds, next_ids = torch.zeros_like(ends), torch.zeros_like(ends)[:, None]
             # The kernel writes where rows end into the host's own memory: nothing is copied.
             host_ends = torch.zeros(B, dtype=torch.int64, pin_memory=device.type == "cuda")
-            self.state = TokenState(ids, logprobs, lengths, last_timestamps, ends, next_ids, host_ends)
+            self.state = TokenState(ids, logprobs, lengths, last_timestamps, ends, seeds, next_ids, host_ends)
             self.rules = allocate_rules(vocabulary_size, device)
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._call = 0
         self.top_k = 0  # of this call; 0: all tokens
 
-    def begin(self, prompt: torch.Tensor, settings: Settings, pad_token: torch.Tensor | None) -> None:
-        """Starts over with `prompt` (B, T) and a call's rules."""
+    def begin(
+        self, prompt: torch.Tensor, settings: Settings, pad_token: torch.Tensor | None, seeds: torch.Tensor | None = None
+    ) -> None:
+        """Starts over with `prompt` (B, T) and a call's rules; where it samples, with the rows' seeds (B,) int64."""
         # What a call that was interrupted still writes into the host's memory is told from this one's by its number.
         self._call = (self._call + 1) % (1 << 31)
         self.top_k = settings.limits.top_k
@@ -90,6 +93,8 @@ class TokenSelection:
         write_rules(settings, pad_token, self.rules)
         self.state.ids[:, : prompt.shape[1]] = prompt
         self.state.lengths.fill_(prompt.shape[1])
+        if seeds is not None:
+            self.state.seeds.copy_(seeds)
         for tensor in (self.state.last_timestamps, self.state.ends):
             tensor.zero_()
 
@@ -136,13 +141,15 @@ def run_until_ended(advance: Callable[[], object], selection: TokenSelection, st
     """Calls `advance` until all rows have ended, up to `look_every` times more than needed, at most `steps` times; returns the
     greatest length.
 
-    After `steps` of them all rows must have ended.
+    After `steps` of them all rows must have ended. What a look waits for has always a newer step queued behind it: the device
+    goes on meanwhile, and the host, which queues a step in microseconds, is never more than `look_every` + 1 of them ahead.
+    To ask the event without waiting for it would only let the host run on, and queue what nobody needs.
     """
     for i in range(steps):
         if i % look_every == 0:
             selection.look()
         advance()
-        # Only now: while the host waits for the step before, the device has this one to run.
+        # Only now, and for the step before: the device has this one to run meanwhile.
         if i % look_every == 0 and all(selection.ends()):
             break
     else:
@@ -158,6 +165,7 @@ def decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     returns_tokens: bool,
+    streams: RandomStreams,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateEncoderDecoderOutput:
     """What stock's loop returns for the same arguments: ids (B, T), or with `return_dict_in_generate` all that is asked for.
@@ -165,8 +173,9 @@ def decode(
     Args:
         step: captured for this call, or None. input_ids: (B, T), the prompt.
         returns_tokens: nobody sees more than the tokens. Scores are then `Logprobs`, for a threshold, and nothing else is kept.
+        streams: of the call, where rows that are sampled have their seeds from.
     """
-    settings = None
+    settings, heard = None, streams.next_attempt()
     # Why there is no step, or another cache than the step's, was said when the cache was chosen.
     if step is not None and model_kwargs.get("past_key_values") is step.cache:
         try:
@@ -195,7 +204,8 @@ def decode(
     # What `return_dict_in_generate` hands out is stock's for rows that have ended too: scores, logits, the cache.
     hands_out = bool(generation_config.return_dict_in_generate) and not returns_tokens
     advance = step.advance(model, selection, decodes_ended=hands_out)
-    selection.begin(input_ids, settings, generation_config._pad_token_tensor)
+    seeds = streams.seeds(heard, model_kwargs["encoder_outputs"][0]) if settings.temperature > 0.0 else None
+    selection.begin(input_ids, settings, generation_config._pad_token_tensor, seeds)
     selection(logits)
     prompt_length = input_ids.shape[1]
     wants_scores = hands_out and generation_config.output_scores

@@ -30,6 +30,7 @@ from .graphs import NotCaptured, add_fingerprint, capture, global_hooks, modules
 from .kernels import CrossTable, backend, cross_table, project_cross_kv
 from .kernels._checks import MAX_QUERIES
 from .kernels._dispatch import failed_gpus
+from .variants import report_missing
 
 if TYPE_CHECKING:
     from .decode_loop import TokenSelection
@@ -77,6 +78,12 @@ def fingerprint(model: WhisperForConditionalGeneration) -> tuple[object, ...]:
     # Of `model.model` itself too, and not of its encoder.
     add_fingerprint((*modules_of(model.model.decoder, model.proj_out), model.model), found)
     return tuple(found)
+
+
+def cache_bytes(model: WhisperForConditionalGeneration, batch_size: int, num_frames: int, num_slots: int) -> int:
+    """Of the caches that such a step allocates when it is made. Its graphs come later, and count once they are there."""
+    config = model.config
+    return 2 * config.decoder_layers * batch_size * (num_slots + num_frames) * config.d_model * model.dtype.itemsize
 
 
 def cross_projections(model: WhisperForConditionalGeneration, cache: StaticEncoderDecoderCache) -> CrossTable | None:
@@ -135,6 +142,8 @@ class DecoderStep:
         # The states that the cross cache is of, with the versions of all that it depends on.
         self._projected: tuple[weakref.ref[torch.Tensor], list[int]] | None = None
         self.fused = FusedDecoder(model) if is_fusable(model, batch_size) else None
+        if self.fused is not None:
+            report_missing(model.device, model.config.d_model, model.dtype)
         self.passes: dict[int, CapturedPass] = {}  # by T
         self._prompt_states: torch.Tensor | None = None  # (B, T, C), of the last prompt's tokens, before the final norm
         self._takes: dict[int, bool] = {1: True}

@@ -11,16 +11,21 @@ from whisper_triton import __version__, kernels
 from whisper_triton.fused import max_rows
 from whisper_triton.kernels import backend
 from whisper_triton.kernels._dispatch import HAS_TRITON, why_reference
+from whisper_triton.kernels._paced import MIN_WIDTH
+from whisper_triton.kernels.skinny_linear import LayerNorm
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path, no_gpu_reason
+from whisper_triton.variants import why_not_dependent, why_not_paced
 
 # All that have a reference: what else the package exports are their helpers.
 KERNELS = tuple(name for name in kernels.__all__ if f"{name}_reference" in kernels.__all__)
 
 
 def report() -> str:
-    """The whole report, a fact a line. On a GPU it builds and launches a kernel, to see whether that works."""
+    """The whole report, a fact a line. On a GPU it builds and launches a few kernels, to see whether that works."""
     device = choose_device(None)
     try_kernel(device)
+    if why_not_paced(device) is None:
+        try_paced_kernels(device)
     dtype = str(choose_dtype(None, device)).removeprefix("torch.")
     path, reason = describe_path(device), _reason(device)  # once the kernel has been tried
     facts = [
@@ -36,6 +41,7 @@ def report() -> str:
         facts.append(("Triton fails", why))
     parts = [
         *((kernel, path, reason) for kernel in KERNELS),
+        *_variants(device),
         ("attention module", path, "decodes with the kernels above; what they do not cover goes the stock way, and is logged"),
         ("decoding step", *_step(device)),
         ("prompt", *_prompt(device)),
@@ -53,6 +59,33 @@ def try_kernel(device: torch.device) -> None:
     if backend(device) == "triton":
         kernels.bias_gelu(torch.zeros(1, 32, device=device), torch.zeros(32, device=device))
         torch.cuda.synchronize(device)
+
+
+def try_paced_kernels(device: torch.device) -> None:
+    """Launches a linear layer and a cross-attention of the least width that paced copies and clusters are for, if they are."""
+    C = MIN_WIDTH
+    weight, vector, cache = (
+        torch.zeros(*shape, dtype=torch.float16, device=device) for shape in ((C, C), (C,), (1, C // 64, 64, 64))
+    )
+    x, norm = vector[None], LayerNorm(vector, vector, 1e-5)
+    kernels.skinny_linear(x, (weight,), (vector,), layer_norm=norm)
+    kernels.cross_attention(x, weight, vector, cache, cache, layer_norm=norm, scale=1.0)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _variants(device: torch.device) -> list[tuple[str, str, str]]:
+    """The kernels' faster variants, whether they serve, and why."""
+    dependent, paced = why_not_dependent(device), why_not_paced(device)
+    wide = f"2-byte decoders of {MIN_WIDTH} columns and more"
+    plain = "no: plain kernels"
+    return [
+        ("dependent launch", "no", dependent)
+        if dependent
+        else ("dependent launch", "yes", "a kernel begins while another ends"),
+        ("paced copies", plain, paced) if paced else ("paced copies", "yes", f"linear layers and attention of {wide}"),
+        ("clusters", plain, paced) if paced else ("clusters", "yes", f"cross-attention of one sequence, {wide}"),
+    ]
 
 
 def _why_no_graph(device: torch.device) -> str | None:

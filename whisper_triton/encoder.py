@@ -24,12 +24,12 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .attention import NAME, STATE, TritonAttention, report_once
 from .encoded import ENCODED
 from .fused_encoder import FusedEncoder
-from .graphs import CAPTURES, NotCaptured, add_fingerprint, capture, global_hooks, modules_of, why_not_known
+from .graphs import CAPTURES, NotCaptured, add_fingerprint, capture, global_hooks, make_room, modules_of, why_not_known
 from .kernels import backend
 from .kernels._checks import DTYPES
 from .kernels._dispatch import failed_gpus
 
-MAX_BYTES = 8 << 30  # of memory kept for graphs, the shape in use always among them
+MAX_BYTES = 8 << 30  # of memory kept for graphs; one that is larger by itself is kept alone
 _LOCK = threading.RLock()
 # Modules whose forward pass we do not know might do something else a call, which a graph does not, nor states kept from before.
 _KNOWN_MODULES = frozenset((
@@ -222,21 +222,31 @@ def _captured(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder |
         graph = kept_graph(self, features)
         if graph is not None:
             return graph
+
+        def give_up(key: tuple[int, int]) -> None:
+            graphs.pop(key).wait()
+
         for other in [other for other in graphs if not graphs[other].fits(self)]:
-            graphs.pop(other).wait()  # before more memory is taken
+            give_up(other)  # before more memory is taken
         reason = why_not_captured(self)
         if reason is not None:
             report_once(f"the encoder is launched one kernel at a time: {reason}")
             return None
-        while graphs and sum(graph.nbytes for graph in graphs.values()) > MAX_BYTES:
-            graphs.popitem(last=False)[1].wait()
+        make_room(graphs, _least_bytes(self, features), MAX_BYTES, give_up)
         try:
             graph = graphs[_key(features)] = CapturedEncoder(self, features)
         except (NotCaptured, torch.OutOfMemoryError) as error:
             reason = str(error).partition(".")[0]  # torch's messages go on for a page
             report_once(f"the encoder is launched one kernel at a time: {reason}")
             return None
+        make_room(graphs, 0, MAX_BYTES, give_up, in_use=_key(features))  # now that all of its bytes are known
         return graph
+
+
+def _least_bytes(self: WhisperEncoder, features: torch.Tensor) -> int:
+    """Of a graph for such features: what goes in and what comes out. What lies between is known once it is captured."""
+    states = features.shape[0] * self.config.max_source_positions * self.config.d_model * features.element_size()
+    return features.nbytes + states
 
 
 def _key(features: torch.Tensor) -> tuple[int, int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -49,6 +51,23 @@ def say(text: str) -> None:
     check_stdout()
     with writing(), tqdm.external_write_mode():
         click.echo(text, nl=False)
+
+
+def make_writable(directory: Path) -> None:
+    """Makes the directory if there is none; raises Failure where nothing can be written into it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Tried, because permissions do not tell of a read-only file system.
+        tempfile.TemporaryFile(dir=directory).close()
+    except FileExistsError as error:
+        raise Failure(f"{shown(directory)}: cannot write there: it is a file, not a directory") from error
+    except OSError as error:
+        raise Failure(f"{shown(directory)}: cannot write there: {error.strerror}") from error
+
+
+def shown(path: str | Path) -> str:
+    """A path as it can be printed, whatever bytes it is made of."""
+    return click.format_filename(str(path))
 
 
 class Command(click.Command):

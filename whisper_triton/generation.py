@@ -26,13 +26,15 @@ from .attention import STATE, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .coverage import returns_tokens_alone, why_not_our_cache, why_not_our_loop, why_not_replayed, why_not_static
 from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
-from .decoder import DecoderStep, fingerprint, why_not_captured
+from .decoder import DecoderStep, cache_bytes, fingerprint, why_not_captured
 from .early import start_encoder, whole_segment
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
+from .graphs import make_room
 from .stand_ins import StandIn, stand_in
+from .streams import RandomStreams
 
-MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps, the batch size in use always among them
+MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps; a step that is larger by itself is kept alone
 MIN_SLOTS = 128  # of a step's self cache
 _CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
 
@@ -44,6 +46,7 @@ class _Call:
     # Of a prompt. All of transformers' own decoding methods that get our cache do; one of the user's may want the others too.
     reads_last_logits: bool
     returns_tokens: bool  # and nobody sees more of it, though stock may ask for more itself
+    streams: RandomStreams = field(default_factory=RandomStreams)
 
 
 class CallLock:
@@ -168,8 +171,15 @@ def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kw
     step = None if state is None else state.in_use
     if step is not None and not is_plain:
         report_once(f"{STOCKS_LOOP}: the model has hooks, or another forward pass or class")
-    returns_tokens = getattr(_CALL.get(), "returns_tokens", False)
-    return decode(self, step if is_plain else None, input_ids, returns_tokens=returns_tokens, **kwargs)
+    call = _CALL.get() or _Call(reads_last_logits=False, returns_tokens=False)  # kept by somebody, and called by itself
+    return decode(
+        self,
+        step if is_plain else None,
+        input_ids,
+        returns_tokens=call.returns_tokens,
+        streams=call.streams,
+        **kwargs,
+    )
 
 
 _decode.__signature__ = inspect.signature(_decode)  # for which transformers asks twice a call, with the GPU idle
@@ -241,8 +251,20 @@ def _prepare_generation_config(
 
 
 def _get_input_segment(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    call = _CALL.get()
+    if call is not None:
+        call.streams.begin_window()
     segment = whole_segment(*args, **kwargs)
     return _stock(self, "_get_input_segment")(*args, **kwargs) if segment is None else segment
+
+
+def _prepare_model_inputs(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
+    inputs, name, model_kwargs = _stock(self, "_prepare_model_inputs")(*args, **kwargs)
+    call = _CALL.get()
+    if call is not None:
+        is_heard = name == "input_features" and model_kwargs.get("encoder_outputs") is None
+        call.streams.hear(inputs if is_heard else None)
+    return inputs, name, model_kwargs
 
 
 def _prepare_cache_for_generation(
@@ -261,7 +283,9 @@ def _prepare_cache_for_generation(
         frames = model_kwargs["encoder_outputs"][0]
         model_kwargs["past_key_values"] = _cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
         return
-    if reason != "cache_implementation='static'":  # which ends in `_prepare_static_cache`
+    if model_kwargs.get("past_key_values") is not None:  # of any class, and ours may be compiled over
+        report_once("steps are not replayed: generate runs over the cache that it was given")
+    elif reason != "cache_implementation='static'":  # which ends in `_prepare_static_cache`
         _report_stocks_cache(reason)
     _stock(self, "_prepare_cache_for_generation")(
         generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -297,6 +321,7 @@ def _cache_for(
     if batch_size not in state.steps and not _add_step(self, state, batch_size, num_frames, num_slots):
         return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
     state.steps.move_to_end(batch_size)
+    make_room(state.steps, 0, MAX_BYTES, state.forget, in_use=batch_size)  # graphs that were captured since
     state.in_use = step = state.steps[batch_size]
     step.reset()
     return step.cache
@@ -316,8 +341,7 @@ def slots_for(length: int, most: int) -> int:
 
 def _add_step(self: WhisperForConditionalGeneration, state: State, batch_size: int, num_frames: int, num_slots: int) -> bool:
     """Whether there is memory for another step."""
-    while state.steps and sum(kept.nbytes for kept in state.steps.values()) > MAX_BYTES:
-        state.forget(next(iter(state.steps)))
+    make_room(state.steps, cache_bytes(self, batch_size, num_frames, num_slots), MAX_BYTES, state.forget)
     try:
         state.steps[batch_size] = DecoderStep(self, batch_size, num_frames, num_slots)
     except torch.OutOfMemoryError:
@@ -388,6 +412,7 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "generate": _generate,
     "_prepare_generation_config": _prepare_generation_config,
     "_get_input_segment": _get_input_segment,
+    "_prepare_model_inputs": _prepare_model_inputs,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_prepare_static_cache": _prepare_static_cache,
     "_postprocess_outputs": _postprocess_outputs,

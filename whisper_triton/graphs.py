@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from .kernels import backend
 
+Key = TypeVar("Key")
 Result = TypeVar("Result")
 # Held while a graph is recorded, which another thread's waiting for the device would end: who must wait for it takes this.
 CAPTURES = threading.RLock()
@@ -142,6 +143,31 @@ def _capture(run: Callable[[], Result], device: torch.device) -> tuple[torch.cud
     finally:
         torch._C._cuda_clearCublasWorkspaces()
     return graph, result, nbytes
+
+
+class Sized(Protocol):
+    """What is kept from call to call."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the GPU's memory."""
+
+
+def make_room(
+    kept: Mapping[Key, Sized], needed: int, most: int, give_up: Callable[[Key], object], in_use: Key | None = None
+) -> None:
+    """Has what was used least recently given up until all that is kept, with `needed` bytes more, takes `most` at most.
+
+    What is larger than that by itself is kept alone: a newcomer of `needed` bytes, or what is `in_use`.
+
+    Args:
+        kept: the least recently used first. give_up: removes one from it.
+    """
+    for key in list(kept):
+        if sum(one.nbytes for one in kept.values()) + needed <= most:
+            return
+        if key != in_use:
+            give_up(key)
 
 
 def is_out_of_memory(error: BaseException | None, handled: BaseException | None = None) -> bool:

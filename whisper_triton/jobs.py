@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from whisper_triton import accelerate
 from whisper_triton.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
 from whisper_triton.checkpoints import CheckpointError, load_model
-from whisper_triton.failure import Failure, check_stdout, complain, say
+from whisper_triton.failure import Failure, check_stdout, complain, make_writable, say, shown
 from whisper_triton.output import Transcript, render
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path
 from whisper_triton.transcription import Speech, check_request, parse_language, transcribe
@@ -68,7 +67,7 @@ def run(
     if not lengths:
         return False
     if output_dir is not None:
-        _make_writable(output_dir)
+        make_writable(output_dir)
     else:
         check_stdout()
     precision = choose_dtype(dtype, where)
@@ -108,9 +107,9 @@ def _targets(files: list[str], directory: Path | None, output_format: str) -> di
     for file in files:
         target = directory / f"{Path(file).stem}.{output_format}"
         if target in taken:
-            raise ValueError(f"{_shown(taken[target])} and {_shown(file)} would both be written to {_shown(target)}")
+            raise ValueError(f"{shown(taken[target])} and {shown(file)} would both be written to {shown(target)}")
         if target.resolve() in inputs:
-            raise ValueError(f"{_shown(target)} is an input and would be overwritten")
+            raise ValueError(f"{shown(target)} is an input and would be overwritten")
         taken[target] = file
     return {file: target for target, file in taken.items()}
 
@@ -122,19 +121,8 @@ def _probe(files: list[str]) -> dict[str, float]:
         try:
             lengths[file] = probe_audio(file)
         except AudioError as error:
-            complain(f"{_shown(file)}: {error}")
+            complain(f"{shown(file)}: {error}")
     return lengths
-
-
-def _make_writable(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Tried, because permissions do not tell of a read-only file system.
-        tempfile.TemporaryFile(dir=directory).close()
-    except FileExistsError as error:
-        raise Failure(f"{_shown(directory)}: cannot write there: it is a file, not a directory") from error
-    except OSError as error:
-        raise Failure(f"{_shown(directory)}: cannot write there: {error.strerror}") from error
 
 
 def _prepare(
@@ -172,7 +160,7 @@ def _work(
                 speeches = speak(list(recordings.values()), on_progress=show)
                 for (file, samples), speech in zip(recordings.items(), speeches, strict=True):
                     duration = samples.size / SAMPLE_RATE
-                    good += emit(Transcript(_shown(file), duration=duration, **speech._asdict()), file)
+                    good += emit(Transcript(shown(file), duration=duration, **speech._asdict()), file)
                     seconds += duration
             _advance(bar, before, sum(lengths[file] for file in batch))
     return seconds, good
@@ -191,7 +179,7 @@ def _load(files: list[str]) -> dict[str, np.ndarray]:
             recordings[file] = load_audio(file)
         except AudioError as error:
             with tqdm.external_write_mode():
-                complain(f"{_shown(file)}: {error}")
+                complain(f"{shown(file)}: {error}")
     return recordings
 
 
@@ -211,11 +199,6 @@ def _write(text: str, target: Path | None) -> bool:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
         with tqdm.external_write_mode():
-            complain(f"{_shown(target)}: {error.strerror}")
+            complain(f"{shown(target)}: {error.strerror}")
         return False
     return True
-
-
-def _shown(path: str | Path) -> str:
-    """A path as it can be printed, whatever bytes it is made of."""
-    return click.format_filename(str(path))

@@ -47,7 +47,7 @@ class Settings(NamedTuple):
 
     tokens: tuple[tuple[int, torch.Tensor], ...]  # (flag, the ids that have it)
     no_timestamps: int | None  # suppressed, where there are rules for timestamps
-    limits: TokenLimits  # without seed and pad token
+    limits: TokenLimits  # without pad token
     temperature: float
 
 
@@ -153,7 +153,7 @@ def allocate_rules(vocabulary_size: int, device: torch.device) -> TokenRules:
 
 
 def write_rules(settings: Settings, pad_token: torch.Tensor | None, rules: TokenRules) -> None:
-    """Fills `rules`, in place. A call that samples draws its seed from PyTorch's generator of the device.
+    """Fills `rules`, in place.
 
     Args:
         pad_token: 0-dim or (1,) on the device; None where no row can end before the others.
@@ -181,5 +181,3 @@ def write_rules(settings: Settings, pad_token: torch.Tensor | None, rules: Token
     if pad_token is not None:
         rules.limits[TokenLimits._fields.index("pad_token")].copy_(pad_token.view(()))
     rules.temperature.fill_(settings.temperature)
-    if settings.temperature > 0.0:
-        rules.limits[TokenLimits._fields.index("seed")].copy_(torch.randint(1 << 62, (), device=device))

@@ -1,0 +1,255 @@
+"""`decode_attention` of one token over the cross caches of many heads, by paced asynchronous copies: see `_paced.py`.
+
+As many programs as find room at once share out the pieces of all heads evenly, each a row of them, and go on from piece to
+piece and from head to head: a place in shared memory is filled again as soon as it has been read. So as many bytes are on
+their way at the end of a head as within it, and no wave of programs waits for the last of the one before (flash-decoding with
+the even shares of stream-K, https://arxiv.org/abs/2301.03598).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ._arguments import cache_arguments
+from ._dispatch import multiprocessors, triton
+from ._paced import (
+    async_copy_global_to_shared,
+    barrier,
+    commit_group,
+    gl,
+    gluon,
+    join_softmax,
+    launch_dependents,
+    wait_for_previous,
+    wait_group,
+)
+
+MIN_HEADS = 128  # in the batch, B * H
+REGISTERS = 1 << 16  # of a multiprocessor: CUDA C++ Programming Guide, compute capability 9.0
+
+
+@gluon.jit
+def ask_for(
+    i_piece,  # of all pieces of all heads
+    end,
+    place,
+    key_cache_ptr,
+    value_cache_ptr,
+    ended_ptr,
+    stride_kc_b,
+    stride_kc_h,
+    stride_kc_s,
+    stride_vc_b,
+    stride_vc_h,
+    stride_vc_s,
+    S,
+    offs_s,  # (NUM_WARPS, ROWS): of a piece
+    offs_d,  # (1, 1, HEAD_DIM)
+    keys,  # (PLACES, NUM_WARPS, ROWS, HEAD_DIM)
+    values,
+    HAS_ENDED: gl.constexpr,
+    H: gl.constexpr,
+    NUM_PIECES: gl.constexpr,
+    BLOCK_S: gl.constexpr,
+):
+    """Begins to copy a piece before `end` to its place: a group of copies, empty for a piece past them."""
+    if i_piece < end:
+        i_head, first_s = i_piece // NUM_PIECES, i_piece % NUM_PIECES * BLOCK_S
+        i_b, i_h = (i_head // H).to(gl.int64), (i_head % H).to(gl.int64)
+        if HAS_ENDED:
+            S = gl.where(gl.load(ended_ptr + i_b) == 0, S, 0)
+        mask = (first_s + offs_s < S)[:, :, None] & (offs_d >= 0)
+        rows = (first_s + offs_s).to(gl.int64)[:, :, None]
+        key_ptrs = key_cache_ptr + i_b * stride_kc_b + i_h * stride_kc_h + rows * stride_kc_s + offs_d
+        value_ptrs = value_cache_ptr + i_b * stride_vc_b + i_h * stride_vc_h + rows * stride_vc_s + offs_d
+        async_copy_global_to_shared(keys.index(place), key_ptrs, mask=mask, eviction_policy="evict_first")
+        async_copy_global_to_shared(values.index(place), value_ptrs, mask=mask, eviction_policy="evict_first")  # past S: zeros
+    commit_group()
+
+
+@gluon.jit
+def _paced_stream_kernel(
+    query_ptr,  # (B, 1, H, D) fp16/bf16
+    key_cache_ptr,  # (B, H, S, D)
+    value_cache_ptr,  # (B, H, S, D)
+    partial_ptr,  # (B, H, MAX_SPLITS * NUM_WARPS, D) fp32
+    max_ptr,  # (B, H, MAX_SPLITS * NUM_WARPS) fp32
+    sum_ptr,  # (B, H, MAX_SPLITS * NUM_WARPS) fp32
+    out_ptr,  # (B, 1, H, D)
+    counter_ptr,  # (B, H) int32, 0 before and after: programs of a head that are done
+    ended_ptr,  # (B,) int; not read unless HAS_ENDED
+    qk_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_kc_b,
+    stride_kc_h,
+    stride_kc_s,
+    stride_vc_b,
+    stride_vc_h,
+    stride_vc_s,
+    num_heads,  # B * H
+    S,
+    HAS_ENDED: gl.constexpr,
+    H: gl.constexpr,
+    NUM_PIECES: gl.constexpr,  # of a head
+    MAX_SPLITS: gl.constexpr,  # the most programs that share a head
+    BLOCK_SPLITS: gl.constexpr,  # the power of two from MAX_SPLITS * NUM_WARPS on
+    PLACES: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    ROWS: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):
+    launch_dependents()
+    # (warp, row, D), as in `_paced_append.py`: a thread reads back only what it has copied itself, and each row of the pieces
+    # has a softmax state of its own, which is joined with the others where a head ends, or the program's share of it.
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // HEAD_DIM, HEAD_DIM // 8], [NUM_WARPS, 1, 1], [2, 1, 0])
+    LAYOUT_ROWS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    LAYOUT_OUT: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    LAYOUT_JOIN: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [NUM_WARPS, 1], [1, 0])
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
+    BLOCK_S: gl.constexpr = ROWS * NUM_WARPS
+    dtype: gl.constexpr = key_cache_ptr.dtype.element_ty
+    i_program, num_programs, total = gl.program_id(0), gl.num_programs(0), num_heads * NUM_PIECES
+    start, end = i_program * total // num_programs, (i_program + 1) * total // num_programs
+    offs_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT_ROWS))
+    offs_r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT_ROWS))
+    offs_s = offs_w[:, None] * ROWS + offs_r[None, :]
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+    offs_3d = gl.expand_dims(gl.expand_dims(offs_d, 0), 0)
+    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_OUT))
+    offs_i = gl.arange(0, BLOCK_SPLITS, layout=gl.SliceLayout(1, LAYOUT_JOIN))
+    offs_o = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_JOIN))
+    keys = gl.allocate_shared_memory(dtype, [PLACES, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
+    values = gl.allocate_shared_memory(dtype, [PLACES, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
+    for i in gl.static_range(PLACES):
+        ask_for(
+            start + i, end, i, key_cache_ptr, value_cache_ptr, ended_ptr, stride_kc_b, stride_kc_h, stride_kc_s, stride_vc_b,
+            stride_vc_h, stride_vc_s, S, offs_s, offs_3d, keys, values, HAS_ENDED, H, NUM_PIECES, BLOCK_S,
+        )  # fmt: skip
+    wait_for_previous()  # the cross cache does not change during a step; the query has just been written
+
+    first_head, last_head = start // NUM_PIECES, (end - 1) // NUM_PIECES
+    q_next = gl.load(query_ptr + (first_head // H).to(gl.int64) * stride_q_b + first_head % H * stride_q_h + offs_d)
+    for i_head in range(first_head, last_head + 1):
+        q = gl.expand_dims(gl.expand_dims(q_next.to(gl.float32) * qk_scale, 0), 0)
+        i_next = gl.minimum(i_head + 1, last_head)  # early, so that no head waits for its query
+        q_next = gl.load(query_ptr + (i_next // H).to(gl.int64) * stride_q_b + i_next % H * stride_q_h + offs_d)
+        limit = S
+        if HAS_ENDED:
+            limit = gl.where(gl.load(ended_ptr + i_head // H) == 0, S, 0)
+        m = gl.full([NUM_WARPS, ROWS], float("-inf"), gl.float32, layout=LAYOUT_ROWS)
+        l = gl.zeros([NUM_WARPS, ROWS], gl.float32, layout=LAYOUT_ROWS)
+        acc = gl.zeros([NUM_WARPS, ROWS, HEAD_DIM], gl.float32, layout=LAYOUT)
+        for i_piece in range(gl.maximum(start, i_head * NUM_PIECES), gl.minimum(end, (i_head + 1) * NUM_PIECES)):
+            wait_group(PLACES - 1)
+            place = (i_piece - start) % PLACES
+            k = keys.index(place).load(LAYOUT).to(gl.float32)
+            v = values.index(place).load(LAYOUT).to(gl.float32)
+            ask_for(
+                i_piece + PLACES, end, place, key_cache_ptr, value_cache_ptr, ended_ptr, stride_kc_b, stride_kc_h, stride_kc_s,
+                stride_vc_b, stride_vc_h, stride_vc_s, S, offs_s, offs_3d, keys, values, HAS_ENDED, H, NUM_PIECES, BLOCK_S,
+            )  # fmt: skip
+            is_key = (i_piece - i_head * NUM_PIECES) * BLOCK_S + offs_s < limit
+            score = gl.where(is_key, gl.sum(q * k, axis=2), float("-inf"))
+            m_new = gl.maximum(m, score)
+            safe_m = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key
+            alpha = gl.exp2(m - safe_m)
+            p = gl.exp2(score - safe_m)
+            l = l * alpha + p
+            acc = acc * alpha[:, :, None] + p[:, :, None] * v
+            m = m_new
+
+        m_w = gl.max(m, axis=1)
+        alpha = gl.exp2(m - gl.where(m_w == float("-inf"), 0.0, m_w)[:, None])
+        head_begin = ((i_head * NUM_PIECES + 1) * num_programs - 1) // total  # the first of the head's programs
+        num_splits = ((i_head + 1) * NUM_PIECES * num_programs - 1) // total - head_begin + 1
+        first_state = i_head.to(gl.int64) * (MAX_SPLITS * NUM_WARPS)
+        first_row = first_state + (i_program - head_begin) * NUM_WARPS
+        rows = first_row + gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT_OUT))
+        gl.store(partial_ptr + rows[:, None] * HEAD_DIM + columns[None, :], gl.sum(acc * alpha[:, :, None], axis=1))
+        gl.store(max_ptr + first_row + offs_w, m_w)
+        gl.store(sum_ptr + first_row + offs_w, gl.sum(l * alpha, axis=1))
+        barrier()  # all threads' stores come before the count that tells of them
+        if gl.atomic_add(counter_ptr + i_head, 1, sem="acq_rel") == num_splits - 1:
+            gl.store(counter_ptr + i_head, 0)
+            mask_i = offs_i < num_splits * NUM_WARPS
+            # From the L2: other programs have just written them.
+            m_i = gl.load(max_ptr + first_state + offs_i, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
+            l_i = gl.load(sum_ptr + first_state + offs_i, mask=mask_i, other=0.0, cache_modifier=".cg")
+            mask_io = mask_i[:, None] & (offs_o < HEAD_DIM)[None, :]
+            o_ptrs = partial_ptr + (first_state + offs_i)[:, None] * HEAD_DIM + offs_o[None, :]
+            o_i = gl.load(o_ptrs, mask=mask_io, other=0.0, cache_modifier=".cg")
+            out = join_softmax(m_i, l_i, o_i, HAS_ENDED)
+            gl.store(out_ptr + i_head.to(gl.int64) * HEAD_DIM + offs_o, out.to(dtype))
+
+
+class StreamTiles(NamedTuple):
+    """Warps a program, keys of a piece for each warp, pieces on their way, programs a multiprocessor."""
+
+    num_warps: int
+    ROWS: int
+    PLACES: int
+    PROGRAMS: int
+
+
+def choose_stream_tiles(num_heads: int, D: int) -> StreamTiles | None:
+    """Tiles for so many heads in the batch, or None where `paced_attention` is faster: few pieces a program are not worth what
+    begins and ends it.
+
+    Measured on one NVIDIA H200, in steps of large-v3 of 2 to 32 rows and of medium of 2 and 8, fp16, 2026-11-29, with D = 64
+    (with another D pieces have as many bytes).
+    """
+    if num_heads < MIN_HEADS:
+        return None
+    num_warps, rows, places, programs = (4, 8, 6, 4) if num_heads < 160 else (2, 8, 6, 8) if num_heads < 320 else (4, 16, 2, 4)
+    return StreamTiles(num_warps, rows * 64 // D, places, programs)
+
+
+def paced_stream(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    qk_scale: float,
+    counters: torch.Tensor,
+    ended: torch.Tensor | None,
+    tiles: StreamTiles,
+) -> torch.Tensor:
+    """Launches `_paced_stream_kernel`, where `covers_attention`; arguments and result are those of `paced_attention`."""
+    (B, _, H, D), S = query.shape, key_cache.shape[2]
+    num_warps, rows, places, programs = tiles
+    pieces = triton.cdiv(S, num_warps * rows)
+    grid = min(B * H * pieces, programs * multiprocessors(query.device))
+    splits = min(pieces, triton.cdiv(pieces - 1, B * H * pieces // grid) + 1)
+    out = query.new_empty(B, 1, H, D)
+    partial = torch.empty(B, H, splits * num_warps, D, dtype=torch.float32, device=query.device)
+    maxima, sums = torch.empty(2, B, H, splits * num_warps, dtype=torch.float32, device=query.device).unbind()
+    _paced_stream_kernel[(grid,)](
+        query_ptr=query,
+        **cache_arguments(key_cache, value_cache),
+        partial_ptr=partial,
+        max_ptr=maxima,
+        sum_ptr=sums,
+        out_ptr=out,
+        counter_ptr=counters,
+        ended_ptr=query if ended is None else ended,
+        qk_scale=qk_scale,
+        stride_q_b=query.stride(0),
+        stride_q_h=query.stride(2),
+        num_heads=B * H,
+        S=S,
+        HAS_ENDED=ended is not None,
+        H=H,
+        NUM_PIECES=pieces,
+        MAX_SPLITS=splits,
+        BLOCK_SPLITS=triton.next_power_of_2(splits * num_warps),
+        PLACES=places,
+        HEAD_DIM=D,
+        ROWS=rows,
+        NUM_WARPS=num_warps,
+        num_warps=num_warps,
+        maxnreg=min(255, REGISTERS // (32 * num_warps * programs) // 8 * 8),  # so that all programs find room
+        launch_pdl=True,
+    )
+    return out
