@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from whisper_triton.kernels import _dispatch
+from whisper_triton.kernels import _dispatch, _paced
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64, 80, 96, 128)
@@ -25,6 +25,8 @@ MAX_TOKENS = 16  # of a call that attends
 MARGIN = 4096  # canaries before and after a tensor: more elements than a tile of new tokens has
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 NAN_BITS = {torch.float16: 0x7E00, torch.bfloat16: 0x7FC0, torch.float32: 0x7FC00000, torch.float64: 0x7FF8 << 48}
+
+needs_gluon = pytest.mark.skipif(not _paced.HAS_GLUON, reason="this Triton has no Gluon, as before 3.6")
 
 
 class Shape(NamedTuple):
@@ -193,6 +195,9 @@ def poisoned_allocations() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+ALLOCATIONS = (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default)
+
+
 class GuardedAllocations(TorchDispatchMode):
     """Every tensor allocated inside is the contiguous middle of a buffer of canaries, which must be whole at the end."""
 
@@ -202,7 +207,7 @@ class GuardedAllocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensor = func(*args, **kwargs or {})
-        if func not in (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format) or not tensor.numel():
+        if func not in ALLOCATIONS or not tensor.numel():
             return tensor
         buffer = canaries(tensor.numel() + 2 * MARGIN, dtype=tensor.dtype, device=tensor.device)
         self.buffers.append((buffer, storage(buffer)))
@@ -377,6 +382,23 @@ def captured(step: Callable[[], torch.Tensor | None]) -> tuple[torch.cuda.CUDAGr
     with torch.cuda.graph(graph):
         result = step()
     return graph, result
+
+
+def assert_chain_waits(
+    x: torch.Tensor, chain: Callable[[Callable[[], None]], tuple[torch.Tensor, ...]], times: int = 300
+) -> None:
+    """Replays of a captured `chain` give, bit for bit, what its launches do one at a time, whatever is in `x`, which it reads.
+
+    Args:
+        chain: launches kernels that each read what those before wrote, calls what it is given after each, and returns results.
+    """
+    graph, results = captured(lambda: chain(lambda: None))
+    for values in torch.randn(times, *x.shape, device=x.device).to(x.dtype):
+        x.copy_(values)
+        graph.replay()
+        replayed = [result.clone() for result in results]
+        for ours, alone in zip(replayed, chain(torch.cuda.synchronize), strict=True):
+            assert torch.equal(bits(ours), bits(alone))
 
 
 def on_two_streams(launches: tuple[Callable[[], None], Callable[[], None]], times: int) -> None:

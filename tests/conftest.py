@@ -15,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 HAS_GPU = torch.cuda.is_available()
 # Triton reads this when a kernel is defined, so it must be set before any test module imports one (torch does not).
@@ -30,6 +31,7 @@ torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False
 # The interpreter takes seconds for some examples; and the same examples each time, so that a run can be repeated.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("fresh", deadline=None, derandomize=False, database=None)
 hypothesis.settings.load_profile("suite")
 
 
@@ -55,7 +57,22 @@ if INTERPRET and importlib.util.find_spec("triton") is not None:
     _speed_up_interpreter()
 
 
+def why_not_interpreted(triton: str, numpy: str) -> str | None:
+    """Why Triton's interpreter runs no kernel of ours with these versions, or None."""
+    if Version(triton) < Version("3.7") and Version(numpy) >= Version("2.4"):
+        return f"the interpreter of triton {triton} breaks with numpy {numpy}: pip install 'numpy<2.4'"
+    return None
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--hypothesis-seed") is not None:  # which hypothesis else ignores
+        hypothesis.settings.load_profile("fresh")
+    if INTERPRET and importlib.util.find_spec("triton") is not None:
+        import triton
+
+        reason = why_not_interpreted(triton.__version__, np.__version__)
+        if reason is not None:
+            raise pytest.UsageError(reason)  # hundreds of tests would fail, none of which says so
     config.pluginmanager.register(counts)
 
 

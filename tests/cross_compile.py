@@ -320,7 +320,7 @@ def paced_calls() -> Iterator[Call]:
 
 
 SEVERAL_ROWS = [*linear_calls(8)]  # on tensor cores
-PACED = [*paced_calls()]
+PACED = [*paced_calls()] if _paced.HAS_GLUON else []
 SELECT = [*select_calls()]
 FIRST = [
     *SEVERAL_ROWS,

@@ -27,6 +27,7 @@ from attention_cases import (
     lay_out,
     layouts,
     needles,
+    needs_gluon,
     on_two_streams,
     poisoned_allocations,
     random_caches,
@@ -650,6 +651,7 @@ def test_paced_copies_in_a_captured_chain(tiles: module.PacedTiles, B: int, devi
         assert torch.equal(bits(results[i]), bits(results[shape.S + i])), i
 
 
+@needs_gluon
 @pytest.mark.parametrize("D", [32, 64, 128])
 @pytest.mark.parametrize("B", [1, 2, 8, 64])
 def test_wide_models_take_paced_copies(B: int, D: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

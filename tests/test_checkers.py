@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import run_foreign_suite
@@ -171,7 +172,9 @@ class TestSanitizers:
         compiler = pytest.importorskip("triton.compiler")
         loaded: list[str] = []
         monkeypatch.setattr(compiler.CompiledKernel, "_init_handles", lambda kernel: loaded.append(kernel.metadata.name))
-        monkeypatch.setattr(run_sanitizers, "_launched", set())
+        for name in ("_launched", "_too_large"):
+            monkeypatch.setattr(run_sanitizers, name, set())
+        monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
         monkeypatch.setenv(run_sanitizers.SELECT, "racecheck")
         run_sanitizers.pytest_configure(None)
         first_launch = compiler.CompiledKernel._init_handles
@@ -179,9 +182,41 @@ class TestSanitizers:
         with pytest.raises(pytest.skip.Exception, match="_large_kernel has 65536 bytes"):
             first_launch(SimpleNamespace(metadata=SimpleNamespace(name="_large_kernel", shared=64 << 10)))
         assert run_sanitizers._launched == {"_small_kernel"} == set(loaded)
+        assert run_sanitizers._too_large == {"_large_kernel"}
         monkeypatch.setenv(run_sanitizers.SELECT, "memcheck")
         first_launch(SimpleNamespace(metadata=SimpleNamespace(name="_large_kernel", shared=64 << 10)))
         assert run_sanitizers._launched == {"_small_kernel", "_large_kernel"} == set(loaded)
+
+    def test_racecheck_says_which_kernels_are_too_large(self, run) -> None:
+        found = FINE.replace(
+            'echo "3 passed,', 'echo "too large: _bias_gelu_kernel _anothers_kernel"\necho "3 passed, 2 skipped,'
+        )
+        why = " (shared memory of _bias_gelu_kernel)"
+        assert run(found, "racecheck") == (0, [f"racecheck  3 tests, {KERNELS}, 0 failed, 2 skipped{why}, 0 errors"])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_racecheck_sees_no_half_precision_products(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nor does the GPU: a tensor that says it lies on one stands for its."""
+
+        class OnGpu(torch.Tensor):
+            moved: ClassVar[list[torch.Tensor]] = []
+            is_cuda = True
+
+            def cpu(self) -> torch.Tensor:
+                OnGpu.moved.append(self)
+                return self.as_subclass(torch.Tensor)
+
+        linear = torch.nn.functional.linear
+        monkeypatch.setattr(torch.nn.functional, "linear", linear)
+        tensors = [torch.randn(shape).to(dtype) for shape in ((2, 8), (3, 8), (3,))]
+        run_sanitizers.multiply_halves_on_the_cpu()
+        for count in (2, 3):  # without a bias too
+            OnGpu.moved.clear()
+            out = torch.nn.functional.linear(*(tensor.as_subclass(OnGpu) for tensor in tensors[:count]))
+            assert torch.equal(out.as_subclass(torch.Tensor), linear(*tensors[:count]))
+            assert len(OnGpu.moved) == (count if dtype == torch.float16 else 0)
+        assert torch.equal(torch.nn.functional.linear(*tensors), linear(*tensors))
+        assert len(OnGpu.moved) == (3 if dtype == torch.float16 else 0)
 
 
 SUITE = """

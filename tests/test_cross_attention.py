@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from attention_cases import (
     GuardedAllocations,
     Shape,
+    assert_chain_waits,
     assert_close_as_pytorch,
     bits,
-    captured,
     lay_out,
+    needs_gluon,
     poisoned_allocations,
     random_caches,
     storage,
@@ -153,27 +154,21 @@ def test_compiles_without_a_graph_break(device: torch.device) -> None:
 @pytest.mark.parametrize(("B", "K"), [(1, 768), (8, 1280)])
 def test_a_captured_chain_waits_for_each_query(B: int, K: int, device: torch.device) -> None:
     layers = [random_case(B, K // 64, 1500, K, torch.float16, device) for _ in range(4)]
-    assert_chain_waits(layers, lambda case: case.run())
+    assert_layers_wait(layers, lambda case: case.run())
 
 
-def assert_chain_waits(layers: list[Case], run: Callable[[Case], torch.Tensor]) -> None:
-    """Each x is the result of the launch before it: a replayed graph gives what launches one at a time do."""
+def assert_layers_wait(layers: list[Case], run: Callable[[Case], torch.Tensor]) -> None:
+    """Each x is the result of the launch before it."""
     x = layers[0].x
 
-    def step(synchronize: bool = False) -> torch.Tensor:
+    def chain(launched: Callable[[], None]) -> tuple[torch.Tensor]:
         out = x
         for layer in layers:
             out = run(layer._replace(x=out.view(x.shape)))
-            if synchronize:
-                torch.cuda.synchronize()
-        return out
+            launched()
+        return (out,)
 
-    graph, result = captured(step)
-    for rows in torch.randn(300, *x.shape, device=x.device).to(x.dtype):
-        x.copy_(rows)
-        graph.replay()
-        replayed = result.clone()
-        assert torch.equal(bits(replayed), bits(step(synchronize=True)))
+    assert_chain_waits(x, chain)
 
 
 # --- clusters of programs: kernels/_clustered_cross.py
@@ -246,9 +241,10 @@ def test_clusters_write_all_of_the_result_and_nothing_beside_it(tiles: CrossTile
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 def test_clusters_in_a_captured_chain(tiles: CrossTiles, device: torch.device) -> None:
     layers = [random_case(1, 20, 1500, 1280, torch.float16, device) for _ in range(4)]
-    assert_chain_waits(layers, lambda case: case.run(by_clusters(tiles)))
+    assert_layers_wait(layers, lambda case: case.run(by_clusters(tiles)))
 
 
+@needs_gluon
 def test_one_row_of_a_wide_model_takes_clusters(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
     wide = {"B": 1, "H": 16, "S": 1500, "K": 1024, "dtype": torch.float16, "device": device}
@@ -288,6 +284,7 @@ def test_what_is_not_for_clusters_is_refused(
         case.run(by_clusters(tiles))
 
 
+@needs_gluon
 def test_no_clusters_over_a_cache_past_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
     case = random_case(1, 16, 1500, 1024, torch.float16, torch.device("cpu"))

@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from attention_cases import needs_gluon
+from packaging.version import Version
+
+from whisper_triton.kernels import _paced
 
 pytest.importorskip("triton", reason="nothing is compiled without Triton")
 
@@ -25,6 +30,8 @@ PACED = {
 }  # fmt: skip
 # Of the decoder's chain, for several rows, which it does not take where shared memory is short.
 SEVERAL_ROWS = {"_layer_norm_kernel", "_sum_splits_kernel"}
+# Bytes that Triton before 3.7 spills of append_attention: 3.5.1 up to 24 on sm_120, 3.6.0 48 on sm_80 and 16 on sm_120.
+SPILLED = 48 if Version(metadata.version("triton")) < Version("3.7") else 0
 KERNELS = READ_AHEAD | {
     "_update_kv_cache_kernel", "_merge_splits_kernel", "_embed_tokens_kernel", "_project_cross_kv_kernel",
     "_add_layer_norm_kernel", "_bias_gelu_kernel", "_reduce_chunks_kernel", "_pick_token_kernel",
@@ -65,7 +72,7 @@ def test_every_kernel_builds(builds: list[Build], target: str) -> None:
 
 
 def paced(target: str) -> set[str]:
-    return PACED if target == "sm_90" else set()
+    return PACED if target == "sm_90" and _paced.HAS_GLUON else set()
 
 
 def spills(builds: list[Build], target: str, is_odd: bool) -> list[str]:
@@ -74,7 +81,7 @@ def spills(builds: list[Build], target: str, is_odd: bool) -> list[str]:
         f"{build['call']}: {build['kernel']} with {build['num_warps']} warps and {build['registers']} registers"
         f" spills {build['spilled']} bytes"
         for build in of(builds, target)
-        if build["is_odd"] == is_odd and build["spilled"]
+        if build["is_odd"] == is_odd and build["spilled"] > (SPILLED if build["kernel"] == "_append_attention_kernel" else 0)
     ]
 
 
@@ -113,6 +120,7 @@ def test_memory_is_touched_only_after_the_previous_kernels_end(builds: list[Buil
     assert early - SEVERAL_ROWS == READ_AHEAD | paced(target)
 
 
+@needs_gluon
 def test_another_prompt_length_builds_nothing_but_where_tiles_change(tmp_path: Path) -> None:
     found = cross_compile(tmp_path, "prompts")
     assert [*found] == ["1", "8"]

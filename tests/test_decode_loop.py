@@ -5,6 +5,7 @@ Without a GPU a step runs eagerly where a graph would be replayed; the loop arou
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from ctranslate2_writer import write_directory
 from transformers import GenerationConfig, StoppingCriteria, SuppressTokensLogitsProcessor, WhisperForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutput
-from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, mel, tensors_of, tiny_whisper
+from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, assert_same, mel, tiny_whisper
 from whisper_triton.kernels._rules import TokenLimits
 
-from whisper_triton import accelerated, decode_loop, decoder, fused, generation
+from whisper_triton import StaticEncoderDecoderCache, accelerated, decode_loop, decoder, fused, generation
 from whisper_triton.attention import STATE
+from whisper_triton.checkpoints import load_model
 from whisper_triton.coverage import why_not_our_loop
 from whisper_triton.decode_loop import STOCKS_LOOP
 from whisper_triton.token_rules import Settings
@@ -53,18 +56,12 @@ def talkative(device: torch.device, eos_bias: float = 1.0, **config: Any) -> Whi
 
 
 def assert_as_stock(model: WhisperForConditionalGeneration, features: torch.Tensor, **kwargs: Any) -> Any:
+    """The same tokens, and scores no further from float64's than twice stock's."""
     stock = model.generate(features, **kwargs)
+    exact = copy.deepcopy(model).double().generate(features.double(), **kwargs)
     with accelerated(model):
         for _ in range(2):  # the second call finds the buffers of the first
-            ours = model.generate(features, **kwargs)
-            mine, theirs = tensors_of(ours), tensors_of(stock)
-            assert mine.keys() == theirs.keys()
-            for path in theirs:
-                if theirs[path].is_floating_point():
-                    torch.testing.assert_close(mine[path], theirs[path], rtol=1e-3, atol=1e-4)
-                else:
-                    assert mine[path].tolist() == theirs[path].tolist(), path
-                assert mine[path].dtype == theirs[path].dtype
+            assert_same(model.generate(features, **kwargs), stock, exact)
     return stock
 
 
@@ -281,15 +278,20 @@ class TestStocksTokens:
         assert len(loops) >= 2
 
     def test_the_scores_of_samples_are_those_they_were_drawn_from(self, device: torch.device) -> None:
-        with accelerated(talkative(device)) as model:
-            output = model.generate(mel(2, device), **SAMPLING, return_dict_in_generate=True, output_scores=True)
-            again = model(mel(2, device), decoder_input_ids=output.sequences[:, :-1]).logits
+        model, features = talkative(device), mel(2, device)
+        with accelerated(model):
+            output = model.generate(features, **SAMPLING, return_dict_in_generate=True, output_scores=True)
         scores = torch.stack(output.scores, 1)
         drawn = scores.gather(2, output.sequences[:, -scores.shape[1] :, None])
         assert drawn.isfinite().all()
         left = scores.isfinite()
-        again = again[:, -scores.shape[1] :] / SAMPLING["temperature"]
-        torch.testing.assert_close(scores[left], again[left], rtol=1e-3, atol=1e-3)
+
+        def again(model: WhisperForConditionalGeneration) -> torch.Tensor:
+            with torch.no_grad():
+                logits = model(features.to(model.dtype), decoder_input_ids=output.sequences[:, :-1]).logits
+            return (logits[:, -scores.shape[1] :] / SAMPLING["temperature"])[left]
+
+        assert_same(scores[left], again(model), again(copy.deepcopy(model).double()))
 
     def test_settings_that_change_from_call_to_call(self, device: torch.device, loops: list[int]) -> None:
         model, features = talkative(device, eos_bias=2.0), mel(2, device)
@@ -487,6 +489,8 @@ NOT_COVERED = [
     ),
     ("a user's logits processors or stopping criteria", {"stopping_criteria": [AfterTwelve()]}),
     ("other processors, as a repetition penalty", {"repetition_penalty": 1.3}),
+    ("token timestamps", {"return_token_timestamps": True}),
+    ("a limit of time, strings to stop at", {"max_time": 1000.0}),
     ("no cache, another cache", {"use_cache": False}),
     ("no cache, another cache", {"cache_implementation": "static", "disable_compile": True}),
 ]
@@ -505,6 +509,47 @@ class TestStocksLoop:
             results.append(result if isinstance(result, torch.Tensor) else result["sequences"])
         assert results[0].tolist() == results[1].tolist()
         assert not loops
+
+    @row("a `custom_generate` of the user's", "the user's")
+    def test_a_loop_of_the_users(self, device: torch.device, loops: list[int]) -> None:
+        """It finds an accelerated model, whose steps are over our cache."""
+        caches = []
+
+        def second_best(model: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            caches.append(type(kwargs["past_key_values"]))
+            given = {name: kwargs[name] for name in ("encoder_outputs", "past_key_values")}
+            new = input_ids
+            for _ in range(8):
+                logits = model(decoder_input_ids=new, use_cache=True, **given).logits
+                new = logits[:, -1].topk(2).indices[:, 1:]
+                input_ids = torch.cat([input_ids, new], 1)
+            return input_ids
+
+        model, features = talkative(device), mel(2, device)
+        stock = model.generate(features, custom_generate=second_best).tolist()
+        with accelerated(model):
+            assert model.generate(features, custom_generate=second_best).tolist() == stock
+        assert not loops
+        assert caches[0] is not caches[1] is StaticEncoderDecoderCache
+        assert len(set(stock[0])) > 4
+
+    def test_an_assistant(self, device: torch.device, loops: list[int]) -> None:
+        model, features, assistant = talkative(device), mel(1, device), tiny_whisper(device, seed=5)
+        stock = model.generate(features, max_new_tokens=14, assistant_model=assistant).tolist()
+        with accelerated(model):
+            assert model.generate(features, max_new_tokens=14, assistant_model=assistant).tolist() == stock
+        assert not loops
+
+    def test_strings_to_stop_at(self, device: torch.device, loops: list[int], tmp_path: Path) -> None:
+        model, features = talkative(device), mel(1, device)
+        tokenizer = load_model(str(write_directory(tmp_path, model)), torch.float32, "cpu")[1].tokenizer
+        whole = model.generate(features, max_new_tokens=14)[0]
+        kwargs = {"max_new_tokens": 14, "tokenizer": tokenizer, "stop_strings": [tokenizer.decode(whole[5:6])]}
+        stock = model.generate(features, **kwargs)[0].tolist()
+        with accelerated(model):
+            assert model.generate(features, **kwargs)[0].tolist() == stock
+        assert not loops
+        assert len(stock) < len(whole)
 
     def test_the_log_says_why_once(self, device: torch.device, fallbacks: Callable[[], list[str]]) -> None:
         with accelerated(talkative(device)) as model:
@@ -653,5 +698,5 @@ def test_no_token_is_copied_to_the_host(device: torch.device, monkeypatch: pytes
 
 
 def test_readme_says_which_loop_decodes_what() -> None:
-    rows = dict(re.findall(r"^\| ([^|]+) \| (ours|stock's) \|$", README.read_text(), flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| ([^|]+) \| (ours|stock's|the user's) \|$", README.read_text(), flags=re.MULTILINE))
     assert rows == DECODED_BY

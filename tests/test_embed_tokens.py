@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import captured
 from whisper_triton.kernels.embed_tokens import embed_tokens, embed_tokens_reference
 
 # Triton's interpreter cuts to bfloat16 where a GPU rounds.
@@ -58,3 +59,23 @@ def test_the_op_keeps_the_rules_of_torch_library(device):
     ids = torch.randint(0, 99, (2, 3), device=device)
     arguments = ids, tokens, positions, torch.tensor(4, device=device)
     torch.library.opcheck(torch.ops.whisper_triton.embed_tokens.default, arguments)
+
+
+def test_compiles_without_a_graph_break(device):
+    tokens, positions = torch.randn(99, 64, device=device), torch.randn(20, 64, device=device)
+    ids, position = torch.randint(0, 99, (2, 3), device=device), torch.tensor(4, device=device)
+    compiled = torch.compile(lambda: embed_tokens(ids, tokens, positions, position) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), embed_tokens(ids, tokens, positions, position) + 1)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_ids_and_position_on_the_device(device):
+    tokens, positions = (torch.randn(n, 1280, device=device).half() for n in (51866, 448))
+    ids, position = torch.zeros(8, 1, dtype=torch.int64, device=device), torch.tensor(0, device=device)
+    graph, out = captured(lambda: embed_tokens(ids, tokens, positions, position))
+    for i in range(449):  # the last is past the end
+        ids.random_(0, 51866)
+        position.fill_(i)
+        graph.replay()
+        assert torch.equal(out, embed_tokens_reference(ids, tokens, positions, position))
+    assert not out.any()

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from attention_cases import needs_gluon
 
 pytest.importorskip("triton", reason="nothing is compiled without Triton")
 
 ROOT = Path(__file__).parents[1]
 
 
+@needs_gluon
 def test_every_case_is_right_and_every_damage_is_noticed(tmp_path: Path) -> None:
     # A process of its own, because the suite runs with the interpreter on.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}

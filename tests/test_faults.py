@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import needs_gluon
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_models import mel, tiny_whisper
 
@@ -463,6 +464,7 @@ class TestPacedKernels:
         self.fails(raised_in_triton(RuntimeError("PassManager::run failed")), monkeypatch)
         assert torch.equal(cross._launch(*call), plain)
 
+    @needs_gluon
     def test_what_one_gpu_cannot_another_may(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_paced, "_given_up", {})
         monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))

@@ -2,12 +2,18 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, WhisperForCausalLM, WhisperForConditionalGeneration
+from transformers import (
+    LogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    WhisperForCausalLM,
+    WhisperForConditionalGeneration,
+)
 from transformers.cache_utils import EncoderDecoderCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 from whisper_models import (
@@ -16,6 +22,7 @@ from whisper_models import (
     NO_TIMESTAMPS,
     START_OF_PREVIOUS,
     assert_generates_as_stock,
+    assert_same,
     mel,
     tiny_whisper,
 )
@@ -349,6 +356,76 @@ def sound(name: str, speech: np.ndarray) -> np.ndarray:
     return (0.5 * (speech + np.roll(other, 16000))).astype(np.float32)
 
 
+class Watching(BaseStreamer):
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(value.tolist())
+
+    def end(self) -> None:
+        self.seen.append("end")
+
+
+class Seldom(LogitsProcessor):
+    """Makes every third token less likely, and notes how many there are before."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seen.append(input_ids.shape[1])
+        scores = scores.clone()
+        scores[:, ::3] -= 0.5
+        return scores
+
+
+class AfterTwenty(StoppingCriteria):
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.seen.append(input_ids[:, -1].tolist())
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 20, device=input_ids.device)
+
+
+class Spoken(NamedTuple):
+    """A call over the spoken sample, and what is known of it."""
+
+    options: Callable[[Any, list[Any]], dict[str, Any]]  # of the processor, and a list for what the call shows
+    is_ours: bool = True  # our loop decodes it
+    is_watched: bool = False  # something looks on
+    has_scores: bool = False
+    is_long: bool = False
+    words: int = 8  # at the text's beginning that must be there
+
+
+def scores_of(**options: Any) -> Callable[[Any, list[Any]], dict[str, Any]]:
+    return lambda processor, seen: {"return_dict_in_generate": True, "output_scores": True} | options
+
+
+LONG = {"truncation": False, "padding": "longest", "return_attention_mask": True}
+SPOKEN = {
+    "a prompt": Spoken(lambda processor, seen: {"prompt_ids": processor.get_prompt_ids("Hills.", return_tensors="pt")}),
+    "scores": Spoken(scores_of(max_new_tokens=8), has_scores=True, words=6),
+    "scores of segments": Spoken(
+        scores_of(return_timestamps=True, return_segments=True, max_new_tokens=8), has_scores=True, words=6
+    ),
+    "a streamer": Spoken(lambda processor, seen: {"streamer": Watching(seen)}, is_ours=False, is_watched=True),
+    "logits processors": Spoken(
+        lambda processor, seen: {"logits_processor": [Seldom(seen)]}, is_ours=False, is_watched=True, words=0
+    ),
+    "stopping criteria": Spoken(
+        lambda processor, seen: {"stopping_criteria": [AfterTwenty(seen)]}, is_ours=False, is_watched=True
+    ),
+    "segments": Spoken(lambda processor, seen: {"return_timestamps": True, "return_segments": True}),
+    "segments of forty seconds": Spoken(
+        lambda processor, seen: {"return_timestamps": True, "return_segments": True, "condition_on_prev_tokens": True},
+        is_long=True,
+    ),
+}
+
+
 @pytest.mark.usefixtures("reference_kernels", "eager_steps")
 class TestTinyEn:
     """The real tiny.en on the spoken sample and on what is no speech, its tokens chosen in our loop but for beams."""
@@ -392,6 +469,31 @@ class TestTinyEn:
         assert len(loops) > 1
         text = tiny_en[1].batch_decode(ours, skip_special_tokens=True)[0]
         assert text.count("quiet valley") == 4
+
+    @pytest.mark.parametrize("option", SPOKEN)
+    def test_speech_with(self, option: str, tiny_en: tuple, speech: np.ndarray, speech_text: str, loops: list[int]) -> None:
+        """Equal in all that is handed out and, of what a call is given to look on, in what it has seen."""
+        case = SPOKEN[option]
+        model, processor = tiny_en
+        audio, long = (np.tile(speech, 4), LONG) if case.is_long else (speech, {})
+        inputs = processor([audio], sampling_rate=16000, return_tensors="pt", **long).to(model.device)
+
+        def run(model: WhisperForConditionalGeneration) -> tuple[Any, list[Any]]:
+            seen: list[Any] = []
+            features = {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+            return model.generate(**features, **case.options(processor, seen)), seen
+
+        stock, stock_seen = run(model)
+        exact = run(copy.deepcopy(model).double()) if case.has_scores else (stock, stock_seen)
+        with accelerated(model):
+            ours, seen = run(model)
+        assert_same(ours, stock, exact[0])
+        assert seen == stock_seen
+        assert bool(loops) == case.is_ours
+        assert bool(seen) == case.is_watched
+        tokens = stock if isinstance(stock, torch.Tensor) else stock["sequences"]
+        words = processor.batch_decode(tokens, skip_special_tokens=True)[0].split()
+        assert words[: case.words] == speech_text.split()[: case.words]
 
     @pytest.mark.parametrize("name", ["silence", "noise", "chords", "two speakers"])
     def test_what_is_not_one_voice(self, name: str, tiny_en: tuple, speech: np.ndarray, loops: list[int]) -> None:

@@ -311,7 +311,7 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=8, phases=[Phase.generate])
+@settings(max_examples=12, phases=[Phase.generate])
 @given(data=st.data(), seed=st.integers(0, 1 << 20))
 def test_any_call(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from attention_cases import GuardedAllocations, assert_chain_waits, captured, lay_out, poisoned_allocations
 from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels.skinny_linear import LayerNorm, fits_tiles, skinny_linear, skinny_linear_reference
 from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
@@ -19,12 +20,12 @@ def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def make(B: int, K: int, N: int, parts: int, dtype: torch.dtype, device: torch.device):
-    """x, weights, biases (none for the second, as Whisper's k), a layer norm and a residual."""
+    """x, weights, biases (none for the second, as Whisper's k), a layer norm and a residual, with NaNs around each."""
 
     def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device).to(dtype)
+        return lay_out(torch.randn(1, 1, *shape[:-1] or (1,), shape[-1], device=device).to(dtype), "contiguous").view(shape)
 
-    weights = tuple(randn(N, K) / K**0.5 for _ in range(parts))
+    weights = tuple(randn(N, K).div_(K**0.5) for _ in range(parts))
     biases = tuple(None if i == 1 else randn(N) for i in range(parts))
     return randn(B, K), weights, biases, LayerNorm(randn(K), randn(K), 1e-5), randn(B, N)
 
@@ -39,7 +40,8 @@ def double(value):
 
 def check(x, weights, biases, tiles: LinearTiles | None = None, **around) -> None:
     exact = skinny_linear_reference(double(x), double(weights), double(biases), **{k: double(v) for k, v in around.items()})
-    ours = skinny_linear(x, weights, biases, tiles=tiles, **around)
+    with poisoned_allocations():
+        ours = skinny_linear(x, weights, biases, tiles=tiles, **around)
     # PyTorch's own layers in the model's dtype, each result rounded, as the stock decoder runs them.
     norm = around.get("layer_norm")
     y = x if norm is None else torch.nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
@@ -80,6 +82,35 @@ class TestEveryLinkOfALayer:
 def test_a_split_k_is_summed_with_bias_and_residual(B, device):
     x, weights, biases, _, residual = make(B, 1024, 300, 1, torch.float16, device)
     check(x, weights, biases, tiles=LinearTiles(32, 4, 4, USE_DOT=B > 1), residual=residual)
+
+
+PLAIN_TILES = [(1, LinearTiles(4, 1, 4)), (3, LinearTiles(16, 1, 4, True)), (17, LinearTiles(16, 4, 4, True))]
+PACED_TILES = [
+    (1, LinearTiles(4, 1, 4, PACE=2)),
+    (3, LinearTiles(16, 1, 4, True, 2)),
+    (17, LinearTiles(16, 4, 4, True, 2)),
+    (3, LinearTiles(16, 1, 4, True, 2, PROGRAMS=1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("B", "tiles"), [*PLAIN_TILES, *(pytest.param(*case, marks=pytest.mark.gpu, id=f"paced{case}") for case in PACED_TILES)]
+)
+def test_all_of_the_result_is_written_and_nothing_beside_it(B, tiles, device, monkeypatch):
+    """Nor beside the sums of a split K, and the rows that a layer norm of its own leaves."""
+    monkeypatch.setattr(module, "_op", module._launch)  # inside an op no allocation is seen
+    if tiles.PACE and not has_paced_copies(device, torch.float16):
+        pytest.skip("not this GPU's")
+    N = 51 if tiles.USE_DOT else 48  # rows of weights that fill their tiles, and some that do not
+    x, weights, biases, norm, residual = make(B, 1024, N, 1, torch.float16, device)
+    with GuardedAllocations() as guarded:
+        if tiles.PROGRAMS:
+            skinny_linear(x, weights, (None,), tiles=tiles, layer_norm=norm)
+        else:
+            skinny_linear(x, weights, biases, tiles=tiles, residual=residual)
+            if tiles.SPLIT_K == 1:
+                skinny_linear(x, weights, biases, tiles=tiles, layer_norm=norm, gelu=True)
+    guarded.check()
 
 
 def test_a_row_is_the_same_whatever_the_other_rows_hold(device):
@@ -236,6 +267,63 @@ def test_paced_rows(B, K, BLOCK_N, num_warps, PACE, dtype, device):
         check(x, weights[:1], biases[:1], tiles=tiles, residual=residual)
         check(x, weights[:1], biases[:1], tiles=tiles._replace(SPLIT_K=K // 256), residual=residual)
         check(x, weights[:1], (None,), tiles=tiles, layer_norm=norm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [384, 1280])
+@pytest.mark.parametrize("B", [1, 2, 33])
+def test_a_captured_graph_follows_its_input(B, K, device):
+    x, weights, biases, norm, residual = make(B, K, K, 3, torch.float16, device)
+    calls = (
+        lambda: skinny_linear(x, weights, biases, layer_norm=norm, scale=0.125),
+        lambda: skinny_linear(x, weights[:1], biases[:1], layer_norm=norm, gelu=True),
+        lambda: skinny_linear(x, weights[:1], biases[:1], residual=residual),
+    )
+    graph, results = captured(lambda: [call() for call in calls])
+    for _ in range(3):
+        x.normal_()
+        residual.normal_()
+        graph.replay()
+        for result, call in zip(results, calls, strict=True):
+            assert torch.equal(result, call())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("B", [1, 2, 8, 32])
+def test_a_captured_chain_waits_for_each_input(B, dtype, device):
+    """The linear layers of two layers of a wide model, in its tiles: each reads what the launch before it wrote."""
+    K, V = 1280, 51866
+
+    def norm() -> LayerNorm:
+        return LayerNorm(*(torch.randn(K, device=device).to(dtype) for _ in range(2)), 1e-5)
+
+    def linear(N: int, K: int, parts: int = 1):
+        return make(B, K, N, parts, dtype, device)[1:3]
+
+    shapes = (K, K, 3), (K, K), (K, K), (K, K), (4 * K, K), (K, 4 * K)
+    layers = [(*(linear(*shape) for shape in shapes), [norm() for _ in range(3)]) for _ in range(2)]
+    first, head, last_norm, last = torch.empty(B, K, device=device, dtype=dtype), linear(V, K)[0], norm(), linear(K, K)
+
+    def chain(launched):
+        def run(*args, **around):
+            out = skinny_linear(*args, **around)
+            launched()
+            return out
+
+        x = first
+        for qkv, out, query, cross_out, fc1, fc2, norms in layers:
+            thirds = run(x, *qkv, layer_norm=norms[0], scale=0.125).view(3, B, K)  # in place of what attention makes of them
+            x = run(thirds[0], *out, residual=x)
+            y = run(x, *query, layer_norm=norms[1], scale=0.125)
+            x = run(y, *cross_out, residual=thirds[1])
+            x = run(x, *cross_out, residual=thirds[2])
+            y = run(x, *fc1, layer_norm=norms[2], gelu=True)
+            x = run(y, *fc2, residual=x)  # of several rows split over K, and the parts added up by a launch of its own
+        logits = run(x, head, (None,), layer_norm=last_norm)  # whose programs go on from tile to tile
+        return logits, run(logits.view(-1)[: B * K].view(B, K), *last)
+
+    assert_chain_waits(first, chain, times=200)
 
 
 def test_compiles_without_a_graph_break(device):

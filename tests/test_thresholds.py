@@ -5,6 +5,7 @@ Stock decides by the scores of all steps, which it takes to the host, and by a s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from attention_cases import relative_error
 from transformers import WhisperForConditionalGeneration
 from transformers.generation.logits_process import WhisperNoSpeechDetection
 from transformers.modeling_outputs import BaseModelOutput
-from whisper_models import EOS, START_OF_PREVIOUS, mel, tensors_of, tiny_whisper
+from whisper_models import EOS, START_OF_PREVIOUS, assert_same, mel, tensors_of, tiny_whisper
 from whisper_triton.kernels.cross_attention import cross_attention_reference
 from whisper_triton.kernels.embed_tokens import embed_tokens_reference
 from whisper_triton.kernels.skinny_linear import skinny_linear_reference
@@ -146,13 +147,11 @@ class TestLogProbability:
     def test_who_sees_scores_gets_stocks(self, device: torch.device, seen: dict[str, Any], loops: list[int]) -> None:
         model, features = talkative(device), mel(2, device)
         kwargs = {"logprob_threshold": -9.0, "temperature": (0.0,), "max_new_tokens": 6} | seen
-        stock = tensors_of(model.generate(features, **kwargs))
+        stock, exact = model.generate(features, **kwargs), copy.deepcopy(model).double().generate(features.double(), **kwargs)
         with accelerated(model):
-            ours = tensors_of(model.generate(features, **kwargs))
-        assert ours.keys() == stock.keys()
-        assert any("scores" in path for path in ours)
-        for path, tensor in stock.items():
-            torch.testing.assert_close(ours[path], tensor, rtol=1e-3, atol=1e-4)
+            ours = model.generate(features, **kwargs)
+        assert any("scores" in path for path in tensors_of(ours))
+        assert_same(ours, stock, exact)
         assert len(loops) == 1
 
     @pytest.mark.parametrize("name", ["_need_fallback", "_retrieve_segment"])

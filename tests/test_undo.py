@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import WhisperForConditionalGeneration
-from whisper_models import SOT, Interrupt, mel, tensors_of, tiny_whisper
+from whisper_models import SOT, Interrupt, assert_same, mel, tensors_of, tiny_whisper
 
 from whisper_triton import accelerate, accelerated, decoder, is_accelerated, restore
 
@@ -67,7 +67,7 @@ class Pair:
     """A model that is accelerated now and then, and one that never is."""
 
     def __init__(self, device: torch.device) -> None:
-        self.ours, self.stock = tiny_whisper(device, seed=3), tiny_whisper(device, seed=3)
+        self.device, self.ours, self.stock = device, tiny_whisper(device, seed=3), tiny_whisper(device, seed=3)
 
     def each(self, change: Callable[[Whisper], object]) -> None:
         for model in (self.ours, self.stock):
@@ -131,6 +131,12 @@ class Pair:
         """There and back: each parameter lies elsewhere then."""
         self.each(lambda model: model.to(torch.float64).to(model.device, torch.float32))
 
+    def to_cpu(self) -> None:
+        self.each(lambda model: model.to("cpu"))
+
+    def to_device(self) -> None:
+        self.each(lambda model: model.to(self.device))
+
     def train_mode(self) -> None:
         self.each(lambda model: model.train())
         self.generate()
@@ -181,7 +187,8 @@ class Pair:
         with torch.no_grad():
             ours = torch.compile(self.ours, backend="eager")(features, decoder_input_ids=ids).logits
             stock = torch.compile(self.stock, backend="eager")._orig_mod  # leaves a mark on the model
-            torch.testing.assert_close(ours, stock(features, decoder_input_ids=ids).logits, rtol=1e-3, atol=1e-4)
+            exact = copy.deepcopy(stock).double()(features.double(), decoder_input_ids=ids).logits
+            assert_same(ours, stock(features, decoder_input_ids=ids).logits, exact)
 
     def compile_attention(self) -> None:
         """In place, by inductor: what was compiled while it was ours must not run when it is stock's. It takes seconds too."""
@@ -219,13 +226,15 @@ def assert_undone(steps: list[str], device: torch.device) -> None:
     count(SEQUENCES)
 
 
-NOT_CHOSEN = ("each", "check", "compile", "compile_attention")
+HAS_GPU = torch.cuda.is_available()
+NOT_CHOSEN = ("each", "check", "compile", "compile_attention", *(() if HAS_GPU else ("to_cpu", "to_device")))
 NAMES = [name for name in vars(Pair) if not name.startswith("_") and name not in NOT_CHOSEN]
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40 if HAS_GPU else 20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.sampled_from(NAMES), max_size=8))
 @example(steps=["accelerate", "compile", "generate", "restore", "generate"])
+@example(steps=["accelerate", "generate", "to_cpu", "generate", "to_device", "generate", "to_cpu", "restore", "to_device"])
 @example(steps=["accelerate", "generate", "assign_state_dict", "generate", "float", "assign_state_dict", "float", "generate"])
 @example(steps=["accelerate", "generate", "adapt", "generate", "take_adapters_out", "generate", "deep_copy", "generate"])
 @example(steps=["accelerate", "half", "generate", "float", "load_state_dict", "generate", "interrupt", "save_pretrained"])

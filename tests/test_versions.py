@@ -4,6 +4,7 @@ import sys
 from importlib import metadata
 
 import pytest
+from conftest import why_not_interpreted
 
 from whisper_triton import _versions
 
@@ -72,3 +73,17 @@ def test_python(monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], suppo
     else:
         with pytest.raises(ImportError, match=r"supports Python >=3.10,<3.14, but Python 3.\d+.7 is installed"):
             _versions.check_versions()
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [
+        ("3.7.1", "2.4.6", True),
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "2.4.0", False),
+        ("3.5.1+git1234", "2.10.0", False),
+    ],
+)
+def test_the_suite_refuses_an_interpreter_that_breaks_with_numpy(triton: str, numpy: str, runs: bool) -> None:
+    said = f"the interpreter of triton {triton} breaks with numpy {numpy}: pip install 'numpy<2.4'"
+    assert why_not_interpreted(triton, numpy) == (None if runs else said)
