@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -110,7 +110,7 @@ def in_new_process(place: Place, folder: Path, function: Callable[..., Result], 
         return pool.submit(function, *args).result()
 
 
-def bench(place: Place, models: Checked, B: int) -> list[Row]:
+def bench(place: Place, models: Checked, B: int, *, variants: Sequence[str] = tuple(VARIANTS)) -> list[Row]:
     """A row a variant."""
     lengths = (NEW_TOKENS, LONGER) if place.is_gpu else (4, 8)
     features = features_of(place, models.stock.config, B)
@@ -119,8 +119,8 @@ def bench(place: Place, models: Checked, B: int) -> list[Row]:
     rows = []
     # What `torch.compile` has started may outlive its process for a moment, and still write.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for variant, caches in VARIANTS.items():
-            found = in_new_process(place, Path(folder, caches), run_calls, place, models.name, B, variant, *lengths)
+        for variant in variants:
+            found = in_new_process(place, Path(folder, VARIANTS[variant]), run_calls, place, models.name, B, variant, *lengths)
             for call, (_, tokens) in found.items():
                 checks[call](f"{variant}, {call} call", torch.tensor(tokens, device=place.device))
             times = {f"{call}_s": seconds for call, (seconds, _) in found.items()}
@@ -130,8 +130,14 @@ def bench(place: Place, models: Checked, B: int) -> list[Row]:
 
 
 def main() -> None:
-    args = parser_for(__doc__, "large-v3", batch="1").parse_args()
-    measure_named(args, "first_call", {"first_call": bench}, lambda place: functools.partial(load, place=place))
+    parser = parser_for(__doc__, "large-v3", batch="1")
+    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons; all by default")
+    args = parser.parse_args()
+    variants = args.variants.split(";")
+    if unknown := set(variants).difference(VARIANTS):
+        parser.error(f"--variants takes {'; '.join(VARIANTS)}, got {'; '.join(sorted(unknown))}")
+    chosen = functools.partial(bench, variants=variants)
+    measure_named(args, "first_call", {"first_call": chosen}, lambda place: functools.partial(load, place=place))
 
 
 if __name__ == "__main__":
