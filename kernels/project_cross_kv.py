@@ -113,7 +113,7 @@ def _project_cross_kv_kernel(
 
 
 class CrossTable(NamedTuple):
-    """Where the layers' weights and caches lie: built once by `cross_table`, and valid while these tensors stay in place."""
+    """Where the layers' weights and caches lie: built once by `cross_table`, and anew in each call once they have moved."""
 
     key_weights: list[torch.Tensor]  # (H * D, C) each
     value_weights: list[torch.Tensor]  # (H * D, C) each
@@ -121,7 +121,12 @@ class CrossTable(NamedTuple):
     key_caches: list[torch.Tensor]  # (B, H, S, D) each
     value_caches: list[torch.Tensor]  # (B, H, S, D) each
     pointers: torch.Tensor  # (5, L) int64 on the device, as the kernel reads it
-    is_aligned: bool  # all of them begin at a multiple of 16 bytes
+    addresses: torch.Tensor  # the same on the host
+
+    @property
+    def is_aligned(self) -> bool:
+        """All of them begin at a multiple of 16 bytes."""
+        return not (self.addresses % 16).any()
 
 
 def cross_table(
@@ -170,11 +175,21 @@ def cross_table(
                 raise ValueError(f"{shape} is wanted, contiguous, got {tuple(tensor.shape)}, strides {tensor.stride()}")
             if tensor.dtype != first.dtype or tensor.device != first.device:
                 raise ValueError(f"{tensor.dtype} on {tensor.device} does not go with caches {first.dtype} on {first.device}")
-    addresses = [[t.data_ptr() for t in tensors] for tensors in (lists[0], lists[1], lists[3], lists[4], biases or lists[0])]
     if len({cache.data_ptr() for cache in caches}) < len(caches) and not first.is_meta:
         raise ValueError("two caches lie in one place")
-    is_aligned = all(address % 16 == 0 for row in addresses for address in row)
-    return CrossTable(*lists, torch.tensor(addresses, dtype=torch.int64, device=first.device), is_aligned)
+    addresses = _addresses(*lists)
+    return CrossTable(*lists, addresses.to(first.device), addresses)
+
+
+def _addresses(
+    key_weights: list[torch.Tensor],
+    value_weights: list[torch.Tensor],
+    value_biases: list[torch.Tensor],
+    key_caches: list[torch.Tensor],
+    value_caches: list[torch.Tensor],
+) -> torch.Tensor:
+    lists = key_weights, value_weights, key_caches, value_caches, value_biases or key_weights
+    return torch.tensor([[t.data_ptr() for t in tensors] for tensors in lists], dtype=torch.int64, device="cpu")
 
 
 class Tiles(NamedTuple):
@@ -205,6 +220,9 @@ def choose_tiles(N: int, itemsize: int, is_even: bool, compute_capability: tuple
 
 def _launch(encoder_states: torch.Tensor, *fields: object, tiles: Tiles | None = None) -> None:
     table = CrossTable(*fields)
+    if not torch.equal(_addresses(*table[:5]), table.addresses):
+        # Copies in their place, say: where `torch.compile` functionalises, an op that mutates is handed those.
+        table = cross_table(*table[:5])
     cache = table.key_caches[0]
     B, H, S, D = cache.shape
     L, C, itemsize = len(table.key_caches), encoder_states.shape[2], encoder_states.element_size()
@@ -252,7 +270,7 @@ def _fake(encoder_states: torch.Tensor, *fields: object) -> None:
 
 _op = register(
     "project_cross_kv(Tensor encoder_states, Tensor[] key_weights, Tensor[] value_weights, Tensor[] value_biases,"
-    " Tensor(a!)[] key_caches, Tensor(b!)[] value_caches, Tensor pointers, bool is_aligned) -> ()",
+    " Tensor(a!)[] key_caches, Tensor(b!)[] value_caches, Tensor pointers, Tensor addresses) -> ()",
     kernel=_launch,
     reference=_run_reference,
     fake=_fake,
@@ -265,8 +283,7 @@ def project_cross_kv(encoder_states: torch.Tensor, table: CrossTable) -> None:
     Args:
         encoder_states: (B, S, C), any strides with a dense last dimension, in the dtype and on the device of the table's
             tensors: fp32 (multiplied in full fp32), fp16 or bf16.
-        table: what `cross_table` made of the layers' weights and caches, which must still lie where they lay. The caches are
-            mutated, all S slots of them.
+        table: what `cross_table` made of the layers' weights and caches. The caches are mutated, all S slots of them.
 
     Raises:
         ValueError: encoder states that do not fit; the caches are then untouched.
