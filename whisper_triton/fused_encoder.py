@@ -45,25 +45,11 @@ class FusedEncoder:
         self.qkv = [pack(_projections(layer.self_attn)) for layer in self.layers]
         # Of each layer's input; the last is that of the encoder's output.
         self.norms = [*(layer.self_attn_layer_norm for layer in self.layers), encoder.layer_norm]
-        self.second = torch.cuda.Stream(encoder.device) if encoder.device.type == "cuda" else None
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """features: (B, mel bins, frames). Returns (B, frames / 2, C)."""
-        parts = features.split(sequences_at_once(self.encoder))
-        if len(parts) == 1:
-            return self._encode(features)
-        if not features.is_cuda:
-            return torch.cat([self._encode(part) for part in parts])
-        # Two parts at a time, so that what waits for memory in one, or leaves multiprocessors idle at its end, runs beside
-        # the matrix products of the other.
-        here, there = torch.cuda.current_stream(), self.second
-        there.wait_stream(here)
-        states = []
-        for i, part in enumerate(parts):
-            with torch.cuda.stream(there if i % 2 else here):
-                states.append(self._encode(part))
-        here.wait_stream(there)
-        return torch.cat(states)
+        parts = [self._encode(part) for part in features.split(sequences_at_once(self.encoder))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _encode(self, features: torch.Tensor) -> torch.Tensor:
         encoder = self.encoder
