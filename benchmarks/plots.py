@@ -31,7 +31,8 @@ from matplotlib.figure import Figure
 Row = dict[str, Any]
 
 TEXT = "#787878"  # more than 4.2 to 1 on white and on #0d1117
-PALETTE = ("#187FC4", "#D55E00", "#009E73", "#CC79A7", "#9C6B30", "#8C6BD8", "#8A8700")  # after Okabe and Ito; at least 3 to 1 on both
+# After Okabe and Ito; at least 3 to 1 on both.
+PALETTE = ("#187FC4", "#D55E00", "#009E73", "#CC79A7", "#9C6B30", "#8C6BD8", "#8A8700")
 # Eight markers and hatchings to seven colours: the eighth label looks unlike the first.
 MARKERS, DASHES = "os^DvPXh", ("-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)))
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "++", "..")
