@@ -35,9 +35,10 @@ from whisper_triton.kernels._dispatch import failed_gpus, why_reference
 import whisper_triton
 
 # Each with the folder of its caches: the second of ours finds there what the first has left.
+FILLS, CACHED = "accelerate, nothing cached", "accelerate, kernels cached"
 VARIANTS = {
-    "accelerate, nothing cached": "ours",
-    "accelerate, kernels cached": "ours",
+    FILLS: "ours",
+    CACHED: "ours",
     "stock static+compile, nothing cached": "compiled",
     "stock dynamic": "dynamic",
 }
@@ -136,6 +137,8 @@ def main() -> None:
     variants = args.variants.split(";")
     if unknown := set(variants).difference(VARIANTS):
         parser.error(f"--variants takes {'; '.join(VARIANTS)}, got {'; '.join(sorted(unknown))}")
+    if CACHED in variants and FILLS not in variants[: variants.index(CACHED)]:
+        parser.error(f"what {CACHED!r} finds is what {FILLS!r} before it leaves")
     chosen = functools.partial(bench, variants=variants)
     measure_named(args, "first_call", {"first_call": chosen}, lambda place: functools.partial(load, place=place))
 

@@ -66,6 +66,11 @@ def has_paced_copies(device: torch.device, dtype: torch.dtype) -> bool:
     return HAS_GLUON and dtype.itemsize == 2 and capability(device) == (9, 0) and device.index not in _given_up
 
 
+def why_given_up(device: torch.device) -> str | None:
+    """With which error these kernels did not build on `device`, or None."""
+    return _given_up.get(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def are_aligned(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
     """Whether all rows of the caches can be copied 16 bytes at a time."""
     # Bytes of where they begin, elements of how they go on: Triton knows of either whether it is a multiple of 16.
@@ -157,4 +162,5 @@ __all__ = [
     "set_attribute",
     "wait_for_previous",
     "wait_group",
+    "why_given_up",
 ]

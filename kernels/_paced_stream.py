@@ -194,6 +194,11 @@ class StreamTiles(NamedTuple):
     PROGRAMS: int
 
 
+# By less than so many heads in the batch.
+MEASURED_TILES = ((160, StreamTiles(4, 8, 6, 4)), (320, StreamTiles(2, 8, 6, 8)))
+MANY_HEADS = StreamTiles(4, 16, 2, 4)
+
+
 def choose_stream_tiles(num_heads: int, D: int) -> StreamTiles | None:
     """Tiles for so many heads in the batch, or None where `paced_attention` is faster: few pieces a program are not worth what
     begins and ends it.
@@ -203,8 +208,8 @@ def choose_stream_tiles(num_heads: int, D: int) -> StreamTiles | None:
     """
     if num_heads < MIN_HEADS:
         return None
-    num_warps, rows, places, programs = (4, 8, 6, 4) if num_heads < 160 else (2, 8, 6, 8) if num_heads < 320 else (4, 16, 2, 4)
-    return StreamTiles(num_warps, rows * 64 // D, places, programs)
+    tiles = next((tiles for heads, tiles in MEASURED_TILES if num_heads < heads), MANY_HEADS)
+    return tiles._replace(ROWS=tiles.ROWS * 64 // D)
 
 
 def paced_stream(

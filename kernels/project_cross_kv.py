@@ -227,7 +227,8 @@ def _launch(encoder_states: torch.Tensor, *fields: object, tiles: Tiles | None =
     B, H, S, D = cache.shape
     L, C, itemsize = len(table.key_caches), encoder_states.shape[2], encoder_states.element_size()
     starts = (encoder_states.data_ptr(), C * itemsize, encoder_states.stride(0) * itemsize, encoder_states.stride(1) * itemsize)
-    is_even = table.is_aligned and all(start % 16 == 0 for start in starts)
+    is_aligned = table.is_aligned
+    is_even = is_aligned and all(start % 16 == 0 for start in starts)
     tiles = tiles or choose_tiles(H * D, itemsize, is_even, capability(encoder_states.device))
     num_m, num_n = triton.cdiv(B * S, tiles.BLOCK_M), triton.cdiv(H * D, tiles.BLOCK_N)
     _project_cross_kv_kernel[(num_m * num_n * 2, L)](
@@ -244,7 +245,7 @@ def _launch(encoder_states: torch.Tensor, *fields: object, tiles: Tiles | None =
         L=L,
         C=C,
         HAS_BIAS=len(table.value_biases) > 0,
-        ALIGNED=table.is_aligned,
+        ALIGNED=is_aligned,
         HEAD_DIM=D,
         **tiles._asdict(),
         **pdl_options(encoder_states.device),

@@ -125,7 +125,7 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
         return None
     if N > MANY_OUTPUTS:
         if K < MIN_WIDTH:
-            return Tiles(32, 1, 4, True, max(1, K // BLOCK_K), PROGRAMS=4) if B > 4 else None
+            return Tiles(32, 1, 4, True, max(1, K // BLOCK_K), PROGRAMS=4) if 4 < B <= 8 else None
         return Tiles(32, 1, 8, True, K // BLOCK_K, PROGRAMS=2) if B > 16 else Tiles(16, 1, 4, True, K // BLOCK_K, PROGRAMS=4)
     if min(N, K) < (MIN_WIDTH_OF_FEW if 1 < B <= 4 else MIN_WIDTH):
         return None

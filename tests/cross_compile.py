@@ -293,7 +293,7 @@ def build(task: tuple[str, int]) -> list[dict[str, object]]:
 def paced_calls() -> Iterator[Call]:
     """What a step launches of `_paced.py`: of one row, and for each number of rows that a program may have."""
     for B in (1, 8, 16, 32):
-        for C in (1280, 1024) if B == 8 else (1280,):
+        for C in (1280, 1024, 768) if B == 8 else (1280,):
             yield from (call for call in linear_calls(B, has_copies=True, C=C) if call.name.startswith("linear"))
     for B, D, H in ((2, 64, 20), (8, 64, 16), (8, 64, 20), (16, 64, 20), (1, 128, 12), (16, 128, 12)):
         query, cache = torch.empty(B, 1, H, D, dtype=torch.float16), torch.empty(B, H, 1500, D, dtype=torch.float16)

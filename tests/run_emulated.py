@@ -331,8 +331,9 @@ def main() -> None:
     torch.set_num_threads(1)
     words = sys.argv[1:] or [""]
     results = []
-    streamed = [case for case in attention_cases() if case[0].startswith("stream")]
-    early = [("copies at once: " + name, run) for name, run in (*append_cases(), *streamed)]
+    # Those that fill a place again which has just been read.
+    again = [case for case in (*linear_cases(), *attention_cases()) if case[0].startswith(("stream", "rows in many tiles"))]
+    early = [("copies at once: " + name, run) for name, run in (*append_cases(), *again)]
     for options, cases in (
         ({}, [*linear_cases(), *attention_cases(), *append_cases(), *cross_cases()]),
         ({"early": True}, early),

@@ -258,7 +258,8 @@ def test_bad_options(
     ("path", "exit_code", "message"),
     [
         ("x.xyz", 2, "got 'x.xyz'"),
-        ("plot", 2, "--plot takes a file whose name ends in one of .eps, "),
+        ("x.pgf", 2, "got 'x.pgf'"),
+        ("plot", 2, "--plot takes a file whose name ends in one of .svg, "),
         ("/proc/x/y.png", 1, "/proc/x: cannot write there: No such file or directory"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from attention_cases import needs_gluon
 from packaging.version import Version
+from whisper_triton.kernels.skinny_linear import choose_tiles
 
 from whisper_triton.kernels import _paced
 
@@ -21,6 +23,8 @@ NVIDIA = TARGETS[:4]
 # Bytes of shared memory that a program can have: CUDA C++ Programming Guide, table of technical specifications per compute
 # capability (the most for a thread block); AMD Instinct MI300 ISA, local data share.
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+# Of a multiprocessor of sm_90, and what each program takes of it besides: the same table.
+MULTIPROCESSOR, RESERVED = 228 << 10, 1 << 10
 # Those that may touch what no kernel before them writes, and do, before these have finished.
 READ_AHEAD = {"_decode_attention_kernel", "_append_attention_kernel", "_skinny_linear_kernel"}
 # The same, of one GPU alone.
@@ -101,6 +105,19 @@ def test_nothing_spills_at_odd_addresses_and_strides(builds: list[Build], target
 def test_shared_memory_suffices(builds: list[Build], target: str) -> None:
     for build in of(builds, target):
         assert build["shared"] <= SHARED[target], build
+
+
+@needs_gluon
+def test_all_programs_that_go_on_find_room_at_once(builds: list[Build]) -> None:
+    seen = set()
+    for build in of(builds, "sm_90"):
+        found = re.match(r"linear logits B=(\d+) has_copies=True C=(\d+)", build["call"])
+        if found is not None and build["kernel"] == "_paced_rows_kernel":
+            B, C = map(int, found.groups())
+            programs = choose_tiles(B, 51866, C, 1, True, has_copies=True).PROGRAMS
+            assert programs * (build["shared"] + RESERVED) <= MULTIPROCESSOR, build
+            seen.add((B, C))
+    assert seen >= {(1, 1280), (8, 1280), (32, 1280), (8, 768)}
 
 
 @pytest.mark.parametrize("target", TARGETS)

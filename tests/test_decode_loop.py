@@ -664,7 +664,7 @@ class Device:
 
 @pytest.mark.parametrize(("step", "look_every"), [(800, 1), (100, decode_loop.LOOK_EVERY)])
 def test_the_host_never_waits_for_the_newest_step(step: int, look_every: int) -> None:
-    """So the device is never idle; steps beyond the end are `look_every` at most, and so is how far the host runs ahead."""
+    """So the device is never idle; beyond the end are `look_every` steps at most, and the host is one more ahead at most."""
     for ends_after in range(1, 40):
         selection = decode_loop.TokenSelection(1, 8, 20, torch.device("cpu"))
         device = selection._event = Device(step, ends_after)

@@ -6,12 +6,15 @@ finite number; and where float64's does not change at all, the kernel's does not
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 from attention_cases import bits
+from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear, skinny_linear_reference
 
 from whisper_triton import kernels
@@ -40,12 +43,13 @@ def linear(
     tiles: Tiles | None = None,
     gelu: bool = False,
     norm: bool = True,
+    has_bias: bool = True,
 ) -> Case:
     dtype = torch.float16
-    shapes = {"x": (B, K), "weight": (N, K), "bias": (N,)}
+    shapes = {"x": (B, K), "weight": (N, K)} | ({"bias": (N,)} if has_bias else {})
     shapes |= {"norm_weight": (K,), "norm_bias": (K,)} if norm else {"residual": (B, N)}
 
-    def run(op: Callable[..., torch.Tensor], x, weight, bias, residual=None, norm_weight=None, norm_bias=None, **options):
+    def run(op: Callable[..., torch.Tensor], x, weight, bias=None, residual=None, norm_weight=None, norm_bias=None, **options):
         layer_norm = None if norm_weight is None else LayerNorm(norm_weight, norm_bias, EPS)
         return op(x, (weight,), (bias,), layer_norm=layer_norm, residual=residual, gelu=gelu, **options)
 
@@ -60,17 +64,32 @@ def normal(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch
     return {name: torch.randn(shape, device=device).to(dtype) for name, shape in shapes.items()}
 
 
-def decode(device: torch.device, T: int = 1, H: int = 2, S: int = 40, length: int = 35, D: int = 64, B: int = 2) -> Case:
+def decode(device: torch.device, T: int = 1, H: int = 2, S: int = 40, length: int | None = 35, D: int = 64, B: int = 2) -> Case:
+    """Over all of the cache where no length is given, and then as a step calls it."""
     shapes = {"query": (B, T, H, D), "key_cache": (B, H, S, D), "value_cache": (B, H, S, D)}
-    position = torch.tensor(length, device=device)
+    position = None if length is None else torch.tensor(length, device=device)
+    options = {"read_ahead": True, "counters": counters(device, B * H)} if length is None else {}
 
     def run(op: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda query, key_cache, value_cache: op(query, key_cache, value_cache, position, scale=0.125)
+        return lambda query, key_cache, value_cache: op(query, key_cache, value_cache, position, scale=0.125, **options)
 
     return Case(normal(shapes, torch.float16, device), run(kernels.decode_attention), run(kernels.decode_attention_reference))
 
 
-def append(device: torch.device, T: int = 1, H: int = 2, S: int = 40, position: int = 30, D: int = 64, B: int = 2) -> Case:
+def counters(device: torch.device, heads: int) -> torch.Tensor:
+    return torch.zeros(heads, dtype=torch.int32, device=device)
+
+
+def append(
+    device: torch.device,
+    T: int = 1,
+    H: int = 2,
+    S: int = 40,
+    position: int = 30,
+    D: int = 64,
+    B: int = 2,
+    read_ahead: bool = False,
+) -> Case:
     """The result, and beside it what lies in the caches afterwards."""
     shapes = dict.fromkeys(("query", "key", "value"), (B, T, H, D)) | dict.fromkeys(("key_cache", "value_cache"), (B, H, S, D))
     slot = torch.tensor(position, device=device)
@@ -78,7 +97,7 @@ def append(device: torch.device, T: int = 1, H: int = 2, S: int = 40, position: 
     def run(op: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def attend(query, key, value, key_cache, value_cache) -> torch.Tensor:
             caches = key_cache.clone(), value_cache.clone()
-            out = op(query, key, value, *caches, slot, scale=0.125)
+            out = op(query, key, value, *caches, slot, scale=0.125, read_ahead=read_ahead)
             return torch.cat([tensor.flatten() for tensor in (out, *caches)])
 
         return attend
@@ -91,11 +110,14 @@ def cross(device: torch.device, B: int = 2, H: int = 2, S: int = 40, K: int = 96
     shapes |= dict.fromkeys(("key_cache", "value_cache"), (B, H, S, D))
     tensors = normal(shapes, torch.float16, device)
     tensors["weight"] *= K**-0.5
+    joins = counters(device, B * H)
 
     def run(op: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda x, weight, bias, norm_weight, norm_bias, key_cache, value_cache: op(
-            x, weight, bias, key_cache, value_cache, layer_norm=LayerNorm(norm_weight, norm_bias, EPS), scale=0.125
-        )
+        def attend(x, weight, bias, norm_weight, norm_bias, key_cache, value_cache) -> torch.Tensor:
+            norm = LayerNorm(norm_weight, norm_bias, EPS)
+            return op(x, weight, bias, key_cache, value_cache, layer_norm=norm, scale=0.125, counters=joins)
+
+        return attend
 
     return Case(tensors, run(kernels.cross_attention), run(kernels.cross_attention_reference))
 
@@ -164,17 +186,35 @@ CASES: dict[str, Callable[[torch.device], Case]] = {
     "add_layer_norm": norm_of_sum,
     "bias_gelu": gelu,
 }
-# Whose kernels on a Hopper are others, with paced copies and clusters.
-WIDE: dict[str, Callable[[torch.device], Case]] = {
-    "linear": lambda device: linear(device, K=1280, N=1280),
-    "linear, GELU": lambda device: linear(device, K=1280, N=5120, gelu=True),
-    "linear, rows": lambda device: linear(device, B=8, K=1280, N=1280),
-    "linear, split K": lambda device: linear(device, B=8, K=5120, N=1280, norm=False),
-    "LM head": lambda device: linear(device, B=8, K=1280, N=51866),
-    "decode_attention": lambda device: decode(device, H=20, S=1500, length=1500),
-    "append_attention": lambda device: append(device, H=20, S=448, position=300, B=1),
-    "cross_attention": lambda device: cross(device, B=1, H=20, S=1500, K=1280, D=64),
-    "cross_attention, rows": lambda device: cross(device, B=8, H=20, S=1500, K=1280, D=64),
+# Whose kernels on a Hopper are others, with paced copies and clusters: the op's module, and what launches the kernel.
+WIDE: dict[str, tuple[str, str, Callable[[torch.device], Case]]] = {
+    "linear": ("skinny_linear", "paced_linear", lambda device: linear(device, K=1280, N=1280)),
+    "linear, GELU": ("skinny_linear", "paced_linear", lambda device: linear(device, K=1280, N=5120, gelu=True)),
+    "linear, rows": ("skinny_linear", "paced_rows", lambda device: linear(device, B=8, K=1280, N=1280)),
+    "linear, split K": ("skinny_linear", "paced_rows", lambda device: linear(device, B=8, K=5120, N=1280, norm=False)),
+    "LM head": ("skinny_linear", "paced_rows", lambda device: linear(device, K=1280, N=51866, has_bias=False)),
+    "LM head, rows": ("skinny_linear", "paced_rows", lambda device: linear(device, B=8, K=1280, N=51866, has_bias=False)),
+    "decode_attention": ("decode_attention", "paced_attention", lambda device: decode(device, H=20, S=1500, length=None)),
+    "decode_attention, many heads": (
+        "decode_attention",
+        "paced_stream",
+        lambda device: decode(device, H=20, S=1500, length=None, B=8),
+    ),
+    "append_attention": (
+        "append_attention",
+        "paced_append",
+        lambda device: append(device, H=20, S=448, position=300, B=1, read_ahead=True),
+    ),
+    "cross_attention": (
+        "cross_attention",
+        "clustered_cross",
+        lambda device: cross(device, B=1, H=20, S=1500, K=1280, D=64),
+    ),
+    "cross_attention, rows": (
+        "decode_attention",
+        "paced_stream",
+        lambda device: cross(device, B=8, H=20, S=1500, K=1280, D=64),
+    ),
 }
 
 
@@ -211,4 +251,8 @@ def test_in_small_calls(name: str, device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", WIDE)
 def test_in_wide_models(name: str, device: torch.device) -> None:
-    assert_shown_where_it_should_be(WIDE[name](device), 5)
+    op, launcher, make = WIDE[name]
+    module = importlib.import_module(f"whisper_triton.kernels.{op}")
+    with mock.patch.object(module, launcher, wraps=getattr(module, launcher)) as launched:
+        assert_shown_where_it_should_be(make(device), 5)
+    assert launched.called == has_paced_copies(device, torch.float16)

@@ -28,7 +28,7 @@ def why_not_paced(device: torch.device) -> str | None:
         return "measured on compute capability 9.0 alone"
     if not _paced.HAS_GLUON:
         return "this Triton has no Gluon that they could be built with: 3.6 has"
-    reason = _paced._given_up.get(torch.cuda.current_device() if device.index is None else device.index)
+    reason = _paced.why_given_up(device)
     return None if reason is None else f"they do not build here: {textwrap.shorten(reason, 300)}"
 
 
