@@ -295,11 +295,12 @@ def paced_calls() -> Iterator[Call]:
     for B in (1, 8, 16, 32):
         for C in (1280, 1024, 768) if B == 8 else (1280,):
             yield from (call for call in linear_calls(B, has_copies=True, C=C) if call.name.startswith("linear"))
-    for B, D, H in ((2, 64, 20), (8, 64, 16), (8, 64, 20), (16, 64, 20), (1, 128, 12), (16, 128, 12)):
+    whispers = [(B, 64, H, can_end) for B, H in ((2, 20), (8, 16), (8, 20), (16, 20)) for can_end in (False, True)]
+    for B, D, H, can_end in (*whispers, (1, 128, 12, False), (16, 128, 12, True)):
         query, cache = torch.empty(B, 1, H, D, dtype=torch.float16), torch.empty(B, H, 1500, D, dtype=torch.float16)
-        counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.zeros(B, dtype=torch.int64) if B > 1 else None
+        counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.zeros(B, dtype=torch.int64) if can_end else None
         launch = partial(decode._launch, query, cache, cache, None, 1.0, False, True, counters, ended)
-        yield Call(f"decode paced {B=} {D=}", launch, read_ahead=True)
+        yield Call(f"decode paced {B=} {D=} {H=} {can_end=}", launch, read_ahead=True)
     for B, D, ahead, tiles in (
         (1, 64, True, append.PacedTiles(64, 4, 2)),
         (8, 64, False, append.PacedTiles(128, 4, 2)),
