@@ -7,7 +7,8 @@ Random weights in the published shapes or a real checkpoint, position 64. Millis
 a step must read (decoder weights, LM head, cross and self caches) over the bandwidth measured in the same run. `compiled` is
 stock with its static cache, the step under `torch.compile(fullgraph=True)`, which replays a graph too: its calls follow
 one another, so that what the host needs beside the GPU does not count unless it needs longer. Logits are checked first against
-a float64 run of the stock modules: at most 1.25 times as far from it as the stock step in the same dtype (fp32: 2).
+a float64 run of the stock modules: at most 1.25 times as far from it as the stock step in the same dtype (fp32: 2). `modules`
+is what a batch of more than 64 has, beside the chain: the model's modules in the graph, whose linear layers are cuBLAS's.
 
 The rows `step_links` say what the chain gains, a layer, when the launches of one link are left out of the captured step (the
 links behind it then read whatever lies in memory), beside the floor of its bytes. Links overlap, which is what dependent
@@ -26,11 +27,11 @@ from torch import nn
 from transformers import StaticCache, WhisperForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
 from whisper_triton.benchmarks.harness import Place, Row, measure_on_cpu, time_device, time_graph
-from whisper_triton.benchmarks.models import StepInput, check, check_logits, models_on, step_input
+from whisper_triton.benchmarks.models import StepInput, check, check_logits, checked_rows, models_on, step_input
 from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 import whisper_triton
-from whisper_triton import fused
+from whisper_triton import decoder, fused
 from whisper_triton.decoder import DecoderStep
 
 POSITION = 64
@@ -166,9 +167,18 @@ def time_compiled(
     return times
 
 
+def time_modules(model: WhisperForConditionalGeneration, B: int, given: StepInput) -> tuple[float, float]:
+    """(median, spread) in ms of the step that more rows than the chain takes have, with the model's modules in the graph."""
+    with mock.patch.object(decoder, "is_fusable", return_value=False):
+        check(model, B, given)
+        with whisper_triton.accelerated(model):
+            return time_step(model, prepare(model, B))
+
+
 def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, mode: str = "none") -> list[Row]:
     """The row of the step, then one a link where the chain of fused kernels covers the model."""
-    ours, stock = check(model, B)
+    given = step_input(model, checked_rows(B))
+    ours, stock = check(model, B, given)
     compiled = None if mode == "none" else time_compiled(model, B, place, mode)[0]
     with whisper_triton.accelerated(model):
         step = prepare(model, B)
@@ -178,6 +188,7 @@ def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, mode:
         for link in parts if step.fused is not None else ():
             with without(model, link):
                 links[link] = time_step(model, step)
+    modules = None if step.fused is None else time_modules(model, B, given)
     size = sum(parts.values())
     floor = place.floor_us(size) / 1000
     row: Row = {
@@ -194,6 +205,8 @@ def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, mode:
     }
     if compiled is not None:
         row |= {"compiled_ms": compiled[0], "compiled_spread_ms": compiled[1], "compiled/ours": compiled[0] / ms, "mode": mode}
+    if modules is not None:
+        row |= {"modules_ms": modules[0], "modules_spread_ms": modules[1]}
     row |= {"error": f"{ours:.1e}", "stock_error": f"{stock:.1e}"}
     rows = [row]
     for link, (without_ms, without_spread) in links.items():

@@ -176,10 +176,19 @@ def check_logits(name: str, logits: torch.Tensor, given: StepInput, bound: float
 CHECKED = 8  # rows at least: of one alone an error may by chance be half or twice another's
 
 
+def checked_rows(B: int) -> int:
+    """Of whole batches of B."""
+    return -(-CHECKED // B) * B
+
+
 @torch.no_grad()
-def check(model: WhisperForConditionalGeneration, B: int) -> tuple[float, float]:
-    """(our, stock's) relative error of a step's logits after a prompt, over some rows; exits as `check_logits` does."""
-    given = step_input(model, -(-CHECKED // B) * B)
+def check(model: WhisperForConditionalGeneration, B: int, given: StepInput | None = None) -> tuple[float, float]:
+    """(our, stock's) relative error of a step's logits after a prompt, over some rows; exits as `check_logits` does.
+
+    Args:
+        given: for `checked_rows(B)` of them, where the same has been asked for already.
+    """
+    given = given or step_input(model, checked_rows(B))
     ours = []
     with whisper_triton.accelerated(model):
         step = DecoderStep(model, B, given.states.shape[1])

@@ -185,6 +185,7 @@ TABLES = {
             measured("floor, ms", "floor_ms"),
             Column("share of the bandwidth", ("share_%",), "{:.0f} %".format),
             measured("bandwidth, GB/s", "bandwidth_GB/s", optional=True),
+            measured("modules in the graph, ms", "modules_ms", "modules_spread_ms", optional=True),
             measured("stock compiled, ms", "compiled_ms", "compiled_spread_ms", optional=True),
             measured("stock compiled / ours", "compiled/ours", optional=True),
         ],

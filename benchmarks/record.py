@@ -52,7 +52,7 @@ class Benchmark(NamedTuple):
 RECORDED = (
     Benchmark("generate", GENERATE, LARGE, (1, 8), GENERATE_SECONDS),
     Benchmark("generate", WITHOUT_NAME, MODELS[1:], (1, 8), GENERATE_SECONDS),
-    Benchmark("decoder_step", "decoder_step.py --compile reduce-overhead", MODELS, (1, 8, 32, 2, 4, 16)),
+    Benchmark("decoder_step", "decoder_step.py --compile reduce-overhead", MODELS, (1, 8, 32, 2, 4, 16, 64)),
     Benchmark("host_overhead", "host_overhead.py", MODELS, (1, 8)),
     Benchmark("first_call", "first_call.py", LARGE, (1,)),
     Benchmark("encoder", "encoder.py", LARGE, (1, 8)),

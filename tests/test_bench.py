@@ -109,6 +109,7 @@ def test_step(measured: Callable[..., list[dict[str, Any]]], monkeypatch: pytest
     step, *links = measured("step", "--batch", "1")
     assert step["benchmark"] == "step"
     assert step["path"] == "chain"
+    assert step["modules_ms"] > 0
     assert (step["compiled/ours"], step["mode"]) == (pytest.approx(20.0 / step["ms"]), "reduce-overhead")
     assert step["share_%"] == pytest.approx(100 * step["GB/s"] / step["bandwidth_GB/s"])
     assert [row["link"] for row in links] == [
@@ -124,6 +125,7 @@ def test_step_of_a_checkpoint_without_stock(measured: Callable[..., list[dict[st
     rows = measured("step", "--model", directory, "--batch", "2", "--compile", "none")
     assert [row["model"] for row in rows] == [str(directory)]  # in fp32 the chain takes one row: no links
     assert rows[0]["path"] == "modules"
+    assert "modules_ms" not in rows[0]
     assert "compiled_ms" not in rows[0]
 
 

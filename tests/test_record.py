@@ -47,7 +47,7 @@ def test_what_is_measured_and_in_which_order() -> None:
     every = names_of(None, None, None)
     assert every[:2] == ["generate.large-v3.1", "generate.large-v3.8"]
     assert every[-1] == "generate.medium.4"
-    assert "decoder_step.turbo.1-8-32-2-4-16" in every
+    assert "decoder_step.turbo.1-8-32-2-4-16-64" in every
     assert len(set(every)) == len(every)
     assert names_of(["generate", "encoder"], ["large-v3"], [2, 8]) == [
         "generate.large-v3.8",
