@@ -93,9 +93,6 @@ def linear_candidates(B: int, N: int, K: int, has_norm: bool, has_copies: bool) 
         splits = (1, 2, 4, 5) if K > 2048 and not has_norm else (1,)
         cuts = [*itertools.product((16, 32, 64), splits, (4, 8))]
         tiles += [Tiles(n, k, w, True) for n, k, w in cuts]
-        if has_copies and B <= 4 and N <= MANY_OUTPUTS:  # as one row has, without tensor cores
-            vectors = itertools.product((1, 2, 4), (2, 4, 8), (1, 2, 4, 8))
-            tiles += [Tiles(rows * warps, 1, warps, PACE=pace) for rows, warps, pace in vectors if pace <= K // 256]
         if has_copies:
             paced = itertools.product(cuts, (1, 2, 3, 4, 8))
             tiles += [Tiles(n, k, w, True, pace) for (n, k, w), pace in paced if pace <= K // k // 256]

@@ -1,4 +1,4 @@
-"""`skinny_linear` of a row or a few, without tensor cores, whose weights come by paced asynchronous copies: see `_paced.py`."""
+"""`skinny_linear` of one row whose weights come by paced asynchronous copies: see `_paced.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from ._paced import (
 )
 
 MAX_CHUNK = 256  # elements of K: one warp's 16-byte copies of a row
-MAX_X = 10240  # elements of x, of which each warp holds all in its registers
 
 
 @gluon.jit
@@ -54,7 +53,7 @@ def finish(y, bias, residual, scale, GELU: gl.constexpr):
 
 @gluon.jit
 def _paced_linear_kernel(
-    x_ptr,  # (B, K) fp16/bf16
+    x_ptr,  # (1, K) fp16/bf16
     weight_0_ptr,  # (N, K)
     weight_1_ptr,  # (N, K), as weight_2 the same as weight_0 unless NUM_PARTS is 3
     weight_2_ptr,  # (N, K)
@@ -63,12 +62,11 @@ def _paced_linear_kernel(
     bias_2_ptr,  # (N,) or not read
     norm_weight_ptr,  # (K,) or not read
     norm_bias_ptr,  # (K,) or not read
-    residual_ptr,  # (B, N) or not read
-    out_ptr,  # (B, NUM_PARTS * N)
+    residual_ptr,  # (1, N) or not read
+    out_ptr,  # (1, NUM_PARTS * N)
     scale,
     eps,
     N,
-    B: gl.constexpr,
     K: gl.constexpr,
     NUM_PARTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,  # a bit a part
@@ -128,64 +126,51 @@ def _paced_linear_kernel(
         biases = biases + (bias,)  # noqa: RUF005
     wait_for_previous()  # all above is constant; x and the residual are the previous kernels' work
 
-    x, acc, residuals = (), (), ()  # those of the first row, those of the next
-    for i_b in gl.static_range(B):
-        for i in gl.static_range(NUM_CHUNKS):
-            x = x + (gl.load(x_ptr + i_b * K + offs_k[None, :] + warps[:, None] * 0 + i * BLOCK_K),)  # noqa: RUF005
-        for i_n in gl.static_range(WARP_ROWS):
-            residual = gl.zeros([NUM_WARPS], gl.float32, layout=LAYOUT_N)
-            if HAS_RESIDUAL:
-                residual = gl.load(residual_ptr + i_b * N + first_n + i_n * NUM_WARPS + warps).to(gl.float32)
-            residuals = residuals + (residual,)  # noqa: RUF005
-            acc = acc + (gl.zeros([NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT),)  # noqa: RUF005
-    wait_group(0)
-    means, rstds = (), ()
-    if HAS_NORM:
-        for i_b in gl.static_range(B):
-            total = gl.zeros([NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT)
-            squares = gl.zeros([NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT)
-            for i in gl.static_range(NUM_CHUNKS):
-                x_i = x[i_b * NUM_CHUNKS + i].to(gl.float32)
-                total += x_i
-                squares += x_i * x_i
-            mean = gl.sum(total, axis=1) / K
-            rstd = gl.rsqrt(gl.maximum(gl.sum(squares, axis=1) / K - mean * mean, 0.0) + eps)
-            means, rstds = means + (mean,), rstds + (rstd,)  # noqa: RUF005
+    x, acc, residuals = (), (), ()
     for i in gl.static_range(NUM_CHUNKS):
+        x = x + (gl.load(x_ptr + offs_k[None, :] + warps[:, None] * 0 + i * BLOCK_K),)  # noqa: RUF005
+    for i_n in gl.static_range(WARP_ROWS):
+        residual = gl.zeros([NUM_WARPS], gl.float32, layout=LAYOUT_N)
+        if HAS_RESIDUAL:
+            residual = gl.load(residual_ptr + first_n + i_n * NUM_WARPS + warps).to(gl.float32)
+        residuals = residuals + (residual,)  # noqa: RUF005
+        acc = acc + (gl.zeros([NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT),)  # noqa: RUF005
+    wait_group(0)
+    if HAS_NORM:
+        total = gl.zeros([NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT)
+        squares = gl.zeros([NUM_WARPS, BLOCK_K], gl.float32, layout=LAYOUT)
+        for i in gl.static_range(NUM_CHUNKS):
+            total += x[i].to(gl.float32)
+            squares += x[i].to(gl.float32) * x[i].to(gl.float32)
+        mean = gl.sum(total, axis=1) / K
+        rstd = gl.rsqrt(gl.maximum(gl.sum(squares, axis=1) / K - mean * mean, 0.0) + eps)
+    for i in gl.static_range(NUM_CHUNKS):
+        x_i = x[i].to(gl.float32)
         if HAS_NORM:
-            g = norm_weights[i].load(LAYOUT_K).to(gl.float32)[None, :]
-            b = norm_biases[i].load(LAYOUT_K).to(gl.float32)[None, :]
-        chunk, added = (), ()
+            g = norm_weights[i].load(LAYOUT_K).to(gl.float32)
+            x_i = (x_i - mean[:, None]) * rstd[:, None] * g[None, :] + norm_biases[i].load(LAYOUT_K).to(gl.float32)[None, :]
+        added = ()
         for i_n in gl.static_range(WARP_ROWS):
-            chunk = chunk + (weights[i * WARP_ROWS + i_n].load(LAYOUT).to(gl.float32),)  # noqa: RUF005
-        for i_b in gl.static_range(B):
-            x_i = x[i_b * NUM_CHUNKS + i].to(gl.float32)
-            if HAS_NORM:
-                x_i = (x_i - means[i_b][:, None]) * rstds[i_b][:, None] * g + b
-            for i_n in gl.static_range(WARP_ROWS):
-                added = added + (acc[i_b * WARP_ROWS + i_n] + chunk[i_n] * x_i,)  # noqa: RUF005
+            w = weights[i * WARP_ROWS + i_n].load(LAYOUT).to(gl.float32)
+            added = added + (acc[i_n] + w * x_i,)  # noqa: RUF005
         acc = added
-    for i_b in gl.static_range(B):
-        for i_n in gl.static_range(WARP_ROWS):
-            y = gl.sum(acc[i_b * WARP_ROWS + i_n], axis=1)
-            y = finish(y, biases[i_n], residuals[i_b * WARP_ROWS + i_n], scale, GELU)
-            gl.store(out_ptr + (i_b * NUM_PARTS + i_part) * N + first_n + i_n * NUM_WARPS + warps, y.to(dtype))
+    for i_n in gl.static_range(WARP_ROWS):
+        y = finish(gl.sum(acc[i_n], axis=1), biases[i_n], residuals[i_n], scale, GELU)
+        gl.store(out_ptr + i_part * N + first_n + i_n * NUM_WARPS + warps, y.to(dtype))
 
 
-def covers_linear(B: int, N: int, K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, num_warps: int) -> bool:
-    """Whether `_paced_linear_kernel` takes these: x in registers, whole tiles in shared memory, K in one part."""
+def covers_linear(N: int, K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, num_warps: int) -> bool:
+    """Whether `_paced_linear_kernel` takes these: whole tiles, in no more shared memory than there is, K in one part."""
     nbytes = 2 * K * (BLOCK_N + 2 * has_norm)
-    is_whole = N % BLOCK_N == 0 and K % 64 == 0 and SPLIT_K == 1
-    return (B == 1 or B * K <= MAX_X) and is_whole and num_warps <= BLOCK_N and nbytes <= SHARED_MEMORY
+    return N % BLOCK_N == 0 and K % 64 == 0 and SPLIT_K == 1 and num_warps <= BLOCK_N and nbytes <= SHARED_MEMORY
 
 
 def paced_linear(call: LinearCall, out: torch.Tensor, BLOCK_N: int, num_warps: int, PACE: int) -> None:
-    """Launches `_paced_linear_kernel`. out: (B, len(weights) * N), is written."""
-    (B, K), N = call.x.shape, call.weights[0].shape[0]
+    """Launches `_paced_linear_kernel`. out: (1, len(weights) * N), is written."""
+    N, K = call.weights[0].shape
     kernel = _paced_linear_kernel[(N // BLOCK_N, len(call.weights))](
         **call.arguments(),
         out_ptr=out,
-        B=B,
         PACE=PACE,
         BLOCK_N=BLOCK_N,
         BLOCK_K=min(MAX_CHUNK, K & -K),
@@ -193,5 +178,4 @@ def paced_linear(call: LinearCall, out: torch.Tensor, BLOCK_N: int, num_warps: i
         num_warps=num_warps,
         launch_pdl=True,
     )
-    if B == 1:
-        prefer_shared_memory(kernel)
+    prefer_shared_memory(kernel)

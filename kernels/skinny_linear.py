@@ -152,7 +152,7 @@ def covers(tiles: Tiles, B: int, N: int, K: int, has_norm: bool) -> bool:
     BLOCK_N, SPLIT_K, num_warps, use_dot, _, PROGRAMS = tiles
     if use_dot:
         return covers_rows(B, K, has_norm, BLOCK_N, SPLIT_K, num_warps, PROGRAMS)
-    return covers_linear(B, N, K, has_norm, BLOCK_N, SPLIT_K, num_warps)
+    return covers_linear(N, K, has_norm, BLOCK_N, SPLIT_K, num_warps)
 
 
 def fits_tiles(width: int) -> bool:
@@ -260,7 +260,7 @@ def skinny_linear(
     is_bare = len(weights) == 1 and biases[0] is None and residual is None and not gelu
     tiles = tiles or choose_tiles(B, N, K, len(weights), has_norm, has_copies and (is_bare or N <= MANY_OUTPUTS))
     _check_tiles(tiles, x, can_split=is_plain and not has_norm and len(weights) == 1, is_bare=is_bare)
-    if tiles.PACE > 0 and not (has_copies and covers(tiles, B, N, K, has_norm)):
+    if tiles.PACE > 0 and not (has_copies and (B == 1 or tiles.USE_DOT) and covers(tiles, B, N, K, has_norm)):
         raise ValueError(
             "paced copies are for whole tiles that fit an H100's shared memory (`covers_linear` in _paced_linear.py, on tensor"
             f" cores `covers_rows` in _paced_rows.py), got {tuple(x.shape)}, {N=}, {tiles} on {x.device}"
@@ -276,8 +276,8 @@ def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool, is_bare: bool) 
         raise ValueError(f"SPLIT_K must be at least 1, PACE and PROGRAMS at least 0, got {tiles}")
     if tiles.num_warps > 32 or (16 if tiles.USE_DOT else tiles.num_warps) > tiles.BLOCK_N:
         raise ValueError(f"32 warps are the most, and BLOCK_N must be as many, or 16 for tensor cores, got {tiles}")
-    if B > 1 and (x.dtype == torch.float32 or not (tiles.USE_DOT or tiles.PACE > 0)):
-        raise ValueError(f"several rows, {B} here, take tensor cores or paced copies, which are not for fp32, got {x.dtype}")
+    if B > 1 and (x.dtype == torch.float32 or not tiles.USE_DOT):
+        raise ValueError(f"several rows, {B} here, take tensor cores, which would round {x.dtype} to tf32 if it is fp32")
     if K % SPLIT_K or not fits_tiles(K // SPLIT_K):
         raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two from 16 on")
     if SPLIT_K > 1 and not can_split:

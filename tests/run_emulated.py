@@ -137,22 +137,18 @@ def run_append(
 
 def linear_cases() -> Iterator[Case]:
     half, brain = torch.float16, torch.bfloat16
-    for B, K, N, numbers, parts, dtype, link in (
-        (1, 512, 48, (8, 1, 4, False, 2), 3, half, "norm, scale"),
-        (1, 512, 48, (8, 1, 4, False, 2), 3, half, "scale"),
-        (1, 512, 48, (16, 1, 4, False, 2), 1, half, "norm, gelu"),
-        (1, 1280, 16, (4, 1, 2, False, 8), 1, half, "residual"),
-        (1, 384, 16, (8, 1, 2, False, 1), 1, half, "norm, no bias"),
-        (1, 64, 16, (8, 1, 8, False, 9), 1, half, "residual"),
-        (1, 512, 48, (8, 1, 4, False, 2), 3, brain, "norm, scale"),
-        (2, 512, 48, (8, 1, 2, False, 2), 3, half, "norm, scale"),
-        (2, 512, 48, (16, 1, 4, False, 2), 1, half, "norm, gelu"),
-        (3, 1280, 16, (4, 1, 2, False, 8), 1, brain, "residual"),
-        (4, 384, 16, (8, 1, 2, False, 1), 1, half, "norm, no bias"),
+    for K, N, numbers, parts, dtype, link in (
+        (512, 48, (8, 1, 4, False, 2), 3, half, "norm, scale"),
+        (512, 48, (8, 1, 4, False, 2), 3, half, "scale"),
+        (512, 48, (16, 1, 4, False, 2), 1, half, "norm, gelu"),
+        (1280, 16, (4, 1, 2, False, 8), 1, half, "residual"),
+        (384, 16, (8, 1, 2, False, 1), 1, half, "norm, no bias"),
+        (64, 16, (8, 1, 8, False, 9), 1, half, "residual"),
+        (512, 48, (8, 1, 4, False, 2), 3, brain, "norm, scale"),
     ):
         tiles = linear.Tiles(*numbers)
-        run = functools.partial(run_linear, B, K, N, tiles, parts, dtype, link)
-        yield f"linear {B=} {K=} {N=} {parts=} {link} {tuple(tiles)} {dtype}", run
+        run = functools.partial(run_linear, 1, K, N, tiles, parts, dtype, link)
+        yield f"linear {K=} {N=} {parts=} {link} {tuple(tiles)} {dtype}", run
     for B in (2, 8, 9, 17):
         # Rows of weights that do not fill their tiles, and some that do. 17 rows: two programs share them.
         for K, N, numbers, parts, dtype, link in (
