@@ -19,11 +19,14 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,26 +178,29 @@ class Run(NamedTuple):
     output: str
 
 
-def run(sanitizer: str, tool: str, file: str, limit: float) -> Run:
-    """Runs `tool` over the tests of `file`, for at most `limit` seconds."""
+def run(sanitizer: str, tool: str, file: str, limit: float, folder: Path) -> Run:
+    """Runs `tool` over the tests of `file`, for at most `limit` seconds; `folder` gets its output as it comes."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": paths, SELECT: tool}
-    process = subprocess.Popen(
-        command(sanitizer, tool, [file]),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    try:
-        output, _ = process.communicate(timeout=limit)
-        status = process.returncode
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        status = None
+    name = re.sub(r"[^\w.-]+", "-", Path(file).name)  # of a node id too
+    log = folder / f"{tool}-{name}.log"
+    with log.open("w") as target:
+        # In a session of its own, so that what it has started ends with it.
+        process = subprocess.Popen(
+            command(sanitizer, tool, [file]),
+            cwd=ROOT,
+            env=environment,
+            stdout=target,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = None
+    output = log.read_text(errors="replace")
     result = read(tool, output)
     if "Internal Sanitizer Error" in output:  # its summary counts this as found
         why, result = "the checker broke down", result._replace(errors=None)
@@ -219,7 +225,7 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+", default=TESTS, help="files or node ids for pytest")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one checker and file")
     parser.add_argument("--jobs", type=int, default=1, help="files at a time")
-    parser.add_argument("--logs", type=Path, help="a folder for the whole output of each")
+    parser.add_argument("--logs", type=Path, help="a folder for the whole output of each, as it comes")
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
@@ -232,8 +238,10 @@ def main() -> int:
     is_clean = True
     for tool in args.tools or TOOLS:
         start = time.monotonic()
-        with ThreadPoolExecutor(args.jobs) as pool:
-            runs = list(pool.map(lambda file, tool=tool: run(sanitizer, tool, file, args.limit), args.tests))
+        with ThreadPoolExecutor(args.jobs) as pool, tempfile.TemporaryDirectory() as temporary:
+            folder = args.logs or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            runs = list(pool.map(partial(run, sanitizer, tool, limit=args.limit, folder=folder), args.tests))
         names = ("tests", "failed", "skipped", "elsewhere")
         tests, failed, skipped, elsewhere = (sum(getattr(one.result, name) for one in runs) for name in names)
         errors = sum(one.result.errors or 0 for one in runs)
@@ -253,10 +261,6 @@ def main() -> int:
             flush=True,
         )
         for one in runs:
-            if args.logs:
-                args.logs.mkdir(parents=True, exist_ok=True)
-                name = re.sub(r"[^\w.-]+", "-", Path(one.file).name)  # of a node id too
-                (args.logs / f"{tool}-{name}.log").write_text(one.output)
             if one.why is not None:
                 is_clean = False
                 print(f"{tool}, {one.file}: {one.why}", *one.output.splitlines()[-60:], sep="\n", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -112,6 +113,13 @@ class TestSanitizers:
         assert run(script, *arguments, "--tests", "test_good.py", "test_bad.py", "test_fine.py") == (1, [line])
         logs = {path.name for path in (tmp_path / "logs").iterdir()}
         assert logs == {f"racecheck-test_{name}.py.log" for name in ("good", "bad", "fine")}
+
+    def test_what_is_stopped_leaves_its_output_and_no_process(self, run, tmp_path: Path) -> None:
+        script = f"echo begun; (sleep 3; touch {tmp_path / 'late'}) & wait"
+        assert run(script, "initcheck", "--limit", "1", "--logs", str(tmp_path / "logs"))[0] == 1
+        assert (tmp_path / "logs" / "initcheck-test_one.py.log").read_text() == "begun\n"
+        time.sleep(3)
+        assert not (tmp_path / "late").exists()
 
     def test_hazards_and_errors_of_the_other_two_are_ours(self, run) -> None:
         found = ELSEWHERE.replace("ERROR SUMMARY: 1 error", "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)")
