@@ -3,7 +3,8 @@
 As many programs as find room at once share out the pieces of all heads evenly, each a row of them, and go on from piece to
 piece and from head to head: a place in shared memory is filled again as soon as it has been read. So as many bytes are on
 their way at the end of a head as within it, and no wave of programs waits for the last of the one before (flash-decoding with
-the even shares of stream-K, https://arxiv.org/abs/2301.03598).
+the even shares of stream-K, https://arxiv.org/abs/2301.03598). Each sequence has as many of the programs as the others, so that
+its heads are split alike wherever in the batch it stands.
 """
 
 from __future__ import annotations
@@ -32,16 +33,13 @@ REGISTERS = 1 << 16  # of a multiprocessor: CUDA C++ Programming Guide, compute 
 
 @gluon.jit
 def ask_for(
-    i_piece,  # of all pieces of all heads
+    i_piece,  # of all pieces of a sequence's heads
     end,
     place,
-    key_cache_ptr,
+    key_cache_ptr,  # the sequence's
     value_cache_ptr,
-    ended_ptr,
-    stride_kc_b,
     stride_kc_h,
     stride_kc_s,
-    stride_vc_b,
     stride_vc_h,
     stride_vc_s,
     S,
@@ -49,21 +47,16 @@ def ask_for(
     offs_d,  # (1, 1, HEAD_DIM)
     keys,  # (PLACES, NUM_WARPS, ROWS, HEAD_DIM)
     values,
-    HAS_ENDED: gl.constexpr,
-    H: gl.constexpr,
     NUM_PIECES: gl.constexpr,
     BLOCK_S: gl.constexpr,
 ):
     """Begins to copy a piece before `end` to its place: a group of copies, empty for a piece past them."""
     if i_piece < end:
-        i_head, first_s = i_piece // NUM_PIECES, i_piece % NUM_PIECES * BLOCK_S
-        i_b, i_h = (i_head // H).to(gl.int64), (i_head % H).to(gl.int64)
-        if HAS_ENDED:
-            S = gl.where(gl.load(ended_ptr + i_b) == 0, S, 0)
+        i_h, first_s = (i_piece // NUM_PIECES).to(gl.int64), i_piece % NUM_PIECES * BLOCK_S
         mask = (first_s + offs_s < S)[:, :, None] & (offs_d >= 0)
         rows = (first_s + offs_s).to(gl.int64)[:, :, None]
-        key_ptrs = key_cache_ptr + i_b * stride_kc_b + i_h * stride_kc_h + rows * stride_kc_s + offs_d
-        value_ptrs = value_cache_ptr + i_b * stride_vc_b + i_h * stride_vc_h + rows * stride_vc_s + offs_d
+        key_ptrs = key_cache_ptr + i_h * stride_kc_h + rows * stride_kc_s + offs_d
+        value_ptrs = value_cache_ptr + i_h * stride_vc_h + rows * stride_vc_s + offs_d
         async_copy_global_to_shared(keys.index(place), key_ptrs, mask=mask, eviction_policy="evict_first")
         async_copy_global_to_shared(values.index(place), value_ptrs, mask=mask, eviction_policy="evict_first")  # past S: zeros
     commit_group()
@@ -89,10 +82,9 @@ def _paced_stream_kernel(
     stride_vc_b,
     stride_vc_h,
     stride_vc_s,
-    num_heads,  # B * H
+    H,
     S,
     HAS_ENDED: gl.constexpr,
-    H: gl.constexpr,
     NUM_PIECES: gl.constexpr,  # of a head
     MAX_SPLITS: gl.constexpr,  # the most programs that share a head
     BLOCK_SPLITS: gl.constexpr,  # the power of two from MAX_SPLITS * NUM_WARPS on
@@ -111,7 +103,8 @@ def _paced_stream_kernel(
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
     BLOCK_S: gl.constexpr = ROWS * NUM_WARPS
     dtype: gl.constexpr = key_cache_ptr.dtype.element_ty
-    i_program, num_programs, total = gl.program_id(0), gl.num_programs(0), num_heads * NUM_PIECES
+    i_program, num_programs, total = gl.program_id(0), gl.num_programs(0), H * NUM_PIECES  # of a sequence
+    i_b = gl.program_id(1).to(gl.int64)
     start, end = i_program * total // num_programs, (i_program + 1) * total // num_programs
     offs_w = gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT_ROWS))
     offs_r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT_ROWS))
@@ -123,22 +116,24 @@ def _paced_stream_kernel(
     offs_o = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_JOIN))
     keys = gl.allocate_shared_memory(dtype, [PLACES, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
     values = gl.allocate_shared_memory(dtype, [PLACES, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
+    key_cache_ptr += i_b * stride_kc_b
+    value_cache_ptr += i_b * stride_vc_b
+    if HAS_ENDED:
+        S = gl.where(gl.load(ended_ptr + i_b) == 0, S, 0)
     for i in gl.static_range(PLACES):
         ask_for(
-            start + i, end, i, key_cache_ptr, value_cache_ptr, ended_ptr, stride_kc_b, stride_kc_h, stride_kc_s, stride_vc_b,
-            stride_vc_h, stride_vc_s, S, offs_s, offs_3d, keys, values, HAS_ENDED, H, NUM_PIECES, BLOCK_S,
+            start + i, end, i, key_cache_ptr, value_cache_ptr, stride_kc_h, stride_kc_s, stride_vc_h, stride_vc_s, S,
+            offs_s, offs_3d, keys, values, NUM_PIECES, BLOCK_S,
         )  # fmt: skip
     wait_for_previous()  # the cross cache does not change during a step; the query has just been written
 
     first_head, last_head = start // NUM_PIECES, (end - 1) // NUM_PIECES
-    q_next = gl.load(query_ptr + (first_head // H).to(gl.int64) * stride_q_b + first_head % H * stride_q_h + offs_d)
+    query_ptr += i_b * stride_q_b
+    q_next = gl.load(query_ptr + first_head * stride_q_h + offs_d)
     for i_head in range(first_head, last_head + 1):
         q = gl.expand_dims(gl.expand_dims(q_next.to(gl.float32) * qk_scale, 0), 0)
-        i_next = gl.minimum(i_head + 1, last_head)  # early, so that no head waits for its query
-        q_next = gl.load(query_ptr + (i_next // H).to(gl.int64) * stride_q_b + i_next % H * stride_q_h + offs_d)
-        limit = S
-        if HAS_ENDED:
-            limit = gl.where(gl.load(ended_ptr + i_head // H) == 0, S, 0)
+        # Early, so that no head waits for its query.
+        q_next = gl.load(query_ptr + gl.minimum(i_head + 1, last_head) * stride_q_h + offs_d)
         m = gl.full([NUM_WARPS, ROWS], float("-inf"), gl.float32, layout=LAYOUT_ROWS)
         l = gl.zeros([NUM_WARPS, ROWS], gl.float32, layout=LAYOUT_ROWS)
         acc = gl.zeros([NUM_WARPS, ROWS, HEAD_DIM], gl.float32, layout=LAYOUT)
@@ -148,10 +143,10 @@ def _paced_stream_kernel(
             k = keys.index(place).load(LAYOUT).to(gl.float32)
             v = values.index(place).load(LAYOUT).to(gl.float32)
             ask_for(
-                i_piece + PLACES, end, place, key_cache_ptr, value_cache_ptr, ended_ptr, stride_kc_b, stride_kc_h, stride_kc_s,
-                stride_vc_b, stride_vc_h, stride_vc_s, S, offs_s, offs_3d, keys, values, HAS_ENDED, H, NUM_PIECES, BLOCK_S,
+                i_piece + PLACES, end, place, key_cache_ptr, value_cache_ptr, stride_kc_h, stride_kc_s, stride_vc_h,
+                stride_vc_s, S, offs_s, offs_3d, keys, values, NUM_PIECES, BLOCK_S,
             )  # fmt: skip
-            is_key = (i_piece - i_head * NUM_PIECES) * BLOCK_S + offs_s < limit
+            is_key = (i_piece - i_head * NUM_PIECES) * BLOCK_S + offs_s < S
             score = gl.where(is_key, gl.sum(q * k, axis=2), float("-inf"))
             m_new = gl.maximum(m, score)
             safe_m = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key
@@ -165,15 +160,16 @@ def _paced_stream_kernel(
         alpha = gl.exp2(m - gl.where(m_w == float("-inf"), 0.0, m_w)[:, None])
         head_begin = ((i_head * NUM_PIECES + 1) * num_programs - 1) // total  # the first of the head's programs
         num_splits = ((i_head + 1) * NUM_PIECES * num_programs - 1) // total - head_begin + 1
-        first_state = i_head.to(gl.int64) * (MAX_SPLITS * NUM_WARPS)
+        i_bh = i_b * H + i_head
+        first_state = i_bh * (MAX_SPLITS * NUM_WARPS)
         first_row = first_state + (i_program - head_begin) * NUM_WARPS
         rows = first_row + gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT_OUT))
         gl.store(partial_ptr + rows[:, None] * HEAD_DIM + columns[None, :], gl.sum(acc * alpha[:, :, None], axis=1))
         gl.store(max_ptr + first_row + offs_w, m_w)
         gl.store(sum_ptr + first_row + offs_w, gl.sum(l * alpha, axis=1))
         barrier()  # all threads' stores come before the count that tells of them
-        if gl.atomic_add(counter_ptr + i_head, 1, sem="acq_rel") == num_splits - 1:
-            gl.store(counter_ptr + i_head, 0)
+        if gl.atomic_add(counter_ptr + i_bh, 1, sem="acq_rel") == num_splits - 1:
+            gl.store(counter_ptr + i_bh, 0)
             mask_i = offs_i < num_splits * NUM_WARPS
             # From the L2: other programs have just written them.
             m_i = gl.load(max_ptr + first_state + offs_i, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
@@ -182,7 +178,7 @@ def _paced_stream_kernel(
             o_ptrs = partial_ptr + (first_state + offs_i)[:, None] * HEAD_DIM + offs_o[None, :]
             o_i = gl.load(o_ptrs, mask=mask_io, other=0.0, cache_modifier=".cg")
             out = join_softmax(m_i, l_i, o_i, HAS_ENDED)
-            gl.store(out_ptr + i_head.to(gl.int64) * HEAD_DIM + offs_o, out.to(dtype))
+            gl.store(out_ptr + i_bh * HEAD_DIM + offs_o, out.to(dtype))
 
 
 class StreamTiles(NamedTuple):
@@ -225,12 +221,12 @@ def paced_stream(
     (B, _, H, D), S = query.shape, key_cache.shape[2]
     num_warps, rows, places, programs = tiles
     pieces = triton.cdiv(S, num_warps * rows)
-    grid = min(B * H * pieces, programs * multiprocessors(query.device))
-    splits = min(pieces, triton.cdiv(pieces - 1, B * H * pieces // grid) + 1)
+    grid = min(H * pieces, max(1, programs * multiprocessors(query.device) // B))  # of a sequence
+    splits = min(pieces, triton.cdiv(pieces - 1, H * pieces // grid) + 1)
     out = query.new_empty(B, 1, H, D)
     partial = torch.empty(B, H, splits * num_warps, D, dtype=torch.float32, device=query.device)
     maxima, sums = torch.empty(2, B, H, splits * num_warps, dtype=torch.float32, device=query.device).unbind()
-    _paced_stream_kernel[(grid,)](
+    _paced_stream_kernel[(grid, B)](
         query_ptr=query,
         **cache_arguments(key_cache, value_cache),
         partial_ptr=partial,
@@ -242,10 +238,9 @@ def paced_stream(
         qk_scale=qk_scale,
         stride_q_b=query.stride(0),
         stride_q_h=query.stride(2),
-        num_heads=B * H,
+        H=H,
         S=S,
         HAS_ENDED=ended is not None,
-        H=H,
         NUM_PIECES=pieces,
         MAX_SPLITS=splits,
         BLOCK_SPLITS=triton.next_power_of_2(splits * num_warps),

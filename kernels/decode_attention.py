@@ -8,8 +8,7 @@ for all of them. The cache is (B, H, S, D), the query (B, T, H, D) and so is the
 
 At batch 1 the H heads of Whisper cannot fill the chip, so each head's keys are cut into NUM_SPLITS chunks, one a program; a
 second tiny kernel merges the partial softmax states in a fixed order, or, with `counters`, the last of a head's programs
-does. The split depends on shapes and the GPU alone, and for many heads on a head's number, so results do not depend on the run
-or on what the other rows of the batch hold.
+does. The split depends on shapes and the GPU alone, so results do not depend on the run or on the other rows of the batch.
 Method: flash-decoding, https://pytorch.org/blog/flash-decoding/. The kernels: `_plain_attention.py` for any GPU, and on an
 H100 or H200, in a step of a wide model over its cross caches, `_paced_attention.py`, for many heads `_paced_stream.py`.
 

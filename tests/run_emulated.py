@@ -99,6 +99,15 @@ def run_attention(
     return judge(out, exact, stock)
 
 
+def run_equal_rows(B: int, H: int, S: int, tiles: StreamTiles) -> Judged:
+    """How many elements of equal sequences' results differ."""
+    shape = Shape(B=1, T=1, H=H, D=64, S=S, length=S)
+    tensors = *random_states(shape, torch.float16, CPU, 1), *random_caches(shape, torch.float16, CPU, [S])
+    query, *caches = (tensor.expand(B, *tensor.shape[1:]).contiguous() for tensor in tensors)
+    out = paced_stream(query, *caches, SCALE * decode.LOG2E, torch.zeros(B * H, dtype=torch.int32), None, tiles)
+    return float((out != out[:1]).sum()), 0.0
+
+
 def run_append(
     tiles: PacedTiles,
     positions: list[int],
@@ -204,6 +213,7 @@ def attention_cases() -> Iterator[Case]:
     ):
         run = functools.partial(run_attention, B, H, D, S, dtype, has_ended, tiles)
         yield f"stream {B=} {H=} {D=} {S=} {has_ended=} {tuple(tiles)} {dtype}", run
+    yield "stream of equal rows", functools.partial(run_equal_rows, 5, 3, 600, StreamTiles(2, 8, 3, 4))
 
 
 def append_cases() -> Iterator[Case]:

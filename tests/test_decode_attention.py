@@ -526,6 +526,16 @@ def test_programs_go_on_from_piece_to_piece(B: int, D: int, S: int, dtype: torch
     check_paced_copies(B, D, S, dtype, device)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("B", [7, 8, 23, 32])
+def test_equal_rows_are_attended_to_alike(B: int, device: torch.device) -> None:
+    call = arguments(Shape(B=1, T=1, H=20, D=64, S=1500, length=1500), torch.float16, device)
+    query, *caches = (call[name].repeat(B, 1, 1, 1) for name in ("query", "key_cache", "value_cache"))
+    counters = torch.zeros(B * 20, dtype=torch.int32, device=device)
+    out = decode_attention(query, *caches, scale=SCALE, read_ahead=True, counters=counters)
+    assert torch.equal(bits(out), bits(out[:1].expand_as(out)))
+
+
 @pytest.mark.parametrize("B", [1, 2, 6, 7, 8, 15, 16, 32])
 @pytest.mark.parametrize("D", [32, 64, 128])
 def test_stream_tiles_fit_and_are_for_many_heads(B: int, D: int) -> None:
