@@ -100,11 +100,17 @@ def run_attention(
 
 
 def run_equal_rows(B: int, H: int, S: int, tiles: StreamTiles) -> Judged:
-    """How many elements of equal sequences' results differ."""
-    shape = Shape(B=1, T=1, H=H, D=64, S=S, length=S)
-    tensors = *random_states(shape, torch.float16, CPU, 1), *random_caches(shape, torch.float16, CPU, [S])
-    query, *caches = (tensor.expand(B, *tensor.shape[1:]).contiguous() for tensor in tensors)
-    out = paced_stream(query, *caches, SCALE * decode.LOG2E, torch.zeros(B * H, dtype=torch.int32), None, tiles)
+    """How many elements of equal sequences' results differ: these are rounding alone, as each key is there twice, with opposite
+    values.
+    """
+    shape = Shape(B=1, T=1, H=H, D=64, S=S // 2, length=S // 2)
+    (query,), caches = random_states(shape, torch.float16, CPU, 1), random_caches(shape, torch.float16, CPU, [S // 2])
+    keys, values = (cache.repeat(1, 1, 2, 1) for cache in caches)
+    values[:, :, S // 2 :] *= -1
+    tensors = (tensor.expand(B, *tensor.shape[1:]).contiguous() for tensor in (query, keys, 1e3 * values))
+    out = paced_stream(*tensors, SCALE * decode.LOG2E, torch.zeros(B * H, dtype=torch.int32), None, tiles)
+    if not out.any():
+        raise Fault("nothing is rounded")
     return float((out != out[:1]).sum()), 0.0
 
 
