@@ -49,6 +49,7 @@ else:
 MIN_WIDTH = 1024
 MIN_WIDTH_OF_FEW = 1280  # linear layers of two to four rows
 
+HOPPER = (9, 0)  # the compute capability that these kernels were measured on, and are for
 # Bytes of shared memory that a program can have: CUDA C++ Programming Guide, compute capability 9.0.
 SHARED_MEMORY = 227 << 10
 
@@ -63,7 +64,7 @@ _given_up: dict[int, str] = {}  # why, by GPU, once they have
 
 def has_paced_copies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether these kernels are for `device`: compute capability 9.0, where they were measured, and 2-byte elements."""
-    return HAS_GLUON and dtype.itemsize == 2 and capability(device) == (9, 0) and device.index not in _given_up
+    return HAS_GLUON and dtype.itemsize == 2 and capability(device) == HOPPER and device.index not in _given_up
 
 
 def why_given_up(device: torch.device) -> str | None:

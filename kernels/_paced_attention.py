@@ -31,6 +31,52 @@ ROWS = 8  # keys of a piece for each warp
 
 
 @gluon.jit
+def hand_over(
+    m,  # (warps,) softmax states: maxima in base 2, sums, accumulators
+    l,  # (warps,)
+    o,  # (warps, D)
+    i_split,
+    num_splits,  # of this head: programs that hand over
+    i_head,  # of the batch's heads, 64 bits
+    partial_ptr,  # (heads, MAX_SPLITS * warps, D) fp32
+    max_ptr,  # (heads, MAX_SPLITS * warps) fp32
+    sum_ptr,  # (heads, MAX_SPLITS * warps) fp32
+    out_ptr,  # (heads, D)
+    counter_ptr,  # (heads,) int32, 0 before and after: programs of a head that are done
+    HAS_ENDED: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    MAX_SPLITS: gl.constexpr,
+    BLOCK_SPLITS: gl.constexpr,  # the power of two from MAX_SPLITS * warps on
+    NUM_WARPS: gl.constexpr,
+):
+    """A program's share of a head, a state a warp; the last of the head's programs joins them all and writes the result."""
+    LAYOUT: gl.constexpr = o.type.layout
+    LAYOUT_JOIN: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [NUM_WARPS, 1], [1, 0])
+    first_state = i_head * (MAX_SPLITS * NUM_WARPS)
+    first_row = first_state + i_split * NUM_WARPS
+    rows = first_row + gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
+    offs_w = gl.arange(0, NUM_WARPS, layout=m.type.layout)
+    gl.store(partial_ptr + rows[:, None] * HEAD_DIM + columns[None, :], o)
+    gl.store(max_ptr + first_row + offs_w, m)
+    gl.store(sum_ptr + first_row + offs_w, l)
+    barrier()  # all threads' stores come before the count that tells of them
+    if gl.atomic_add(counter_ptr + i_head, 1, sem="acq_rel") == num_splits - 1:
+        gl.store(counter_ptr + i_head, 0)
+        offs_i = gl.arange(0, BLOCK_SPLITS, layout=gl.SliceLayout(1, LAYOUT_JOIN))
+        offs_o = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_JOIN))
+        mask_i = offs_i < num_splits * NUM_WARPS
+        # From the L2: other programs have just written them.
+        m_i = gl.load(max_ptr + first_state + offs_i, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
+        l_i = gl.load(sum_ptr + first_state + offs_i, mask=mask_i, other=0.0, cache_modifier=".cg")
+        mask_io = mask_i[:, None] & (offs_o < HEAD_DIM)[None, :]
+        o_ptrs = partial_ptr + (first_state + offs_i)[:, None] * HEAD_DIM + offs_o[None, :]
+        o_i = gl.load(o_ptrs, mask=mask_io, other=0.0, cache_modifier=".cg")
+        out = join_softmax(m_i, l_i, o_i, HAS_ENDED)
+        gl.store(out_ptr + i_head * HEAD_DIM + offs_o, out.to(out_ptr.dtype.element_ty))
+
+
+@gluon.jit
 def _paced_attention_kernel(
     query_ptr,  # (B, 1, H, D) fp16/bf16
     key_cache_ptr,  # (B, H, S, D)
@@ -65,7 +111,6 @@ def _paced_attention_kernel(
     # (warp, row, D): each warp has keys of its own, and a softmax state, which is joined with the others at the very end.
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // HEAD_DIM, HEAD_DIM // 8], [NUM_WARPS, 1, 1], [2, 1, 0])
     LAYOUT_ROWS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    LAYOUT_OUT: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
     NUM_PIECES: gl.constexpr = BLOCK_S // (ROWS * NUM_WARPS)
     dtype: gl.constexpr = key_cache_ptr.dtype.element_ty
@@ -116,29 +161,10 @@ def _paced_attention_kernel(
         p = gl.exp2(scores[i] - safe_m[:, None])
         l += p
         acc += p[:, :, None] * values[i].load(LAYOUT).to(gl.float32)
-    first_row = ((i_b * H + i_h) * NUM_SPLITS + i_split) * NUM_WARPS
-    rows = first_row + gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT_OUT))
-    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_OUT))
-    gl.store(partial_ptr + rows[:, None] * HEAD_DIM + columns[None, :], gl.sum(acc, axis=1))
-    gl.store(max_ptr + first_row + offs_w, m)
-    gl.store(sum_ptr + first_row + offs_w, gl.sum(l, axis=1))
-
-    barrier()  # all threads' stores come before the count that tells of them
-    counter_ptr += i_b * H + i_h
-    if gl.atomic_add(counter_ptr, 1, sem="acq_rel") == NUM_SPLITS - 1:
-        gl.store(counter_ptr, 0)
-        LAYOUT_JOIN: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [NUM_WARPS, 1], [1, 0])
-        offs_i = gl.arange(0, BLOCK_SPLITS, layout=gl.SliceLayout(1, LAYOUT_JOIN))
-        offs_o = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_JOIN))
-        mask_i = offs_i < NUM_SPLITS * NUM_WARPS
-        rows_i = (i_b * H + i_h) * (NUM_SPLITS * NUM_WARPS) + offs_i
-        # From the L2: other programs have just written them.
-        m_i = gl.load(max_ptr + rows_i, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
-        l_i = gl.load(sum_ptr + rows_i, mask=mask_i, other=0.0, cache_modifier=".cg")
-        mask_io = mask_i[:, None] & (offs_o < HEAD_DIM)[None, :]
-        o_i = gl.load(partial_ptr + rows_i[:, None] * HEAD_DIM + offs_o[None, :], mask=mask_io, other=0.0, cache_modifier=".cg")
-        out = join_softmax(m_i, l_i, o_i, HAS_ENDED)
-        gl.store(out_ptr + (i_b * H + i_h) * HEAD_DIM + offs_o, out.to(dtype))
+    hand_over(
+        m, gl.sum(l, axis=1), gl.sum(acc, axis=1), i_split, NUM_SPLITS, i_b * H + i_h, partial_ptr, max_ptr, sum_ptr, out_ptr,
+        counter_ptr, HAS_ENDED, HEAD_DIM, NUM_SPLITS, BLOCK_SPLITS, NUM_WARPS,
+    )  # fmt: skip
 
 
 class AttentionTiles(NamedTuple):

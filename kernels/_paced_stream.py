@@ -17,15 +17,14 @@ from ._arguments import cache_arguments
 from ._dispatch import multiprocessors, triton
 from ._paced import (
     async_copy_global_to_shared,
-    barrier,
     commit_group,
     gl,
     gluon,
-    join_softmax,
     launch_dependents,
     wait_for_previous,
     wait_group,
 )
+from ._paced_attention import hand_over
 
 MIN_HEADS = 128  # in the batch, B * H
 REGISTERS = 1 << 16  # of a multiprocessor: CUDA C++ Programming Guide, compute capability 9.0
@@ -98,8 +97,6 @@ def _paced_stream_kernel(
     # has a softmax state of its own, which is joined with the others where a head ends, or the program's share of it.
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // HEAD_DIM, HEAD_DIM // 8], [NUM_WARPS, 1, 1], [2, 1, 0])
     LAYOUT_ROWS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    LAYOUT_OUT: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    LAYOUT_JOIN: gl.constexpr = gl.BlockedLayout([1, 4], [128 // HEAD_DIM, HEAD_DIM // 4], [NUM_WARPS, 1], [1, 0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
     BLOCK_S: gl.constexpr = ROWS * NUM_WARPS
     dtype: gl.constexpr = key_cache_ptr.dtype.element_ty
@@ -111,9 +108,6 @@ def _paced_stream_kernel(
     offs_s = offs_w[:, None] * ROWS + offs_r[None, :]
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     offs_3d = gl.expand_dims(gl.expand_dims(offs_d, 0), 0)
-    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_OUT))
-    offs_i = gl.arange(0, BLOCK_SPLITS, layout=gl.SliceLayout(1, LAYOUT_JOIN))
-    offs_o = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT_JOIN))
     keys = gl.allocate_shared_memory(dtype, [PLACES, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
     values = gl.allocate_shared_memory(dtype, [PLACES, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
     key_cache_ptr += i_b * stride_kc_b
@@ -160,25 +154,11 @@ def _paced_stream_kernel(
         alpha = gl.exp2(m - gl.where(m_w == float("-inf"), 0.0, m_w)[:, None])
         head_begin = ((i_head * NUM_PIECES + 1) * num_programs - 1) // total  # the first of the head's programs
         num_splits = ((i_head + 1) * NUM_PIECES * num_programs - 1) // total - head_begin + 1
-        i_bh = i_b * H + i_head
-        first_state = i_bh * (MAX_SPLITS * NUM_WARPS)
-        first_row = first_state + (i_program - head_begin) * NUM_WARPS
-        rows = first_row + gl.arange(0, NUM_WARPS, layout=gl.SliceLayout(1, LAYOUT_OUT))
-        gl.store(partial_ptr + rows[:, None] * HEAD_DIM + columns[None, :], gl.sum(acc * alpha[:, :, None], axis=1))
-        gl.store(max_ptr + first_row + offs_w, m_w)
-        gl.store(sum_ptr + first_row + offs_w, gl.sum(l * alpha, axis=1))
-        barrier()  # all threads' stores come before the count that tells of them
-        if gl.atomic_add(counter_ptr + i_bh, 1, sem="acq_rel") == num_splits - 1:
-            gl.store(counter_ptr + i_bh, 0)
-            mask_i = offs_i < num_splits * NUM_WARPS
-            # From the L2: other programs have just written them.
-            m_i = gl.load(max_ptr + first_state + offs_i, mask=mask_i, other=float("-inf"), cache_modifier=".cg")
-            l_i = gl.load(sum_ptr + first_state + offs_i, mask=mask_i, other=0.0, cache_modifier=".cg")
-            mask_io = mask_i[:, None] & (offs_o < HEAD_DIM)[None, :]
-            o_ptrs = partial_ptr + (first_state + offs_i)[:, None] * HEAD_DIM + offs_o[None, :]
-            o_i = gl.load(o_ptrs, mask=mask_io, other=0.0, cache_modifier=".cg")
-            out = join_softmax(m_i, l_i, o_i, HAS_ENDED)
-            gl.store(out_ptr + i_bh * HEAD_DIM + offs_o, out.to(dtype))
+        o = gl.sum(acc * alpha[:, :, None], axis=1)
+        hand_over(
+            m_w, gl.sum(l * alpha, axis=1), o, i_program - head_begin, num_splits, i_b * H + i_head, partial_ptr, max_ptr,
+            sum_ptr, out_ptr, counter_ptr, HAS_ENDED, HEAD_DIM, MAX_SPLITS, BLOCK_SPLITS, NUM_WARPS,
+        )  # fmt: skip
 
 
 class StreamTiles(NamedTuple):
