@@ -8,7 +8,7 @@ a step must read (decoder weights, LM head, cross and self caches) over the band
 stock with its static cache, the step under `torch.compile(fullgraph=True)`, which replays a graph too: its calls follow
 one another, so that what the host needs beside the GPU does not count unless it needs longer. Logits are checked first against
 a float64 run of the stock modules: at most 1.25 times as far from it as the stock step in the same dtype (fp32: 2). `modules`
-is what a batch of more than 64 has, beside the chain: the model's modules in the graph, whose linear layers are cuBLAS's.
+is what a batch of more than 32 has, beside the chain: the model's modules in the graph, whose linear layers are cuBLAS's.
 
 The rows `step_links` say what the chain gains, a layer, when the launches of one link are left out of the captured step (the
 links behind it then read whatever lies in memory), beside the floor of its bytes. Links overlap, which is what dependent

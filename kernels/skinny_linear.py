@@ -118,8 +118,8 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
     """Tiles of the kernels with paced copies, or None where the plain one is as fast or nothing has been measured.
 
     Measured on one H100 80GB HBM3, fp16, as benchmarks/tune_step.py does, tiles and paces together: large-v3 at batch 1 and 8,
-    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried at 2 and 4, and in medium at 1, 2 and 8. The LM head on one
-    NVIDIA H200, 2026-11-29: turbo at 1 to 32, medium, small and base at 1, 2 and 8.
+    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried in medium at 1, 2 and 8. On one NVIDIA H200, 2026-11-29:
+    large-v3 at 2 and 4; the LM head in turbo at 1 to 32, medium, small and base at 1, 2 and 8.
     """
     if B > 32:
         return None
@@ -135,16 +135,18 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
         if parts == 3:
             return Tiles(8, 1, 2, PACE=2)
         return Tiles(16 if N > K else 8, 1, 4, PACE=2)
-    has_many_rows = B > 16
+    has_few_rows, has_many_rows = B <= 4, B > 16
     if K > 2048:
         return Tiles(32, 4, 4, True, 2) if parts == 1 and not has_norm else None
     if parts == 3:
         return Tiles(64, 1, 8, True, 2) if has_many_rows else Tiles(32, 1, 4, True, 3)
     if N > K:
-        return Tiles(64, 1, 8 if has_many_rows else 4, True, 1)
+        return Tiles(32 if has_few_rows else 64, 1, 8 if has_many_rows else 4, True, 1)
     if has_norm:
+        if has_few_rows:
+            return Tiles(32 if B == 2 else 16, 1, 8, True, 5)
         return None if has_many_rows else Tiles(32, 1, 4, True, 3)
-    return Tiles(32, 1, 4, True, 4 if has_many_rows else 2)
+    return Tiles(16, 1, 4, True, 1) if has_few_rows else Tiles(32, 1, 4, True, 4 if has_many_rows else 2)
 
 
 def covers(tiles: Tiles, B: int, N: int, K: int, has_norm: bool) -> bool:

@@ -427,7 +427,7 @@ def test_doctor(command: Callable[..., Result]) -> None:
 
 @pytest.mark.parametrize(
     ("shared_memory", "sequences"),
-    [(227 << 10, "up to 64 sequences at a time (fp32: 1)"), (99 << 10, "one sequence at a time")],
+    [(227 << 10, "up to 32 sequences at a time (fp32: 1)"), (99 << 10, "one sequence at a time")],
 )
 def test_doctor_says_how_many_sequences_the_fused_kernels_take(
     monkeypatch: pytest.MonkeyPatch, shared_memory: int, sequences: str

@@ -15,7 +15,7 @@ from whisper_triton.kernels.skinny_linear import MAX_ROWS
 import whisper_triton
 from whisper_triton import decoder, fused
 from whisper_triton.decoder import DecoderStep, fingerprint, why_not_captured
-from whisper_triton.fused import FusedDecoder, is_fusable
+from whisper_triton.fused import MAX_SEQUENCES, FusedDecoder, is_fusable
 from whisper_triton.kernels import project_cross_kv
 
 PROMPT = 3
@@ -197,7 +197,12 @@ def test_the_prompts_that_a_graph_takes():
     step = DecoderStep(model, 1, FRAMES)
     assert step.takes(model, MAX_QUERIES)
     assert not step.takes(model, MAX_QUERIES + 1)
-    assert DecoderStep(model, MAX_ROWS + 1, FRAMES).takes(model, 1)  # the model's own modules
+    step = DecoderStep(model, MAX_SEQUENCES, FRAMES)
+    assert step.takes(model, MAX_ROWS // MAX_SEQUENCES)
+    assert not step.takes(model, MAX_ROWS // MAX_SEQUENCES + 1)
+    step = DecoderStep(model, MAX_SEQUENCES + 1, FRAMES)  # the model's own modules
+    assert step.fused is None
+    assert step.takes(model, 1)
 
 
 @pytest.mark.parametrize(("d_model", "heads"), [(80, 1), (96, 1), (128, 1)])
@@ -352,7 +357,7 @@ def test_a_step_built_in_inference_mode_serves_outside_it():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("B", [1, 2, 8, 16, MAX_ROWS + 1])
+@pytest.mark.parametrize("B", [1, 2, 8, 16, MAX_SEQUENCES + 1])
 class TestCapturedStep:
     """The last batch is beyond the fused kernels: the graph then holds the model's own modules."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from whisper_triton.benchmarks.models import SHAPES, Shape, build_model, in_float64
-from whisper_triton.kernels.skinny_linear import MAX_ROWS
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep
+from whisper_triton.fused import MAX_SEQUENCES
 
 WIDE = Shape(d_model=1280, encoder_layers=1, decoder_layers=2, heads=20, mel_bins=128, vocabulary=51866)
 PROMPT = 4
@@ -32,7 +32,9 @@ def errors(logits: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("B", "dtype"), [*((B, torch.float16) for B in (1, 2, 8, 16, 32, MAX_ROWS + 1)), (8, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("B", "dtype"), [*((B, torch.float16) for B in (1, 2, 3, 4, 8, 16, MAX_SEQUENCES, MAX_SEQUENCES + 1)), (8, torch.bfloat16)]
+)
 def test_one_graph_serves_every_position_of_a_wide_model(B, dtype, device, monkeypatch):
     """The last batch is more than the fused chain takes: its graph holds the model's own modules."""
     monkeypatch.setitem(SHAPES, "wide", WIDE)
@@ -46,7 +48,7 @@ def test_one_graph_serves_every_position_of_a_wide_model(B, dtype, device, monke
 
     whisper_triton.accelerate(model)
     step = DecoderStep(model, B, WIDE.frames)
-    assert (step.fused is None) == (B > MAX_ROWS)
+    assert (step.fused is None) == (B > MAX_SEQUENCES)
 
     def decode() -> torch.Tensor:
         step.reset()

@@ -25,7 +25,7 @@ from transformers.models.whisper.modeling_whisper import (
 
 from .attention import NAME, TritonAttention, report_once, why_not_covered
 from .cache import StaticEncoderDecoderCache, build_static_cache
-from .fused import FusedDecoder, is_fusable
+from .fused import MAX_SEQUENCES, FusedDecoder, is_fusable
 from .graphs import NotCaptured, add_fingerprint, capture, global_hooks, modules_of, why_not_known
 from .kernels import CrossTable, backend, cross_table, project_cross_kv
 from .kernels._checks import MAX_QUERIES
@@ -141,7 +141,8 @@ class DecoderStep:
             self.projections = cross_projections(model, self.cache)
         # The states that the cross cache is of, with the versions of all that it depends on.
         self._projected: tuple[weakref.ref[torch.Tensor], list[int]] | None = None
-        self.fused = FusedDecoder(model) if is_fusable(model, batch_size) else None
+        has_chain = batch_size <= MAX_SEQUENCES and is_fusable(model, batch_size)
+        self.fused = FusedDecoder(model) if has_chain else None
         if self.fused is not None:
             report_missing(model.device, model.config.d_model, model.dtype)
         self.passes: dict[int, CapturedPass] = {}  # by T

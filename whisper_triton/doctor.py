@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 from whisper_triton import __version__, kernels
-from whisper_triton.fused import max_rows
+from whisper_triton.fused import MAX_SEQUENCES, max_rows
 from whisper_triton.kernels import backend
 from whisper_triton.kernels._dispatch import HAS_TRITON, why_reference
 from whisper_triton.kernels._paced import MIN_WIDTH
@@ -98,9 +98,9 @@ def _step(device: torch.device) -> tuple[str, str]:
     """How the steps of `generate` are run, and why."""
     if reason := _why_no_graph(device):
         return "module by module", reason
-    rows, rows_fp32 = max_rows(choose_dtype(None, device), device), max_rows(torch.float32, device)
-    less = "" if rows == rows_fp32 else f" (fp32: {rows_fp32})"
-    many = "one sequence" if rows == 1 else f"up to {rows} sequences"
+    most, most_fp32 = (min(MAX_SEQUENCES, max_rows(t, device)) for t in (choose_dtype(None, device), torch.float32))
+    less = "" if most == most_fp32 else f" (fp32: {most_fp32})"
+    many = "one sequence" if most == 1 else f"up to {most} sequences"
     why = f"{many} at a time{less} through fused kernels, more through the attention module"
     return "replayed CUDA graph", why
 
@@ -108,7 +108,9 @@ def _step(device: torch.device) -> tuple[str, str]:
 def _prompt(device: torch.device) -> tuple[str, str]:
     if _why_no_graph(device):
         return "module by module", "PyTorch's SDPA serves many queries at a time"
-    return "replayed CUDA graph", "up to 16 tokens and as many rows as a step takes; longer ones module by module"
+    rows = max_rows(choose_dtype(None, device), device)
+    what = "of one sequence of up to 16 tokens" if rows == 1 else f"of up to 16 tokens a sequence, {rows} in all"
+    return "replayed CUDA graph", f"{what}; others module by module"
 
 
 def _encoder(device: torch.device) -> tuple[str, str]:
