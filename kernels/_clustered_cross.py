@@ -1,11 +1,12 @@
-"""Cross-attention of one token with the layer norm and the projection of its query, a cluster of programs a head and row: see
-`_cluster.py`.
+"""Cross-attention of one token, with the layer norm and the projection of its query or without, a cluster of programs a head
+and row: see `_cluster.py`.
 
     q = (layer_norm(x) @ weight[h].T + bias[h]) * scale     rounded to x's dtype, as a launch of its own would leave it
     out[b, h] = softmax(q . key_cache[b, h].T) @ value_cache[b, h]
 
 Each program computes an eighth of a head's query and sends it to all, attends to an eighth of the keys, and the first one joins
-the states. Weights, keys and values come by paced copies, before the wait for the kernel before.
+the states. Weights, keys and values come by paced copies, before the wait for the kernel before. Without the projection the
+query is the caller's: `decode_attention` of few heads, whose splits need neither a second launch nor counters then.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ from ._paced import (
 
 @gluon.jit
 def _clustered_cross_kernel(
-    x_ptr,  # (B, K) fp16/bf16
-    weight_ptr,  # (H * D, K)
+    x_ptr,  # (B, K) fp16/bf16; unless HAS_PROJECTION the query (B, 1, H, D)
+    weight_ptr,  # (H * D, K); as the next three read if HAS_PROJECTION
     bias_ptr,  # (H * D,)
     norm_weight_ptr,  # (K,)
     norm_bias_ptr,  # (K,)
@@ -63,6 +64,8 @@ def _clustered_cross_kernel(
     scale,
     eps,
     qk_scale,
+    stride_x_b,
+    stride_x_h,  # 0 if HAS_PROJECTION
     stride_kc_b,
     stride_kc_h,
     stride_kc_s,
@@ -71,7 +74,9 @@ def _clustered_cross_kernel(
     stride_vc_s,
     H,
     S,
+    HAS_PROJECTION: gl.constexpr,
     HAS_ENDED: gl.constexpr,
+    READ_AHEAD: gl.constexpr,
     K: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     NUM_PIECES: gl.constexpr,
@@ -83,21 +88,26 @@ def _clustered_cross_kernel(
     NUM_CTAS: gl.constexpr,
 ):
     launch_dependents()
+    if not READ_AHEAD:
+        wait_for_previous()
     LINEAR: gl.constexpr = linear_layout(BLOCK_K, NUM_WARPS, NUM_CTAS)
     KEYS: gl.constexpr = keys_layout(HEAD_DIM, NUM_WARPS, NUM_CTAS)
     SHARED: gl.constexpr = split_shared(4, NUM_CTAS)
     NUM_STATES: gl.constexpr = NUM_CTAS * NUM_WARPS
     WARP_ROWS: gl.constexpr = HEAD_DIM // NUM_STATES
     dtype: gl.constexpr = x_ptr.dtype.element_ty
-    barriers = cluster_begin(HEAD_DIM + NUM_STATES * (HEAD_DIM + 4), 4 * HEAD_DIM, NUM_STATES * (4 * HEAD_DIM + 8))
+    barriers = cluster_begin(
+        HEAD_DIM + NUM_STATES * (HEAD_DIM + 4), 4 * HEAD_DIM * HAS_PROJECTION, NUM_STATES * (4 * HEAD_DIM + 8)
+    )
     here = barriers + BARRIERS_SIZE
     i_h = gl.program_id(0).to(gl.int64)
     i_b = gl.program_id(1).to(gl.int64)
     if HAS_ENDED:  # programs that read it before it is set may join a part of the keys: nobody wants what has ended
         S = gl.where(gl.load(ended_ptr + i_b) == 0, S, 0)
 
-    weights = ask_for_weights(weight_ptr + i_h * HEAD_DIM * K, K, WARP_ROWS, PACE, BLOCK_K, NUM_WARPS, NUM_CTAS)
-    norm = ask_for_norm(norm_weight_ptr, norm_bias_ptr, K, BLOCK_K, NUM_WARPS, NUM_CTAS)
+    if HAS_PROJECTION:
+        weights = ask_for_weights(weight_ptr + i_h * HEAD_DIM * K, K, WARP_ROWS, PACE, BLOCK_K, NUM_WARPS, NUM_CTAS)
+        norm = ask_for_norm(norm_weight_ptr, norm_bias_ptr, K, BLOCK_K, NUM_WARPS, NUM_CTAS)
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, KEYS))))
     elements = along_keys(offs_d)
     first_s = first_keys(NUM_PIECES * NUM_WARPS, KEYS, ROWS, NUM_WARPS, NUM_CTAS)
@@ -118,19 +128,25 @@ def _clustered_cross_kernel(
             values = values + (piece,)  # noqa: RUF005
         commit_group()
         wait_group(PACE - 1)
-    rows = rows_of_warps(WARP_ROWS, LINEAR, NUM_WARPS, NUM_CTAS)
-    biases = ()
-    for i_n in gl.static_range(WARP_ROWS):
-        biases = biases + (gl.load(bias_ptr + i_h * HEAD_DIM + rows + i_n).to(gl.float32),)  # noqa: RUF005
+    if HAS_PROJECTION:
+        rows = rows_of_warps(WARP_ROWS, LINEAR, NUM_WARPS, NUM_CTAS)
+        biases = ()
+        for i_n in gl.static_range(WARP_ROWS):
+            biases = biases + (gl.load(bias_ptr + i_h * HEAD_DIM + rows + i_n).to(gl.float32),)  # noqa: RUF005
     wait_for_cluster()
-    wait_for_previous()  # all above is constant during a step; x is the previous kernel's work
+    wait_for_previous()  # what is read ahead is constant during a step; x is the previous kernel's work
 
-    products = multiply(x_ptr + i_b * K, weights, norm, eps, K, WARP_ROWS, BLOCK_K, NUM_WARPS, NUM_CTAS)
-    for i_n in gl.static_range(WARP_ROWS):
-        part = (products[i_n] + biases[i_n]) * scale
-        send_to_all(barriers, here + 4 * (rows + i_n), part.to(dtype).to(gl.float32), NUM_CTAS)
-    exchange(barriers, 0)
-    q = read_eight(here + 4 * offs_d)
+    x_ptr += i_b * stride_x_b + i_h * stride_x_h
+    if HAS_PROJECTION:
+        products = multiply(x_ptr, weights, norm, eps, K, WARP_ROWS, BLOCK_K, NUM_WARPS, NUM_CTAS)
+        for i_n in gl.static_range(WARP_ROWS):
+            part = (products[i_n] + biases[i_n]) * scale
+            send_to_all(barriers, here + 4 * (rows + i_n), part.to(dtype).to(gl.float32), NUM_CTAS)
+        exchange(barriers, 0)
+        q = read_eight(here + 4 * offs_d)
+    else:
+        q = gl.load(x_ptr + offs_d).to(gl.float32)
+        wait_group(0)
     m, l, o = attend(along_keys(q * qk_scale), keys, values, first_s, ROWS * NUM_WARPS, S, KEYS)
     out_ptr += (i_b * H + i_h) * HEAD_DIM
     join_states(barriers, here + 4 * HEAD_DIM, m, l, o, out_ptr, HAS_ENDED, HEAD_DIM, KEYS, NUM_WARPS, NUM_CTAS)
@@ -147,7 +163,7 @@ def choose_cross_tiles(B: int) -> CrossTiles | None:
     """Tiles for B sequences, or None where two launches are faster. Measured by benchmarks/tune_step.py on one NVIDIA H200 in
     steps of large-v3 and medium, fp16, 2026-11-29; not on an H100, whose multiprocessors are the same.
     """
-    return CrossTiles(4, 4) if B == 1 else None
+    return CrossTiles(4, 3) if B == 1 else None
 
 
 MAX_KEYS = 2048  # more have not been measured
@@ -228,9 +244,13 @@ def clustered_cross(
         scale=call.scale,
         eps=call.eps,
         qk_scale=qk_scale,
+        stride_x_b=call.x.shape[1],
+        stride_x_h=0,
         H=H,
         S=S,
+        HAS_PROJECTION=True,
         HAS_ENDED=ended is not None,
+        READ_AHEAD=True,
         K=call.x.shape[1],
         HEAD_DIM=D,
         NUM_PIECES=triton.cdiv(S, states * ROWS),

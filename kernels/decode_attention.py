@@ -8,9 +8,10 @@ for all of them. The cache is (B, H, S, D), the query (B, T, H, D) and so is the
 
 At batch 1 the H heads of Whisper cannot fill the chip, so each head's keys are cut into NUM_SPLITS chunks, one a program; a
 second tiny kernel merges the partial softmax states in a fixed order, or, with `counters`, the last of a head's programs
-does. The split depends on shapes and the GPU alone, so results do not depend on the run or on the other rows of the batch.
-Method: flash-decoding, https://pytorch.org/blog/flash-decoding/. The kernels: `_plain_attention.py` for any GPU, and on an
-H100 or H200, in a step of a wide model over its cross caches, `_paced_attention.py`, for many heads `_paced_stream.py`.
+does, or, in a cluster, the first. The split depends on shapes and the GPU alone, so results do not depend on the run or on the
+other rows of the batch. Method: flash-decoding, https://pytorch.org/blog/flash-decoding/. The kernels: `_plain_attention.py`
+for any GPU, and on an H100 or H200, over the cross caches of a wide model, `_clustered_attention.py` for few heads, and with
+`counters` `_paced_attention.py`, for many heads `_paced_stream.py`.
 
 Bytes moved: 2 * B * H * n * D elements (each key and value once).
 """
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from ._checks import check_attention, check_caches, check_counters, check_ended, check_positions, check_states
+from ._clustered_attention import clustered_attention, covers_clusters
 from ._dispatch import register, triton
 from ._paced import give_up
 from ._paced_attention import covers_attention, paced_attention
@@ -146,18 +148,20 @@ def _launch(
 ) -> torch.Tensor:
     B, T, H, D = query.shape
     S = key_cache.shape[2]
+    caches = key_cache, value_cache
     joins = counters is not None and T == 1
-    if joins and read_ahead and kv_length is None and tiles is None and covers_attention(query, key_cache, value_cache):
-        arguments = query, key_cache, value_cache, scale * LOG2E, counters, ended
-        stream = choose_stream_tiles(B * H, D)
+    if kv_length is None and tiles is None:  # all slots, as in a cross cache
         try:
-            return paced_attention(*arguments) if stream is None else paced_stream(*arguments, stream)
+            if joins and read_ahead and covers_attention(query, *caches):
+                stream = choose_stream_tiles(B * H, D)
+                arguments = query, *caches, scale * LOG2E, counters, ended
+                return paced_attention(*arguments) if stream is None else paced_stream(*arguments, stream)
+            if not joins and covers_clusters(query, *caches):
+                return clustered_attention(query, *caches, scale * LOG2E, ended, read_ahead)
         except Exception as error:
             give_up(error, query.device)
     tiles = tiles or choose_tiles(B, T, H, S, D, query.element_size(), joins)
-    return plain_attention(
-        query, key_cache, value_cache, kv_length, scale * LOG2E, is_causal, read_ahead, counters, ended, *tiles
-    )
+    return plain_attention(query, *caches, kv_length, scale * LOG2E, is_causal, read_ahead, counters, ended, *tiles)
 
 
 def _run_reference(

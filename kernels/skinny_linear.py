@@ -119,7 +119,7 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
 
     Measured on one H100 80GB HBM3, fp16, as benchmarks/tune_step.py does, tiles and paces together: large-v3 at batch 1 and 8,
     2026-11-29, at 16 and 32, 2026-11-25, with what came out tried in medium at 1, 2 and 8. On one NVIDIA H200, 2026-11-29:
-    large-v3 at 2 and 4; the LM head in turbo at 1 to 32, medium, small and base at 1, 2 and 8.
+    large-v3 at 2 and 4, fc2 of one row, eight once more; the LM head in turbo at 1 to 32, medium, small and base at 1, 2, 8.
     """
     if B > 32:
         return None
@@ -131,7 +131,7 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
         return None
     if B == 1:
         if K > 2048:
-            return Tiles(4, 1, 2, PACE=8)
+            return Tiles(4, 1, 2, PACE=4)
         if parts == 3:
             return Tiles(8, 1, 2, PACE=2)
         return Tiles(16 if N > K else 8, 1, 4, PACE=2)

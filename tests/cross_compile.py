@@ -301,6 +301,11 @@ def paced_calls() -> Iterator[Call]:
         counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.zeros(B, dtype=torch.int64) if can_end else None
         launch = partial(decode._launch, query, cache, cache, None, 1.0, False, True, counters, ended)
         yield Call(f"decode paced {B=} {D=} {H=} {can_end=}", launch, read_ahead=True)
+    for B, D, H, ahead in ((1, 64, 20, True), (4, 64, 20, False), (2, 128, 12, True)):
+        query, cache = torch.empty(B, 1, H, D, dtype=torch.float16), torch.empty(B, H, 1500, D, dtype=torch.float16)
+        ended = torch.zeros(B, dtype=torch.int64) if B > 1 else None
+        launch = partial(decode._launch, query, cache, cache, None, 1.0, False, ahead, None, ended)
+        yield Call(f"decode clustered {B=} {D=} {H=}", launch, read_ahead=ahead)
     for B, D, ahead, tiles in (
         (1, 64, True, append.PacedTiles(64, 4, 2)),
         (8, 64, False, append.PacedTiles(128, 4, 2)),

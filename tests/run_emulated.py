@@ -25,6 +25,7 @@ from ptx import emulate
 from ptx_memory import Fault
 from test_cross_attention import check_clusters
 from test_skinny_linear import double, make
+from whisper_triton.kernels._clustered_attention import clustered_attention
 from whisper_triton.kernels._clustered_cross import CrossTiles
 from whisper_triton.kernels._paced_append import PacedTiles
 from whisper_triton.kernels._paced_attention import paced_attention
@@ -79,9 +80,9 @@ def run_linear(B: int, K: int, N: int, tiles: linear.Tiles, parts: int, dtype: t
 
 
 def run_attention(
-    B: int, H: int, D: int, S: int, dtype: torch.dtype, has_ended: bool, tiles: StreamTiles | None = None
+    B: int, H: int, D: int, S: int, dtype: torch.dtype, has_ended: bool, attend: Callable[..., torch.Tensor] = paced_attention
 ) -> Judged:
-    """With `tiles` by programs that go on; with `has_ended` every second sequence has, and its keys and values are NaN."""
+    """With `has_ended` every second sequence has, and its keys and values are NaN."""
     shape = Shape(B=B, T=1, H=H, D=D, S=S, length=S)
     (query,), caches = random_states(shape, dtype, CPU, 1), random_caches(shape, dtype, CPU, [S] * B)
     counters, ended = torch.zeros(B * H, dtype=torch.int32), torch.arange(B) % 2 if has_ended else None
@@ -92,11 +93,29 @@ def run_attention(
         for cache in caches:
             cache[ended != 0] = torch.nan
     with poisoned_allocations():
-        arguments = query, *caches, SCALE * decode.LOG2E, counters, ended
-        out = paced_attention(*arguments) if tiles is None else paced_stream(*arguments, tiles)
+        out = attend(query, *caches, SCALE * decode.LOG2E, counters, ended)
     if counters.any():
         raise Fault(f"counters are {counters.tolist()} afterwards")
     return judge(out, exact, stock)
+
+
+def by_stream(tiles: StreamTiles) -> Callable[..., torch.Tensor]:
+    """By programs that go on."""
+    return functools.partial(paced_stream, tiles=tiles)
+
+
+def by_clusters(read_ahead: bool) -> Callable[..., torch.Tensor]:
+    def attend(
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        qk_scale: float,
+        counters: torch.Tensor,
+        ended: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return clustered_attention(query, key_cache, value_cache, qk_scale, ended, read_ahead)
+
+    return attend
 
 
 def run_equal_rows(B: int, H: int, S: int, tiles: StreamTiles) -> Judged:
@@ -217,8 +236,16 @@ def attention_cases() -> Iterator[Case]:
         (2, 2, 32, 700, torch.float16, False, StreamTiles(2, 16, 4, 1)),
         (1, 1, 128, 530, torch.float16, False, StreamTiles(4, 8, 2, 40)),
     ):
-        run = functools.partial(run_attention, B, H, D, S, dtype, has_ended, tiles)
+        run = functools.partial(run_attention, B, H, D, S, dtype, has_ended, by_stream(tiles))
         yield f"stream {B=} {H=} {D=} {S=} {has_ended=} {tuple(tiles)} {dtype}", run
+    for B, H, D, S, dtype, has_ended, read_ahead in (
+        (1, 2, 64, 1500, torch.float16, False, True),
+        (2, 1, 64, 1499, torch.bfloat16, True, False),
+        (3, 1, 32, 513, torch.float16, True, True),
+        (1, 2, 128, 600, torch.float16, False, False),
+    ):
+        run = functools.partial(run_attention, B, H, D, S, dtype, has_ended, by_clusters(read_ahead))
+        yield f"attention by clusters {B=} {H=} {D=} {S=} {has_ended=} {read_ahead=} {dtype}", run
     yield "stream of equal rows", functools.partial(run_equal_rows, 5, 3, 600, StreamTiles(2, 8, 3, 4))
 
 
@@ -309,7 +336,7 @@ def damaged_cases() -> Iterator[Case]:
     one_row = functools.partial(run_linear, 1, 512, 48, linear.Tiles(8, 1, 4, PACE=2), 3, torch.float16, "scale")
     tiles = linear.Tiles(16, 1, 4, True, 1, PROGRAMS=1)
     in_tiles = functools.partial(run_linear, 2, 512, 100, tiles, 1, torch.float16, "no bias")
-    streamed = functools.partial(run_attention, 1, 2, 64, 600, torch.float16, False, StreamTiles(4, 8, 3, 1))
+    streamed = functools.partial(run_attention, 1, 2, 64, 600, torch.float16, False, by_stream(StreamTiles(4, 8, 3, 1)))
     appended = functools.partial(run_append, PacedTiles(32, 4, 3), [130], 64, torch.float16, True)
     crossed = judged(check_clusters, 1, 1, 100, 256, torch.float16, CrossTiles(4, 4))
     for name, pattern, by, run in (

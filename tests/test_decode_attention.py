@@ -28,6 +28,7 @@ from attention_cases import (
     lay_out,
     layouts,
     needles,
+    needs_gluon,
     on_two_streams,
     poisoned_allocations,
     random_caches,
@@ -40,11 +41,12 @@ from attention_cases import (
 from counts import KERNEL_CALLS, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whisper_triton.kernels._clustered_attention import covers_clusters
 from whisper_triton.kernels._paced import SHARED_MEMORY
 from whisper_triton.kernels._paced_attention import covers_attention
 from whisper_triton.kernels._paced_stream import choose_stream_tiles
 
-from whisper_triton.kernels import _attend, decode_attention, decode_attention_reference
+from whisper_triton.kernels import _attend, _paced, decode_attention, decode_attention_reference
 
 # Not `from whisper_triton.kernels import decode_attention`, which is the function.
 module = importlib.import_module("whisper_triton.kernels.decode_attention")
@@ -527,6 +529,34 @@ def test_programs_go_on_from_piece_to_piece(B: int, D: int, S: int, dtype: torch
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("read_ahead", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize(
+    ("B", "D", "S"), [(1, 64, 1500), (2, 64, 1499), (4, 64, 1500), (1, 64, 2048), (1, 128, 700), (3, 128, 2048), (2, 32, 513)]
+)
+def test_clusters(B: int, D: int, S: int, dtype: torch.dtype, read_ahead: bool, device: torch.device) -> None:
+    check_paced_copies(B, D, S, dtype, device, counts=False, read_ahead=read_ahead)
+
+
+@needs_gluon
+def test_few_heads_of_a_wide_model_take_clusters(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_paced, "capability", lambda device: (9, 0))
+    wide = Shape(B=1, T=1, H=20, D=64, S=1500, length=1500)
+
+    def is_covered(dtype: torch.dtype = torch.float16, **other: int) -> bool:
+        shape = wide._replace(**other)
+        sizes = shape.states, shape.cache, shape.cache
+        return covers_clusters(*(torch.empty(*size, dtype=dtype, device=device) for size in sizes))
+
+    assert is_covered()
+    assert is_covered(dtype=torch.bfloat16)
+    assert is_covered(B=4)
+    assert is_covered(H=12, D=128)
+    for other in ({"B": 5}, {"T": 2}, {"H": 12}, {"S": 512}, {"S": 2049}, {"D": 80}, {"dtype": torch.float32}):
+        assert not is_covered(**other), other
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("B", [7, 8, 23, 32])
 def test_equal_rows_are_attended_to_alike(B: int, device: torch.device) -> None:
     call = arguments(Shape(B=1, T=1, H=20, D=64, S=750, length=750), torch.float16, device)
@@ -551,27 +581,30 @@ def test_stream_tiles_fit_and_are_for_many_heads(B: int, D: int) -> None:
         assert tiles.PLACES * piece + (1 << 10) <= SHARED_MEMORY // tiles.PROGRAMS
 
 
-def check_paced_copies(B: int, D: int, S: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_paced_copies(
+    B: int, D: int, S: int, dtype: torch.dtype, device: torch.device, counts: bool = True, read_ahead: bool = True
+) -> None:
     """Over whole caches, as a step calls it, and with every second sequence ended, whose keys and values are NaN."""
     shape = Shape(B=B, T=1, H=1280 // D, D=D, S=S, length=S)
     query, *caches = (arguments(shape, dtype, device)[name] for name in ("query", "key_cache", "value_cache"))
-    if not covers_attention(query, *caches):
+    if not (covers_attention if counts else covers_clusters)(query, *caches):
         pytest.skip("not this GPU's")
-    counters = torch.zeros(B * shape.H, dtype=torch.int32, device=device)
+    counters = torch.zeros(B * shape.H, dtype=torch.int32, device=device) if counts else None
+    around = {"scale": SCALE, "read_ahead": read_ahead, "counters": counters}
     exact = decode_attention_reference(query.double(), *(c.double() for c in caches), scale=SCALE)
     pytorch = sdpa(query, *caches, [S] * B, scale=SCALE)
     for _ in range(2):
         with poisoned_allocations():
-            out = decode_attention(query, *caches, scale=SCALE, read_ahead=True, counters=counters)
+            out = decode_attention(query, *caches, **around)
         assert_close_as_pytorch(out, exact, pytorch, factor=gpu_factor(dtype))
-        assert not counters.any()
+        assert counters is None or not counters.any()
     ended = torch.arange(B, device=device) % 2
     for cache in caches:
         cache[ended != 0] = float("nan")
     with poisoned_allocations():
-        some = decode_attention(query, *caches, scale=SCALE, read_ahead=True, counters=counters, ended=ended)
+        some = decode_attention(query, *caches, **around, ended=ended)
     assert torch.equal(some, out * (ended == 0)[:, None, None, None])
-    assert not counters.any()
+    assert counters is None or not counters.any()
 
 
 @pytest.mark.gpu
