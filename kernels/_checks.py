@@ -11,6 +11,7 @@ from ._dispatch import backend
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64, 80, 96, 128)
 MAX_QUERIES = 16  # one tensor-core tile of query rows
+MAX_STRIDE = 1 << 23  # of slots: offsets within a tile of 256 keys are 32-bit
 
 
 def check_tensors(**tensors: object) -> None:
@@ -30,10 +31,21 @@ def check_dtype(tensor: torch.Tensor, is_reference: bool = False) -> None:
 
 
 def check_mutated(**tensors: torch.Tensor) -> None:
-    """What is written to holds each of its elements once."""
+    """What is written to holds each of its elements once, as far as sorted strides tell: each is past all that shorter ones
+    reach.
+    """
     for name, tensor in tensors.items():
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-            raise ValueError(f"{name} is written to and must not overlap itself, got strides {tensor.stride()}")
+        reached = 0
+        for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if size > 1 and stride <= reached:
+                raise ValueError(f"{name} is written to and must not overlap itself, got strides {tensor.stride()}")
+            reached += stride * (size - 1)
+
+
+def check_apart(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
+    """Two places in memory; for where an op runs, since `torch.compile` knows no addresses."""
+    if key_cache.data_ptr() == value_cache.data_ptr() and not key_cache.is_meta:
+        raise ValueError("key_cache and value_cache lie in one place")
 
 
 def check_states(*, is_reference: bool = False, **tensors: torch.Tensor) -> None:
@@ -61,6 +73,9 @@ def check_caches(states: torch.Tensor, key_cache: torch.Tensor, value_cache: tor
         raise ValueError(f"caches {tuple(key_cache.shape)} (B, H, S, D) do not fit states {(B, T, H, D)} (B, T, H, D)")
     if min(B, T, H, D, key_cache.shape[2]) == 0:
         raise ValueError(f"empty tensors: states {(B, T, H, D)}, caches {tuple(key_cache.shape)}")
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.stride(2) >= MAX_STRIDE:
+            raise ValueError(f"{name} must have slots less than {MAX_STRIDE} elements apart, got strides {cache.stride()}")
     if mutated:
         if key_cache is value_cache:
             raise ValueError("key_cache and value_cache are one tensor")

@@ -17,6 +17,7 @@ import torch
 
 from ._paced import (
     MAX_DYNAMIC_SHARED_SIZE_BYTES,
+    NotGranted,
     are_aligned,
     constexpr_function,
     gl,
@@ -84,7 +85,7 @@ def begin(floats, *expected):
 @constexpr_function
 def wait(i):
     return (
-        f"{{ .reg .pred p; exchange_{i}: mbarrier.try_wait.parity.shared::cta.b64 p, [$1+{8 * i}], 0;"
+        f"{{ .reg .pred p; exchange_{i}: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [$1+{8 * i}], 0;"
         f" @!p bra exchange_{i}; mov.u32 $0, 0; }}"
     )
 
@@ -271,13 +272,13 @@ def launch_clusters(kernel: gluon.jit, grid: tuple[int, ...], num_warps: int, is
     memory only where its own share is beyond 48 KB. is_alone: one row, whose links all want the largest share.
 
     Raises:
-        RuntimeError: the driver does not raise the limit.
+        NotGranted: the driver does not raise the limit.
     """
     arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": NUM_CTAS, "num_warps": num_warps, "num_ctas": NUM_CTAS}
     compiled = kernel.warmup(grid=grid, **arguments, launch_pdl=True)
     compiled.run  # noqa: B018  loads it
     if set_attribute(compiled, MAX_DYNAMIC_SHARED_SIZE_BYTES, compiled.metadata.shared):
-        raise RuntimeError(f"{kernel.__name__} cannot have its {compiled.metadata.shared} bytes of shared memory")
+        raise NotGranted(f"{kernel.__name__} cannot have its {compiled.metadata.shared} bytes of shared memory")
     if is_alone:
         prefer_shared_memory(compiled)
     kernel[grid](**arguments, launch_pdl=True)

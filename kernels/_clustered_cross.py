@@ -102,7 +102,7 @@ def _clustered_cross_kernel(
     here = barriers + BARRIERS_SIZE
     i_h = gl.program_id(0).to(gl.int64)
     i_b = gl.program_id(1).to(gl.int64)
-    if HAS_ENDED:  # programs that read it before it is set may join a part of the keys: nobody wants what has ended
+    if HAS_ENDED:
         S = gl.where(gl.load(ended_ptr + i_b) == 0, S, 0)
 
     if HAS_PROJECTION:
@@ -116,7 +116,7 @@ def _clustered_cross_kernel(
     keys, values = (), ()
     for i in gl.static_range(2 * NUM_PIECES):
         offs_s = first_s + i % NUM_PIECES * (ROWS * NUM_WARPS)
-        mask = gl.expand_dims(offs_s < S, 3) & (elements < HEAD_DIM)
+        mask = gl.expand_dims(offs_s < S, 3)
         piece = gl.allocate_shared_memory(dtype, [NUM_CTAS, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
         if i < NUM_PIECES:
             ptrs = key_cache_ptr + gl.expand_dims(offs_s * stride_kc_s, 3) + elements
@@ -218,7 +218,7 @@ def clustered_cross(
         ValueError: what `fits_cross` says does not fit.
     """
     tiles = tiles or choose_cross_tiles(key_cache.shape[0])
-    if not fits_cross(call, key_cache, value_cache, tiles):
+    if tiles is None or not fits_cross(call, key_cache, value_cache, tiles):
         raise ValueError(
             "clusters are for a token a sequence in fp16 or bf16 on an H100 or H200, whole chunks of columns that fit shared"
             f" memory, caches that begin and go on at multiples of 16 (`fits_cross` in _clustered_cross.py), got {call.x.dtype}"

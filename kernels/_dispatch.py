@@ -13,6 +13,7 @@ import logging
 import textwrap
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from subprocess import CalledProcessError
 from typing import Literal
 
@@ -68,6 +69,7 @@ __all__ = [
     "gdc_wait",
     "has_pdl",
     "is_tritons",
+    "launched_on",
     "multiprocessors",
     "pdl_handover",
     "pdl_options",
@@ -176,9 +178,10 @@ def has_pdl(device: torch.device) -> bool:
 def pdl_options(device: torch.device) -> dict[str, bool]:
     """Launch arguments that turn programmatic dependent launch on where it exists.
 
-    Every kernel of ours then lets the next one start at once and itself waits, before it touches memory, until the one
-    before it has finished and its writes are visible. So any two of them may follow each other in a stream, and so may
-    anybody else's kernels; what overlaps is the launch.
+    Every kernel of ours then lets the next one start at once and itself waits, before it writes to memory, until the one before
+    it has finished, which itself has waited, and all their writes are visible. What it reads before that, to begin early, its
+    launcher's docstring names: weights, and with `read_ahead` caches. Between whatever writes these and the call there must be
+    a kernel launched without dependent launch, as all of PyTorch's are, or the beginning of a graph's replay.
     """
     return {"USE_PDL": True, "launch_pdl": True} if has_pdl(device) else {"USE_PDL": False}
 
@@ -190,6 +193,15 @@ def register_options(device: torch.device) -> dict[str, int]:
     where tiles were measured, none does, and it is left to itself.
     """
     return {} if capability(device) in ((0, 0), (9, 0)) else {"maxnreg": 255}
+
+
+def launched_on(device: torch.device) -> AbstractContextManager[object]:
+    """Within it Triton, which launches on the current GPU, does so on `device`."""
+    is_other = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if is_other else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 def register(schema: str, *, kernel: Callable, reference: Callable, fake: Callable) -> Callable:
@@ -205,10 +217,8 @@ def register(schema: str, *, kernel: Callable, reference: Callable, fake: Callab
         if backend(first.device) == "reference":
             return reference(first, *args)
         try:
-            if first.is_cuda and first.device.index != torch.cuda.current_device():
-                with torch.cuda.device(first.device):  # Triton launches on the current one
-                    return kernel(first, *args)
-            return kernel(first, *args)
+            with launched_on(first.device):
+                return kernel(first, *args)
         except Exception as error:
             fall_back(name, first.device, error)
         return reference(first, *args)

@@ -78,18 +78,22 @@ def are_aligned(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
     return all(n % 16 == 0 for cache in (key_cache, value_cache) for n in (cache.data_ptr(), *cache.stride()[:3]))
 
 
+class NotGranted(RuntimeError):
+    """The driver refuses a kernel what it needs."""
+
+
 def give_up(error: Exception, device: torch.device) -> None:
     """From here on the plain kernels serve on `device`, a tensor's, if `error` came of a launch because Triton cannot build
-    these: Gluon is young.
+    these, Gluon being young, or because the driver does not grant what they need.
 
     Raises:
         Exception: `error`, where it is anything else, and inside a graph's capture.
     """
-    if not is_tritons(error) or torch.cuda.is_current_stream_capturing():
+    if not (isinstance(error, NotGranted) or is_tritons(error)) or torch.cuda.is_current_stream_capturing():
         raise error
     if device.index not in _given_up:
         _given_up[device.index] = f"{type(error).__name__}: {error}"
-        logger.warning("paced kernels do not build here, the plain ones serve: %s", _given_up[device.index][:300])
+        logger.warning("paced kernels do not run here, the plain ones serve: %s", _given_up[device.index][:300])
 
 
 @functools.cache
@@ -143,10 +147,12 @@ def join_softmax(m_i, l_i, o_i, HAS_ENDED: gl.constexpr):
 
 __all__ = [
     "HAS_GLUON",
+    "HOPPER",
     "MAX_DYNAMIC_SHARED_SIZE_BYTES",
     "MIN_WIDTH",
     "MIN_WIDTH_OF_FEW",
     "SHARED_MEMORY",
+    "NotGranted",
     "are_aligned",
     "async_copy_global_to_shared",
     "barrier",

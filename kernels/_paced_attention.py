@@ -130,7 +130,7 @@ def _paced_attention_kernel(
     keys, values = (), ()
     for i in gl.static_range(2 * NUM_PIECES):
         offs_s = first_s + i % NUM_PIECES * (ROWS * NUM_WARPS)
-        mask = (offs_s < S)[:, :, None] & (offs_3d < HEAD_DIM)
+        mask = (offs_s < S)[:, :, None]
         piece = gl.allocate_shared_memory(dtype, [NUM_WARPS, ROWS, HEAD_DIM], SHARED)
         if i < NUM_PIECES:
             ptrs = key_cache_ptr + (offs_s.to(gl.int64) * stride_kc_s)[:, :, None] + offs_3d

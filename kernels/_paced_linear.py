@@ -122,7 +122,7 @@ def _paced_linear_kernel(
         offs_n = first_n + i_n * NUM_WARPS + warps
         bias = gl.zeros([NUM_WARPS], gl.float32, layout=LAYOUT_N)
         if HAS_BIAS != 0:
-            bias = gl.load(bias_ptr + offs_n, mask=(offs_n < N) & has_bias, other=0.0).to(gl.float32)
+            bias = gl.load(bias_ptr + offs_n, mask=has_bias, other=0.0).to(gl.float32)
         biases = biases + (bias,)  # noqa: RUF005
     wait_for_previous()  # all above is constant; x and the residual are the previous kernels' work
 

@@ -188,8 +188,9 @@ def covers_rows(B: int, K: int, has_norm: bool, BLOCK_N: int, SPLIT_K: int, num_
     What brings sums together takes the place of the weights, unless those of another tile are on their way to it.
     """
     moments = 8 * num_warps * MAX_BLOCK_B
-    sums = 4 * num_warps * BLOCK_N * rows_of_programs(B) if PROGRAMS > 0 else 0
-    nbytes = 2 * K // SPLIT_K * (BLOCK_N + 2 * has_norm) + moments + sums
+    sums = 4 * num_warps * BLOCK_N * rows_of_programs(B)
+    copied = 2 * K // SPLIT_K * (BLOCK_N + 2 * has_norm) + moments
+    nbytes = copied + sums if PROGRAMS > 0 else max(copied, sums)
     return K % (SPLIT_K * BLOCK_K) == 0 and BLOCK_N >= 16 and num_warps in (4, 8, 16) and nbytes <= SHARED_MEMORY
 
 

@@ -52,7 +52,7 @@ def ask_for(
     """Begins to copy a piece before `end` to its place: a group of copies, empty for a piece past them."""
     if i_piece < end:
         i_h, first_s = (i_piece // NUM_PIECES).to(gl.int64), i_piece % NUM_PIECES * BLOCK_S
-        mask = (first_s + offs_s < S)[:, :, None] & (offs_d >= 0)
+        mask = (first_s + offs_s < S)[:, :, None]
         rows = (first_s + offs_s).to(gl.int64)[:, :, None]
         key_ptrs = key_cache_ptr + i_h * stride_kc_h + rows * stride_kc_s + offs_d
         value_ptrs = value_cache_ptr + i_h * stride_vc_h + rows * stride_vc_s + offs_d

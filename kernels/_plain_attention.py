@@ -84,7 +84,8 @@ def _decode_attention_kernel(
 
     length = S
     if HAS_LENGTH:
-        length = tl.minimum(tl.load(kv_length_ptr + i_b * stride_l_b).to(tl.int64), S).to(tl.int32)
+        length = tl.load(kv_length_ptr + i_b * stride_l_b).to(tl.int64)
+        length = tl.minimum(tl.maximum(length, 0), S).to(tl.int32)
     if HAS_ENDED:
         length = tl.where(tl.load(ended_ptr + i_b) == 0, length, 0)
     chunk = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_S) * BLOCK_S

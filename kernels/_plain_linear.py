@@ -23,17 +23,24 @@ def load_chunks(ptrs, mask, NUM_CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr, IS_
 @triton.jit
 def moments(chunks, eps, K: tl.constexpr, NUM_CHUNKS: tl.constexpr):
     """Mean and 1 / standard deviation (rows, 1) of rows that are held in chunks (rows, BLOCK_K)."""
-    # Both at once: one exchange between threads on the way of every step's longest chain, not two. What cancels in
-    # fp32 is far below the rounding of fp16 or bf16 inputs.
-    total = chunks[0].to(tl.float32)
+    # Both at once: one exchange between threads on the way of every step's longest chain, not two. What cancels in fp32 is
+    # below the rounding of fp16 and bf16 inputs, unless their mean is a hundred times their deviation; of fp32 ones the mean
+    # goes first.
+    shift = 0.0
+    if chunks[0].dtype == tl.float32:
+        total = chunks[0]
+        for i in tl.static_range(1, NUM_CHUNKS):
+            total += chunks[i]
+        shift = tl.sum(total, axis=1, keep_dims=True) / K
+    total = chunks[0].to(tl.float32) - shift
     squares = total * total
     for i in tl.static_range(1, NUM_CHUNKS):
-        x = chunks[i].to(tl.float32)
+        x = chunks[i].to(tl.float32) - shift
         total += x
         squares += x * x
     mean = tl.sum(total, axis=1, keep_dims=True) / K
     variance = tl.maximum(tl.sum(squares, axis=1, keep_dims=True) / K - mean * mean, 0.0)
-    return mean, tl.rsqrt(variance + eps)
+    return mean + shift, tl.rsqrt(variance + eps)
 
 
 @triton.jit

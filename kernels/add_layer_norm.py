@@ -55,7 +55,7 @@ def _add_layer_norm_kernel(
     mask = offs_c < C
     row = i_m.to(tl.int64) * C
     x = tl.load(x_ptr + row + offs_c, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(residual_ptr + (i_m % R) * C + offs_c, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(residual_ptr + (i_m % R).to(tl.int64) * C + offs_c, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(weight_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(bias_ptr + offs_c, mask=mask, other=0.0).to(tl.float32)
     # Rounded before it is limited, as stock does; comparisons let a NaN through, where a minimum would swallow it.

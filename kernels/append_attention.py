@@ -6,7 +6,7 @@
 One program a head and sequence: it keeps the new tokens' keys and values in registers, writes them once and never reads
 them back, so no other program waits for them. Self caches of Whisper hold at most 448 slots, too few to be worth a split
 over programs. Layouts: states (B, T, H, D), caches (B, H, S, D), result (B, T, H, D) as `out_proj` reads it.
-The kernel here is for any GPU; for one token of a wide model on an H100, beside kernels like it in a decoder's step,
+The kernel here is for any GPU; for one token of a wide model on an H100 or H200, beside kernels like it in a decoder's step,
 `_paced_append.py` has another.
 
 Bytes moved: 2 * B * H * (p + T) * D elements read, 2 * B * H * T * D written.
@@ -28,7 +28,7 @@ from ._attend import (
     merge_rows,
     normalise,
 )
-from ._checks import check_attention, check_caches, check_ended, check_positions, check_states
+from ._checks import check_apart, check_attention, check_caches, check_ended, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 from ._paced import MIN_WIDTH, are_aligned, give_up, has_paced_copies
 from ._paced_append import HEAD_DIMS, PacedTiles, choose_append_tiles, paced_append
@@ -198,6 +198,7 @@ def _launch(
     ended: torch.Tensor | None = None,
     tiles: Tiles | PacedTiles | None = None,
 ) -> None:
+    check_apart(key_cache, value_cache)
     B, T, H, D = query.shape
     if tiles is None:
         # Paced copies have been measured in a step alone, whose links read ahead.
@@ -302,8 +303,8 @@ def append_attention(
         key_cache, value_cache: (B, H, S, D), the query's dtype. Mutated: slots cache_position .. cache_position + T - 1.
         cache_position: int64 or int32 on the same device, 0-dim or (B,): the slot of the first new token.
         scale: multiplies the scores, in fp32. Whisper scales its query in the model's dtype and passes 1.0.
-        read_ahead: promises that cache_position and the slots before it were written before the kernel that precedes this
-            call was launched without dependent launch (as PyTorch's all are); see `decode_attention`.
+        read_ahead: promises that between what wrote cache_position, the slots before it and `ended` and this call there is a
+            kernel launched without dependent launch or the beginning of a graph's replay; see `decode_attention`.
         ended: (B,) int64 or int32 on the same device: sequences whose number is not 0 have ended. They are written as the
             others are, but none of their cached keys is read, and what is returned for them is not meaningful.
 

@@ -126,8 +126,9 @@ def cross_attention(
         ended: (B,) int64 or int32 on the same device: sequences whose number is not 0 have ended. None of their keys is
             read, and what is returned for them is 0.
 
-    All but x may be read while the kernel that precedes this call still runs: they were written before that one was
-    launched without dependent launch (as PyTorch's all are), as weights and a cross cache are from a window's second step on.
+    All but x is read while the kernels before this call still run: between what wrote it and this call there must be a kernel
+    launched without dependent launch, as PyTorch's all are, or the beginning of a graph's replay. All that `skinny_linear`
+    takes must begin at a multiple of 16 bytes.
 
     Returns:
         (B, T, H, D), contiguous, x's dtype: what `out_proj` reads as (B, T, H * D).
@@ -151,6 +152,8 @@ def _check(
     ended: torch.Tensor | None,
     is_reference: bool = False,
 ) -> None:
+    if layer_norm is None:
+        raise ValueError("a layer norm is wanted, got None")
     check_linear(x, (weight,), (bias,), layer_norm, None, is_reference)
     check_states(key_cache=key_cache, value_cache=value_cache, is_reference=is_reference)
     B, H, _, D = key_cache.shape

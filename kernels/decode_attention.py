@@ -224,9 +224,9 @@ def decode_attention(
             included. None: all S, as in the cross cache. A length past S counts as S.
         scale: multiplies the scores, in fp32. Whisper scales its query in the model's dtype and passes 1.0.
         is_causal: each of the T tokens sees one slot less than the next (self-attention). False: all see kv_length slots.
-        read_ahead: promises that the caches and kv_length were written before the kernel that precedes this call was
-            launched without dependent launch (as PyTorch's all are). They are then read while that kernel still runs.
-            True of a cross cache from the second step of a window on. No effect before compute capability 9.0.
+        read_ahead: promises that between what wrote the caches and kv_length and this call there is a kernel launched without
+            dependent launch, as PyTorch's all are, or the beginning of a graph's replay. They are then read while the kernels
+            before this call still run. True of a cross cache in a replayed step. No effect before compute capability 9.0.
         counters: (B * H,) int32 zeros on the same device, or more of them. With them the splits of one token (T = 1) are
             joined by each head's last program instead of by a second launch. They are zeros again afterwards; two calls
             that may run at the same time must not share them.
@@ -235,7 +235,7 @@ def decode_attention(
 
     Returns:
         (B, T, H, D), contiguous, the query's dtype: what `out_proj` reads as (B, T, H * D). A query that sees no key
-        gives 0.
+        gives 0, and so may one whose scores are all -inf, where PyTorch gives NaN.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.

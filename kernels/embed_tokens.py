@@ -104,7 +104,7 @@ def embed_tokens(
     Args:
         input_ids: (B,) or (B, T) int64, any strides.
         token_embedding: (V, K), position_embedding: (P, K), contiguous, of one dtype.
-        cache_position: 0-dim int64 on the same device.
+        cache_position: 0-dim or (1,), int64 or int32 on the same device.
 
     Returns:
         (B * T, K), contiguous, the embeddings' dtype; 0 for an id or a position out of range.

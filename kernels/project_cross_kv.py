@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import HEAD_DIMS, check_mutated, check_states, check_tensors
+from ._checks import HEAD_DIMS, check_dtype, check_mutated, check_states, check_tensors
 from ._dispatch import capability, pdl_handover, pdl_options, register, tl, triton
 
 
 def project_cross_kv_reference(encoder_states: torch.Tensor, table: CrossTable) -> None:
     """What `project_cross_kv` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
-    _check(encoder_states, table)
+    _check(encoder_states, table, is_reference=True)
     _run_reference(encoder_states, *table)
 
 
@@ -157,7 +157,7 @@ def cross_table(
     named = [{f"{kind} {i}": t for i, t in enumerate(tensors)} for kind, tensors in zip(kinds, lists, strict=True)]
     for tensors in named:
         check_tensors(**tensors)
-    check_states(**named[3], **named[4])
+    check_states(**named[3], **named[4], is_reference=True)  # what kernels do not take is refused where they are launched
     check_mutated(**named[3], **named[4])
     first, C = caches[0], weights[0].shape[-1] if weights[0].dim() else 0
     _, H, _, D = first.shape
@@ -222,6 +222,8 @@ def _launch(encoder_states: torch.Tensor, *fields: object, tiles: Tiles | None =
     table = CrossTable(*fields)
     if not torch.equal(_addresses(*table[:5]), table.addresses):
         # Copies in their place, say: where `torch.compile` functionalises, an op that mutates is handed those.
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("the table's tensors have moved, whose new addresses cannot be written to the GPU in a capture")
         table = cross_table(*table[:5])
     cache = table.key_caches[0]
     B, H, S, D = cache.shape
@@ -293,10 +295,11 @@ def project_cross_kv(encoder_states: torch.Tensor, table: CrossTable) -> None:
     _op(encoder_states, *table)
 
 
-def _check(encoder_states: torch.Tensor, table: CrossTable) -> None:
+def _check(encoder_states: torch.Tensor, table: CrossTable, is_reference: bool = False) -> None:
     if not isinstance(table, CrossTable):
         raise ValueError(f"table must be what cross_table returns, got {type(table).__name__}")
     check_tensors(encoder_states=encoder_states)
+    check_dtype(encoder_states, is_reference)
     cache, weight = table.key_caches[0], table.key_weights[0]
     shape = (cache.shape[0], cache.shape[2], weight.shape[1])
     if encoder_states.shape != shape or encoder_states.dtype != cache.dtype or encoder_states.device != cache.device:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 
 from ._checks import check_dtype, check_tensors
-from ._dispatch import backend, fall_back, pdl_handover, pdl_options, tl, triton
+from ._dispatch import backend, fall_back, launched_on, pdl_handover, pdl_options, tl, triton
 from ._rules import (
     ENDS,
     TokenLimits,
@@ -290,7 +290,8 @@ def select_token(
         raise ValueError(f"block_size must be a power of two from {GROUP} on, got {block_size}")
     if backend(logits.device) != "reference":
         try:
-            return _launch(logits, rules, state, top_k, block_size)
+            with launched_on(logits.device):
+                return _launch(logits, rules, state, top_k, block_size)
         except Exception as error:  # the first launch writes nothing of `state`
             fall_back("select_token", logits.device, error)
     select_token_reference(logits, rules, state, top_k=top_k)

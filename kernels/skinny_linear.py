@@ -11,8 +11,8 @@ A step reads every weight once, so this is a matter of having enough bytes in fl
 needs before it waits for the kernel that computes `x` (programmatic dependent launch, sm_90 and later). What counts
 after that is how soon a program is done. One row multiplies on the CUDA cores, with sums over K that stay within a warp; more
 are padded to tensor-core tiles. Sums are in fp32, in a fixed order.
-The kernels: `_plain_linear.py` for any GPU, and for a wide model on an H100 `_paced_linear.py` for one row and `_paced_rows.py`
-for several, whose weights come piece by piece.
+The kernels: `_plain_linear.py` for any GPU, and for a wide model on an H100 or H200 `_paced_linear.py` for one row and
+`_paced_rows.py` for several, whose weights come piece by piece.
 Who calls it: `whisper_triton.fused`. Bytes moved: N * K weights, the rest is small.
 """
 
@@ -248,6 +248,10 @@ def skinny_linear(
         layer_norm: applied to x first. scale: multiplies the first weight's result. residual: (B, N), added last.
         tiles: how the launch is cut, instead of as `choose_tiles` says.
 
+    All tensors begin at a multiple of 16 bytes. Weights, biases and the layer norm are read while the kernels before this call
+    still run: between what wrote them and this call there must be a kernel launched without dependent launch, as PyTorch's all
+    are, or the beginning of a graph's replay.
+
     Returns:
         (B, N), or (B, 3 N) for three weights, in x's dtype.
 
@@ -264,8 +268,8 @@ def skinny_linear(
     _check_tiles(tiles, x, can_split=is_plain and not has_norm and len(weights) == 1, is_bare=is_bare)
     if tiles.PACE > 0 and not (has_copies and (B == 1 or tiles.USE_DOT) and covers(tiles, B, N, K, has_norm)):
         raise ValueError(
-            "paced copies are for whole tiles that fit an H100's shared memory (`covers_linear` in _paced_linear.py, on tensor"
-            f" cores `covers_rows` in _paced_rows.py), got {tuple(x.shape)}, {N=}, {tiles} on {x.device}"
+            "paced copies are for whole tiles that fit an H100's or H200's shared memory (`covers_linear` in _paced_linear.py;"
+            f" on tensor cores `covers_rows` in _paced_rows.py), got {tuple(x.shape)}, {N=}, {tiles} on {x.device}"
         )
     return _op(x, list(weights), list(biases), *norm, scale, gelu, residual, [int(number) for number in tiles])
 
@@ -278,8 +282,10 @@ def _check_tiles(tiles: Tiles, x: torch.Tensor, can_split: bool, is_bare: bool) 
         raise ValueError(f"SPLIT_K must be at least 1, PACE and PROGRAMS at least 0, got {tiles}")
     if tiles.num_warps > 32 or (16 if tiles.USE_DOT else tiles.num_warps) > tiles.BLOCK_N:
         raise ValueError(f"32 warps are the most, and BLOCK_N must be as many, or 16 for tensor cores, got {tiles}")
-    if B > 1 and (x.dtype == torch.float32 or not tiles.USE_DOT):
-        raise ValueError(f"several rows, {B} here, take tensor cores, which would round {x.dtype} to tf32 if it is fp32")
+    if (B > 1 or tiles.USE_DOT) and x.dtype == torch.float32:
+        raise ValueError(f"tensor cores, which several rows take, would round fp32 to tf32, got {B} rows and {tiles}")
+    if B > 1 and not tiles.USE_DOT:
+        raise ValueError(f"several rows, {B} here, take tensor cores, got {tiles}")
     if K % SPLIT_K or not fits_tiles(K // SPLIT_K):
         raise ValueError(f"K = {K} in {SPLIT_K} parts is no sum of two powers of two from 16 on")
     if SPLIT_K > 1 and not can_split:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from ._arguments import cache_arguments, position_arguments
-from ._checks import check_caches, check_positions, check_states
+from ._checks import check_apart, check_caches, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
@@ -27,6 +27,7 @@ def update_kv_cache_reference(
 ) -> None:
     """What `update_kv_cache` computes, in PyTorch: tokens that fall outside the S slots are dropped."""
     _check(key, value, key_cache, value_cache, cache_position, is_reference=True)
+    check_apart(key_cache, value_cache)
     B, T, _, _ = key.shape
     S = key_cache.shape[2]
     slots = cache_position.reshape(-1, 1).expand(B, 1) + torch.arange(T, device=key.device)  # (B, T)
@@ -88,6 +89,7 @@ def _launch(
     value_cache: torch.Tensor,
     cache_position: torch.Tensor,
 ) -> None:
+    check_apart(key_cache, value_cache)
     B, T, H, D = key.shape
     BLOCK_T = 1 if T == 1 else 4 if T <= 4 else 32  # few, since each is a build
     _update_kv_cache_kernel[(H, triton.cdiv(T, BLOCK_T), B)](

@@ -73,6 +73,14 @@ def expanded(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[:1].expand_as(tensor)
 
 
+def overlapping(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape, dense in the last dimension, whose neighbours before it share half of their elements."""
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * max(1, size // 2 if len(strides) == 1 else size))
+    return tensor.contiguous().as_strided(tensor.shape, strides)
+
+
 def tensors_in(value: object) -> list[torch.Tensor]:
     """The tensors in memory among nested tuples, lists and dicts."""
     if isinstance(value, torch.Tensor):

@@ -413,7 +413,7 @@ class Machine:
 
         return run
 
-    @rule(r"mbarrier\.(?P<step>init|arrive\.expect_tx|try_wait\.parity)\.shared::cta\.b64")
+    @rule(r"mbarrier\.(?P<step>init|arrive\.expect_tx|try_wait\.parity\.acquire\.cluster)\.shared::cta\.b64")
     def barrier_of_bytes(self, operands: list[str], step: str) -> Run:
         """The first phase of an mbarrier object."""
         done = self.target(operands[0], "pred") if step.startswith("try_wait") else None

@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from bad_inputs import Arguments, Bad, assert_refused, expanded, replaced, undense, wrong_dtypes, wrong_kinds, wrong_shapes
+from bad_inputs import (
+    Arguments,
+    Bad,
+    assert_refused,
+    expanded,
+    overlapping,
+    replaced,
+    undense,
+    wrong_dtypes,
+    wrong_kinds,
+    wrong_shapes,
+)
 from whisper_triton.kernels._rules import TokenLimits, TokenRules, TokenState
 from whisper_triton.kernels.skinny_linear import LayerNorm
 from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
@@ -194,6 +205,7 @@ def systematic(launcher: str) -> list[Bad]:
             bad.append(replaced("not dense", name, undense, r"(dense|contiguous)"))
         if name in MUTATED.get(launcher, ()):
             bad.append(replaced("one row seen by all", name, expanded, rf"{name}.* overlap"))
+            bad.append(replaced("slots that overlap", name, overlapping, rf"{name}.* overlap"))
     allowed = [f"{name}: {what}" for (kernel, name), free in FREE.items() if kernel == launcher for what in free]
     return [one for one in bad if one.name not in allowed]
 
@@ -220,12 +232,18 @@ ONE_TENSOR = Bad(
     lambda given: given.update(value_cache=given["key_cache"]),
     "key_cache and value_cache are one",
 )
+ONE_PLACE = Bad(
+    "one place for both caches",
+    lambda given: given.update(value_cache=given["key_cache"].view_as(given["key_cache"])),
+    "key_cache and value_cache lie in one place",
+)
 ALL = dict.fromkeys(("query", "key", "value"), lambda t: t[:, :0])
 SPECIAL: dict[str, list[Bad]] = {
-    "update_kv_cache": [*OTHER_CACHES, ONE_TENSOR],
+    "update_kv_cache": [*OTHER_CACHES, ONE_TENSOR, ONE_PLACE],
     "append_attention": [
         *OTHER_CACHES,
         ONE_TENSOR,
+        ONE_PLACE,
         several("no tokens", ALL, r"\(2, 0, 3, 32\)"),
         several("17 tokens", dict.fromkeys(ALL, lambda t: t[:, :1].expand(B, 17, H, D)), "at most 16 query tokens, got 17"),
         several("a head dim of 24", dict.fromkeys((*ALL, "key_cache", "value_cache"), lambda t: t[..., :24]), "got 24"),

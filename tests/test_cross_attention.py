@@ -294,6 +294,12 @@ def test_no_clusters_over_a_cache_past_two_to_the_31_elements(monkeypatch: pytes
         assert covers_cross(call, cache, cache) == is_covered
 
 
+def test_a_layer_norm_is_wanted() -> None:
+    case = random_case(1, 1, 8, 64, torch.float16, torch.device("cpu"))
+    with pytest.raises(ValueError, match="a layer norm is wanted"):
+        cross_attention(case.x, case.weight, case.bias, case.key_cache, case.value_cache, layer_norm=None, scale=1.0)
+
+
 def test_no_clusters_without_paced_copies() -> None:
     case = random_case(1, 16, 1500, 1024, torch.float16, torch.device("cpu"))
     assert not covers_cross(case.call(), case.key_cache, case.value_cache)

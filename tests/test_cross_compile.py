@@ -141,8 +141,8 @@ def test_memory_is_touched_only_after_the_previous_kernels_end(builds: list[Buil
 def test_another_prompt_length_builds_nothing_but_where_tiles_change(tmp_path: Path) -> None:
     found = cross_compile(tmp_path, "prompts")
     assert [*found] == ["1", "8"]
-    # By batch size and first length: what is built for it. Programs take 8, 16 or 32 rows, and all of them or a part; two, three
-    # and five rows begin other tiles.
+    # By batch size and first length: what is built for it. Programs take 8, 16 or 32 rows, and all of them or a part; with two,
+    # three and five rows other tiles begin.
     expected = {
         ("1", "3"): {"_paced_rows_kernel"},
         ("1", "5"): {"_paced_rows_kernel", "_update_kv_cache_kernel"},

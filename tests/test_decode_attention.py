@@ -157,7 +157,7 @@ def test_a_length_past_the_last_slot_counts_as_all_slots(T: int, device: torch.d
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("T", [1, 4])
-@pytest.mark.parametrize("length", [0, -1, -100])
+@pytest.mark.parametrize("length", [0, -1, -100, -(1 << 32) + 5, -(1 << 62)])
 def test_a_query_without_any_key_gives_zero(length: int, T: int, splits: int, device: torch.device) -> None:
     shape = SHAPE._replace(T=T, length=0)
     query, *caches, _ = arguments(shape, torch.float16, device).values()

@@ -431,12 +431,20 @@ class TestPacedKernels:
         for _ in range(2):
             assert torch.equal(skinny._launch(*arguments, [4, 1, 4, 0, 2, 0]), plain)
         assert [record.message for record in caplog.records if "paced" in record.message] == [
-            "paced kernels do not build here, the plain ones serve: RuntimeError: PassManager::run failed"
+            "paced kernels do not run here, the plain ones serve: RuntimeError: PassManager::run failed"
         ]
         x, weights, biases, *around = arguments
         rows, weights, biases = x.half().repeat(3, 1), [w.half() for w in weights], [b.half() for b in biases]
         plain = skinny._launch(rows, weights, biases, *around, [32, 1, 8, 1, 0, 0])
         assert torch.equal(skinny._launch(rows, weights, biases, *around, [16, 4, 4, 1, 2, 0]), plain)
+
+    @pytest.mark.usefixtures("arguments")
+    def test_what_the_driver_does_not_grant_gives_them_up_too(self, caplog: pytest.LogCaptureFixture) -> None:
+        _paced.give_up(_paced.NotGranted("a kernel cannot have its memory"), torch.device("cuda", 0))
+        assert _paced.why_given_up(torch.device("cuda", 0)) == "NotGranted: a kernel cannot have its memory"
+        assert "the plain ones serve" in caplog.text
+        with pytest.raises(RuntimeError, match="a mistake"):
+            _paced.give_up(RuntimeError("a mistake"), torch.device("cuda", 0))
 
     @pytest.mark.usefixtures("arguments")
     def test_the_plain_attention_serves(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_cases import GuardedAllocations, assert_chain_waits, captured, lay_out, poisoned_allocations
 from whisper_triton.kernels._paced import has_paced_copies
+from whisper_triton.kernels._paced_rows import covers_rows
 from whisper_triton.kernels.skinny_linear import LayerNorm, fits_tiles, skinny_linear, skinny_linear_reference
 from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
 
@@ -68,6 +69,11 @@ class TestEveryLinkOfALayer:
     def test_layer_norm_and_gelu(self, B, K, dtype, device):
         x, weights, biases, norm, _ = make(B, K, 70, 1, dtype, device)
         check(x, weights, biases, layer_norm=norm, gelu=True)
+
+    @pytest.mark.parametrize("mean", [10.0, 100.0])
+    def test_a_row_whose_mean_is_far_above_its_deviation(self, B, K, dtype, device, mean):
+        x, weights, biases, norm, _ = make(B, K, 20, 1, dtype, device)
+        check(x + mean, weights, biases, layer_norm=norm)
 
     def test_residual(self, B, K, dtype, device):
         x, weights, biases, _, residual = make(B, K, 33, 1, dtype, device)
@@ -164,6 +170,7 @@ def test_other_widths_are_refused(device):
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(4, 1, 4, PACE=-1)}), "PACE and PROGRAMS at least 0"),
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(4, 1, 8)}), "BLOCK_N must be as many"),
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(8, 1, 4, True)}), "16 for tensor cores"),
+        (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(16, 1, 4, True)}), "tf32"),
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(64, 1, 64)}), "32 warps are the most"),
         (lambda x, w, b, r: (x, w, b, {"tiles": LinearTiles(16, 0, 4)}), "SPLIT_K must be at least 1"),
     ],
@@ -173,6 +180,11 @@ def test_bad_input_is_refused_with_a_reason(change, message, device):
     x, weights, biases, around = change(x, weights, biases, residual)
     with pytest.raises(ValueError, match=message):
         skinny_linear(x, weights, biases, **around)
+
+
+def test_sums_that_want_more_memory_than_the_weights_are_counted():
+    assert covers_rows(32, 256, False, 64, 1, 16)
+    assert not covers_rows(32, 256, False, 128, 1, 16)
 
 
 @pytest.mark.parametrize("has_copies", [False, True])

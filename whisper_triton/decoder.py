@@ -250,8 +250,8 @@ class DecoderStep:
         cache as it was but not the selection's state.
         """
         next_ids = selection.state.next_ids
-        # With a single row the loop stops at its end. A flag that is read early, before the kernel that sets it has run, is
-        # read as 0: `begin` clears it by PyTorch's launches, which nothing overtakes.
+        # With a single row the loop stops at its end. The flag is read early, but by no kernel that may run beside the one that
+        # sets it: each replay begins when the one before it has ended, and so do steps that are launched.
         skips = not decodes_ended and self.fused is not None and next_ids.shape[0] > 1
         ended = selection.state.ends if skips else None
 
@@ -334,6 +334,9 @@ class DecoderStep:
     def _launch(self, run: Callable[[], Result]) -> Result:
         host_length = self._host_length()  # `_claim` has counted these tokens, and the modules may do so again
         self._count_from(0)
+        # One of PyTorch's launches, which waits for all before it, as the beginning of a replay does: what has ended and the
+        # cross caches are read early in what follows, and must not change meanwhile.
+        self.cache.get_seq_length().add_(0)
         with torch.no_grad():
             result = run()
         self._count_from(host_length)
