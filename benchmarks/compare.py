@@ -81,7 +81,7 @@ def time_range(row: Row, column: str) -> tuple[float, float] | None:
     spread = row.get(f"{column[:-2]}spread_{unit}", spread)  # a time's own, where it has one
     if least is not None and greatest is not None:
         return least, greatest
-    return None if spread is None else (row[column] - spread, row[column] + spread)
+    return None if spread is None else (max(0.0, row[column] - spread), row[column] + spread)
 
 
 def verdict(a: tuple[float, float] | None, b: tuple[float, float] | None) -> str:
@@ -128,6 +128,10 @@ def compare(a: Path, b: Path) -> str:
         said = "; ".join(f"{column} {', '.join(known[column])}" for column in ("gpu", "revision", "date") if known[column])
         lines.append(f"{letter}: {path}" + (f" ({said})" if said else ""))
 
+    benchmarks = [{row["benchmark"] for row in own if "benchmark" in row} for own in rows]
+    if all(benchmarks) and not benchmarks[0] & benchmarks[1]:
+        held = [", ".join(sorted(names)) for names in benchmarks]
+        raise ValueError(f"{a} and {b} hold no benchmark both: {held[0]} and {held[1]}")
     gpus = by_gpu(rows[0]), by_gpu(rows[1])
     same = [(gpu, gpu) for gpu in gpus[0] if gpu in gpus[1]]
     meeting = same or list(itertools.product(*gpus))

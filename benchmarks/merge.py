@@ -68,6 +68,8 @@ def main() -> None:
         parser.error(str(error))
     if not merged:
         parser.error("there are no row files")
+    if args.output.resolve() == ROWS.resolve() and any(row.get("gpu") == "none" for rows in merged.values() for row in rows):
+        parser.error(f"some of these rows are of a CPU, whose speed {ROWS} does not hold: name another folder by --output")
     args.output.mkdir(parents=True, exist_ok=True)
     for name, rows in merged.items():
         (args.output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

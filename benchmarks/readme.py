@@ -1,22 +1,24 @@
-"""Rewrites README's tables and figures from benchmarks/rows/, and draws the figures into benchmarks/plots/.
+"""Rewrites the tables and figures of README and RESULTS.md from benchmarks/rows/, and draws the figures into benchmarks/plots/.
 
     python benchmarks/readme.py
     python benchmarks/readme.py --check    # changes nothing; says what differs and exits with 1
 
-README marks a table, and a figure, by the name of their row file; what stands between the comments is written here:
+These pages mark a table, and a figure, by its name, its row file's or one of `readme_tables.TABLES`; what stands between the
+comments is written here:
 
     <!-- rows: decoder_step -->
     <!-- end -->
     <!-- plot: decoder_step -->
     <!-- end -->
 
-What has no rows is not marked, and what has some must be. By which command, where and when they were measured is said from
-the rows, above a table or, where they have none, above the figure.
+What has no rows is not marked, and what has some must be, on one page at least. By which command, where and when they were
+measured is said from the rows, above a table or, where they have none, above the figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -24,9 +26,10 @@ from typing import Any
 
 from whisper_triton.benchmarks.compare import read_rows
 from whisper_triton.benchmarks.plots import digest, is_as_drawn, plot, read_digest
-from whisper_triton.benchmarks.readme_tables import TABLES, caption, render_table
+from whisper_triton.benchmarks.readme_tables import EXCERPTS, TABLES, caption, render_table
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "benchmarks/RESULTS.md")
 BLOCK = re.compile(r"(<!-- (rows|plot): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -39,9 +42,9 @@ FIGURES = {
     "decode_attention": "Cross-attention of a step, one layer: share of the memory's bandwidth by batch",
     "append_attention": "Self-attention of a step, one layer: time by the length of the cache",
 }
-# A panel for each model and batch: README shows those of the first model, the table all.
+# A panel for each model and batch: the figure shows those of the first model, the table all.
 OF_ONE_MODEL = ("step_links", "step_position")
-LINK_BATCHES = (1, 8)  # of which README shows the links: its table would be the longest of all
+LINK_BATCHES = (1, 8)  # of which the links are shown: their table would be the longest of all
 
 
 def load(root: Path, name: str) -> list[Row]:
@@ -61,10 +64,16 @@ def load(root: Path, name: str) -> list[Row]:
     return [{"dtype": "float16", **row} for row in rows]
 
 
+def pages(root: Path) -> dict[str, str]:
+    """The text of each page that there is."""
+    return {page: (root / page).read_text(encoding="utf-8") for page in PAGES if (root / page).is_file()}
+
+
 def unmarked(root: Path) -> list[str]:
-    """The marks that README lacks of what there are rows of."""
-    text = (root / "README.md").read_text(encoding="utf-8")
-    marks = [f"<!-- {kind}: {name} -->" for kind, names in (("rows", TABLES), ("plot", FIGURES)) for name in names]
+    """The marks that no page has of what there are rows of."""
+    text = "".join(pages(root).values())
+    names = [("rows", name) for name in sorted(TABLES.keys() - EXCERPTS)] + [("plot", name) for name in sorted(FIGURES)]
+    marks = [f"<!-- {kind}: {name} -->" for kind, name in names]
     return [mark for mark in marks if mark not in text and has_rows(root, mark.split()[2])]
 
 
@@ -76,51 +85,58 @@ def has_rows(root: Path, name: str) -> bool:
     return True
 
 
-def render(root: Path) -> tuple[str, dict[str, list[Row]]]:
-    """README as it must be, and the rows of each figure that it shows; ValueError for a mark that nothing stands for."""
-    text = (root / "README.md").read_text(encoding="utf-8")
+def render(root: Path) -> tuple[dict[str, str], dict[str, list[Row]]]:
+    """The pages as they must be, and the rows of each figure that they show; ValueError for a mark that nothing stands for."""
     figures: dict[str, list[Row]] = {}
+    return {page: render_page(root, page, text, figures) for page, text in pages(root).items()}, figures
+
+
+def render_page(root: Path, page: str, text: str, figures: dict[str, list[Row]]) -> str:
+    """One page as it must be; `figures` gets the rows of those that it shows."""
 
     def block(match: re.Match[str]) -> str:
         start, kind, name, old, end = match.groups()
         if name not in (TABLES if kind == "rows" else FIGURES):
-            raise ValueError(f"README.md: nothing is known of <!-- {kind}: {name} -->")
+            raise ValueError(f"{page}: nothing is known of <!-- {kind}: {name} -->")
         if "<!-- " in old:
-            raise ValueError(f"README.md: <!-- {kind}: {name} --> has no end of its own")
+            raise ValueError(f"{page}: <!-- {kind}: {name} --> has no end of its own")
         rows = load(root, name)
         if kind == "rows":
             return f"{start}{render_table(name, rows)}{end}"
         figures[name] = [r for r in rows if name not in OF_ONE_MODEL or r.get("model") == rows[0].get("model")]
         # Of rows that have a table its caption says how they were measured.
         said = "" if name in TABLES else f"{caption(figures[name], name)}\n\n"
-        return f"{start}{said}![{FIGURES[name]}](benchmarks/plots/{name}.svg)\n{end}"
+        plots = os.path.relpath("benchmarks/plots", Path(page).parent)
+        return f"{start}{said}![{FIGURES[name]}]({plots}/{name}.svg)\n{end}"
 
     new = BLOCK.sub(block, text)
     if len(re.findall("<!-- (?:rows|plot):", text)) != len(BLOCK.findall(text)):
-        raise ValueError("README.md: a mark has no <!-- end -->")
-    return new, figures
+        raise ValueError(f"{page}: a mark has no <!-- end -->")
+    return new
 
 
 def differences(root: Path) -> list[str]:
-    """What of README and its figures is not as the rows have it, a line each."""
+    """What of the pages and their figures is not as the rows have it, a line each."""
     new, figures = render(root)
-    old = (root / "README.md").read_text(encoding="utf-8")
-    blocks = zip(BLOCK.finditer(old), BLOCK.finditer(new), strict=True)
-    found = [f"README.md: {a[1].strip()} differs" for a, b in blocks if a[0] != b[0]]
-    found += [f"README.md: {mark} is missing" for mark in unmarked(root)]
+    found = []
+    for page, old in pages(root).items():
+        blocks = zip(BLOCK.finditer(old), BLOCK.finditer(new[page]), strict=True)
+        found += [f"{page}: {a[1].strip()} differs" for a, b in blocks if a[0] != b[0]]
+    found += [f"{mark} is on none of {' and '.join(PAGES)}" for mark in unmarked(root)]
     for name, rows in figures.items():
         path = root / "benchmarks" / "plots" / f"{name}.svg"
         if read_digest(path) != digest(rows, FIGURES[name]):
-            found.append(f"benchmarks/plots/{name}.svg shows other rows or none, or is of another plots.py")
+            found.append(f"benchmarks/plots/{name}.svg was not drawn from these rows by this plots.py")
         elif not is_as_drawn(path):
             found.append(f"benchmarks/plots/{name}.svg is not as it was drawn")
     return found
 
 
 def rewrite(root: Path) -> None:
-    """Writes README and draws its figures."""
+    """Writes the pages and draws their figures."""
     new, figures = render(root)
-    (root / "README.md").write_text(new, encoding="utf-8")
+    for page, text in new.items():
+        (root / page).write_text(text, encoding="utf-8")
     for name, rows in figures.items():
         plot(rows, root / "benchmarks" / "plots" / f"{name}.svg", FIGURES[name])
 
@@ -132,6 +148,9 @@ def main() -> None:
     try:
         if not args.check:
             rewrite(ROOT)
+            if missing := unmarked(ROOT):
+                print("\n".join(f"there are rows, but no {mark} on a page" for mark in missing), file=sys.stderr)
+                sys.exit(1)
         elif found := differences(ROOT):
             print("\n".join([*found, "run: python benchmarks/readme.py"]))
             sys.exit(1)

@@ -1,4 +1,4 @@
-"""README's tables: which columns of a row file they show, and how its numbers read.
+"""The tables of README and RESULTS.md: which rows and columns of a file they show, and how its numbers read.
 
 After "±" stands a time's spread, rounded up; in brackets the least and the greatest.
 """
@@ -16,6 +16,8 @@ from whisper_triton.benchmarks.plots import named, values
 from whisper_triton.benchmarks.record import parts_of
 
 OURS, STOCK, DYNAMIC = "accelerate", "stock static+compile", "stock dynamic"
+NAMES = {OURS: "whisper-triton"}  # of variants, in the tables
+README_GPU = "NVIDIA H200"  # whose rows README shows where it shows one GPU's, if there are any
 
 MOST_COMMANDS = 2  # that a caption lists for a GPU, where record.py measures the same
 
@@ -69,13 +71,13 @@ ALTERNATIVES = [
 
 
 class Table(NamedTuple):
-    """How rows become a table; `columns` may depend on the rows, and `prepare` on which are one line."""
+    """How rows become a table: `select` says which are shown, `prepare` which are one line; `columns` may depend on them."""
 
     columns: Sequence[Column] | Callable[[Sequence[Row]], list[Column]]
     prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
     benchmark: str | None = None  # only these, where rows of a file say of which benchmark they are
     file: str | None = None  # that the rows are in, where the table has another name
-    lead: str | None = None  # what stands before the table instead of how it was measured; with the rows' GPU and dtype
+    select: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
 
 
 def pivot(key: str, *same: str) -> Callable[[Sequence[Row]], list[Row]]:
@@ -113,22 +115,28 @@ def calls_text(rate: float, ms: float, least: float, greatest: float) -> str:
 def generate_columns(rows: Sequence[Row]) -> list[Column]:
     variants = sorted(values(rows, "variant"), key=lambda variant: variant == OURS)
     rates = [
-        Column(f"{v}, tok/s", tuple(f"{v}: {c}" for c in ("tok/s", "ms", "min_ms", "max_ms")), calls_text) for v in variants
+        Column(f"{NAMES.get(v, v)}, tok/s", tuple(f"{v}: {c}" for c in ("tok/s", "ms", "min_ms", "max_ms")), calls_text)
+        for v in variants
     ]
     gains = [
-        Column(f"{OURS} / {v}", (f"{OURS}: tok/s", f"{v}: tok/s"), lambda ours, stock: number(ours / stock), optional=True)
+        Column(f"times {v}", (f"{OURS}: tok/s", f"{v}: tok/s"), lambda ours, stock: number(ours / stock), optional=True)
         for v in (DYNAMIC, STOCK)
     ]
-    ours = [
-        measured(f"{OURS}, ms a token", f"{OURS}: ms/token", optional=True),
-        measured(f"{OURS}, RTFx", f"{OURS}: RTFx", optional=True),
-        Column(f"{OURS}, tokens equal to stock's", (f"{OURS}: equal_tokens",), percent, optional=True),
+    return [MODEL, BATCH, *rates, *gains]
+
+
+def generate_details(rows: Sequence[Row]) -> list[Column]:
+    ours = NAMES[OURS]
+    return [
+        *generate_columns(rows),
+        measured(f"{ours}, ms a token", f"{OURS}: ms/token", optional=True),
+        measured(f"{ours}, RTFx", f"{OURS}: RTFx", optional=True),
+        Column(f"{ours}, tokens equal to stock's", (f"{OURS}: equal_tokens",), percent, optional=True),
+        *(
+            Column(f"{what}: {STOCK}, {ours}", (f"{STOCK}: {column}", f"{OURS}: {column}"), numbers, optional=True)
+            for what, column in (("GB beyond the model", "extra_GB"), ("first call, s", "first_s"))
+        ),
     ]
-    sides = [
-        Column(f"{what}: {STOCK}, {OURS}", (f"{STOCK}: {column}", f"{OURS}: {column}"), numbers, optional=True)
-        for what, column in (("GB beyond the model", "extra_GB"), ("first call, s", "first_s"))
-    ]
-    return [MODEL, BATCH, *rates, *gains, *ours, *sides]
 
 
 def link_columns(rows: Sequence[Row]) -> list[Column]:
@@ -152,31 +160,90 @@ def reshaping_columns(rows: Sequence[Row]) -> list[Column]:
     return [MODEL, BATCH, Column("tokens", ("T",)), Column("part", ("part",)), *times]
 
 
-def newest(rows: Sequence[Row]) -> list[Row]:
-    """Those of the GPU that was measured last."""
-    last = max(rows, key=lambda row: (row["date"], row["gpu"]))
+def of_one_gpu(rows: Sequence[Row]) -> list[Row]:
+    """Those of README's GPU, or, where it has none, of the GPU that was measured last."""
+    last = max(rows, key=lambda row: (row["gpu"] == README_GPU, row["date"], row["gpu"]))
     return [row for row in rows if row["gpu"] == last["gpu"]]
+
+
+def only(**wanted: Sequence[object]) -> Callable[[Sequence[Row]], list[Row]]:
+    """Rows of one GPU whose columns have one of the values that are wanted."""
+
+    def select(rows: Sequence[Row]) -> list[Row]:
+        return [row for row in of_one_gpu(rows) if all(row.get(column) in found for column, found in wanted.items())]
+
+    return select
+
+
+def layouts(rows: Sequence[Row]) -> list[Row]:
+    """What FlashAttention's layout costs a captured or compiled step, at one length of those in use."""
+    return [
+        row
+        for row in of_one_gpu(rows)
+        if (row["how"] == "graph" and (row["cost"] == "transposes" or (row["cost"], row["length"]) == ("unread slots", 100)))
+        or (row["how"] == "compiled" and row["cost"] == "launches")
+    ]
 
 
 BY_VARIANT = pivot("variant", "model", "B")
 FLASH_WAYS = ("flash", "flash, slices", "flash, copies", "SDPA flash", "ours")
 GROWING = ("growing, first pass", "growing, second pass", "growing, third pass")
 PROCESSOR_WAYS = ("stock", "compiled", *GROWING, "ours", "ours, graph")
+RESHAPING = Table(reshaping_columns, pivot("how", "model", "B", "T", "part", "layers"))
+LAYOUT = Table(
+    [
+        MODEL,
+        BATCH,
+        *(Column(name, (name,)) for name in ("cost", "part", "length", "how")),
+        *of_each(FLASH_WAYS),
+        measured("flash / ours", "flash: way/ours", optional=True),
+        measured("flash, slices / ours", "flash, slices: way/ours", optional=True),
+        Column("graph breaks: flash, slices", ("flash, slices: graph_breaks",), optional=True),
+        Column("graph breaks: ours", ("ours: graph_breaks",), optional=True),
+    ],
+    pivot("way", "model", "B", "cost", "part", "length", "how"),
+)
+REUSE = Table(
+    [
+        MODEL,
+        Column("layers", ("layers",)),
+        BATCH,
+        Column("how", ("how",)),
+        measured("recompute, us", "recompute_us", "recompute_spread_us"),
+        measured("reuse, us", "reuse_us", "reuse_spread_us"),
+        measured("recompute / reuse", "recompute/reuse"),
+        Column("equal tokens", ("equal_tokens",), percent, optional=True),
+    ],
+)
+PROCESSORS = Table(
+    [
+        BATCH,
+        TIMESTAMPS,
+        Column("what", ("what",)),
+        *of_each(PROCESSOR_WAYS),
+        measured("stock / ours, graph", "stock: over_ours", optional=True),
+        measured("compiled / ours, graph", "compiled: over_ours", optional=True),
+        Column("compiled whole", ("compiled: is_whole",), lambda whole: "yes" if whole else "no"),
+        Column("stock's launches", ("stock: launches",), optional=True),
+    ],
+    pivot("how", "model", "B", "timestamps", "what"),
+)
 TABLES = {
-    "headline": Table(
+    "calls": Table(generate_columns, BY_VARIANT, file="generate", select=only(variant=(OURS, STOCK, DYNAMIC))),
+    "generate": Table(generate_details, BY_VARIANT),
+    "steps": Table(
         [
             MODEL,
             BATCH,
-            measured("stock, static cache and torch.compile, tok/s", f"{STOCK}: tok/s"),
-            measured("accelerate, tok/s", f"{OURS}: tok/s"),
-            Column("times as fast", (f"{OURS}: tok/s", f"{STOCK}: tok/s"), lambda ours, stock: number(ours / stock)),
+            measured("ms", "ms", "spread_ms"),
+            Column("share of the bandwidth", ("share_%",), "{:.0f} %".format),
+            measured("stock compiled, ms", "compiled_ms", "compiled_spread_ms", optional=True),
+            measured("times stock compiled", "compiled/ours", optional=True),
         ],
-        lambda rows: BY_VARIANT(newest(rows)),
-        file="generate",
-        lead="Whole calls of `generate`, the encoder included, 64 tokens a 30 s window, on one {gpu} in {dtype}; more under"
-        " [Numbers](#numbers):",
+        benchmark="step",
+        file="decoder_step",
+        select=of_one_gpu,
     ),
-    "generate": Table(generate_columns, BY_VARIANT),
     "decoder_step": Table(
         [
             MODEL,
@@ -300,59 +367,41 @@ TABLES = {
             STOCK_OVER_OURS,
         ],
     ),
-    "reshape_free": Table(reshaping_columns, pivot("how", "model", "B", "T", "part", "layers")),
-    "flash_layout": Table(
-        [
-            MODEL,
-            BATCH,
-            *(Column(name, (name,)) for name in ("cost", "part", "length", "how")),
-            *of_each(FLASH_WAYS),
-            measured("flash / ours", "flash: way/ours", optional=True),
-            measured("flash, slices / ours", "flash, slices: way/ours", optional=True),
-            Column("graph breaks: flash, slices", ("flash, slices: graph_breaks",), optional=True),
-            Column("graph breaks: ours", ("ours: graph_breaks",), optional=True),
-        ],
-        pivot("way", "model", "B", "cost", "part", "length", "how"),
+    "reshape_free": RESHAPING,
+    "reshape_free_stack": RESHAPING._replace(
+        file="reshape_free", select=only(part=("stack",), T=(1,), model=("large-v3",), how=("graph", "compiled"))
     ),
-    "cross_kv_reuse": Table(
-        [
-            MODEL,
-            Column("layers", ("layers",)),
-            BATCH,
-            Column("how", ("how",)),
-            measured("recompute, us", "recompute_us", "recompute_spread_us"),
-            measured("reuse, us", "reuse_us", "reuse_spread_us"),
-            measured("recompute / reuse", "recompute/reuse"),
-            Column("equal tokens", ("equal_tokens",), percent, optional=True),
-        ],
-    ),
-    "logits_processors": Table(
-        [
-            BATCH,
-            TIMESTAMPS,
-            Column("what", ("what",)),
-            *of_each(PROCESSOR_WAYS),
-            measured("stock / ours, graph", "stock: over_ours", optional=True),
-            measured("compiled / ours, graph", "compiled: over_ours", optional=True),
-            Column("compiled whole", ("compiled: is_whole",), lambda whole: "yes" if whole else "no"),
-            Column("stock's launches", ("stock: launches",), optional=True),
-        ],
-        pivot("how", "model", "B", "timestamps", "what"),
+    "flash_layout": LAYOUT,
+    "flash_layout_costs": LAYOUT._replace(file="flash_layout", select=layouts),
+    "cross_kv_reuse": REUSE,
+    "cross_kv_reuse_compiled": REUSE._replace(file="cross_kv_reuse", select=only(how=("compiled",))),
+    "logits_processors": PROCESSORS,
+    "logits_processors_choice": PROCESSORS._replace(
+        file="logits_processors", select=only(what=("choice",), how=("stock", "compiled", "ours, graph"))
     ),
 }
 
 
+# Those of a part of their file, which README may show or not.
+EXCERPTS = {name for name, table in TABLES.items() if table.select is not Table._field_defaults["select"]}
+
+
 def commands(rows: Sequence[Row], name: str) -> list[str]:
-    """By which the rows were measured; of commands that differ in models and batches alone the one that measures as much."""
+    """By which the rows were measured; of commands that differ in models and batches alone the one that measures as much.
+
+    Batches of which there is no row, as of a run that was ended, are left out.
+    """
     found: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for said in values(rows, "command") or [f"python benchmarks/{name}.py"]:
         words, given = shlex.split(said), {"--model": "", "--batch": ""}
         for i, word in enumerate(words[:-1]):
             if word in given:
                 given[word], words[i + 1] = words[i + 1], word
+        measured_batches = {str(row["B"]) for row in rows if row.get("command") == said and "B" in row}
+        batches = [B for B in given["--batch"].split(",") if B in measured_batches] or given["--batch"].split(",")
         batches_of = found.setdefault(tuple(words), {})
         for model in given["--model"].split(","):
-            batches_of.setdefault(model, []).extend(given["--batch"].split(","))
+            batches_of.setdefault(model, []).extend(batches)
     lines = []
     for words, batches_of in found.items():
         models_of: dict[str, list[str]] = {}
@@ -402,6 +451,7 @@ def short(name: str) -> str:
 def render_table(name: str, rows: Sequence[Row]) -> str:
     """The caption and the table; ValueError if a column that the table needs is in no row."""
     table = TABLES[name]
+    rows = table.select(rows)
     columns = list(table.columns(rows) if callable(table.columns) else table.columns)
     lines = table.prepare(rows)
     for column in ("dtype", "gpu"):
@@ -413,6 +463,4 @@ def render_table(name: str, rows: Sequence[Row]) -> str:
             raise ValueError(f"rows/{name}.jsonl: no row has the column {missing[0]}, which README's table shows")
     columns = [column for column in columns if there.issuperset(column.of)]
     cells = [[column.header for column in columns], ["---"] * len(columns), *([c.cell(row) for c in columns] for row in lines)]
-    where = {column: ", ".join(short(named(column, value)) for value in values(lines, column)) for column in ("gpu", "dtype")}
-    lead = caption(rows, table.file or name) if table.lead is None else table.lead.format(**where)
-    return f"{lead}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    return f"{caption(rows, table.file or name)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in cells)

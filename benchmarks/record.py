@@ -188,7 +188,11 @@ def main() -> None:
     batches = args.batch and [int(B) for B in args.batch.split(",")]
     parts = parts_of(args.device, args.only, args.models and args.models.split(","), batches)
     if not parts:
-        parser.error("nothing of that is recorded")
+        known = ", ".join(dict.fromkeys(model for benchmark in RECORDED for model in benchmark.models))
+        recorded = ", ".join(map(str, sorted({B for benchmark in RECORDED for B in benchmark.batches})))
+        parser.error(f"nothing of that is recorded: models are {known}, batch sizes {recorded}, but not all for each benchmark")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"{args.output} is a file, and a folder is wanted")
     args.output.mkdir(parents=True, exist_ok=True)
     if args.device == "cpu":
         importlib.import_module("whisper_triton.benchmarks.generate")

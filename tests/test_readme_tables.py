@@ -106,7 +106,7 @@ def test_differences(root: Path) -> None:
     every = [
         "README.md: <!-- rows: decoder_step --> differs",
         "README.md: <!-- plot: decoder_step --> differs",
-        "benchmarks/plots/decoder_step.svg shows other rows or none, or is of another plots.py",
+        "benchmarks/plots/decoder_step.svg was not drawn from these rows by this plots.py",
     ]
     assert readme.differences(root) == every
     readme.rewrite(root)
@@ -130,7 +130,7 @@ def test_figures_of_another_plots(root: Path, monkeypatch: pytest.MonkeyPatch, t
     other = tmp_path / "plots.py"
     other.write_text(Path(plots.__file__).read_text().replace("#187FC4", "#187FC5"))
     monkeypatch.setattr(plots, "__file__", str(other))
-    assert readme.differences(root) == ["benchmarks/plots/decoder_step.svg shows other rows or none, or is of another plots.py"]
+    assert readme.differences(root) == ["benchmarks/plots/decoder_step.svg was not drawn from these rows by this plots.py"]
 
 
 def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
@@ -141,7 +141,7 @@ def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
     ]
     write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.27, "odd": [1], "benchmark": "step"}, *links)
     # What there are rows of must be shown; the rows of steps are as they were.
-    marks = [f"README.md: <!-- {kind}: step_links --> is missing" for kind in ("rows", "plot")]
+    marks = [f"<!-- {kind}: step_links --> is on none of README.md and benchmarks/RESULTS.md" for kind in ("rows", "plot")]
     assert readme.differences(root) == marks
     with (root / "README.md").open("a") as page:
         page.write(LINKS)
@@ -154,19 +154,23 @@ def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
     assert plots.read_digest(root / "benchmarks" / "plots" / "step_links.svg")
 
 
-def test_the_headline_is_of_the_gpu_measured_last() -> None:
-    calls = [
-        {"model": "turbo", "B": 1, "variant": variant, "tok/s": rate, "dtype": "float16", **WHERE, "gpu": gpu, "date": date}
-        for gpu, date, rates in (
-            ("NVIDIA H200", "2026-01-03", (500.0, 3000.0)),
-            ("NVIDIA H100 80GB HBM3", "2026-01-02", (400.0, 2000.0)),
-        )
-        for variant, rate in zip(("stock static+compile", "accelerate"), rates, strict=True)
-    ]
-    text = readme_tables.render_table("headline", calls)
-    assert text.startswith("Whole calls of `generate`, ")
-    assert ", on one H200 in fp16; " in text
-    assert text.splitlines()[4:] == ["| turbo | 1 | 500 | 3000 | 6.00 |"]
+def test_readme_shows_one_gpu_whatever_was_measured_since() -> None:
+    def call(variant: str, rate: float, gpu: str, date: str) -> dict:
+        times = {"tok/s": rate, "ms": 64.0, "min_ms": 32.0, "max_ms": 128.0}
+        return {"model": "turbo", "B": 1, "variant": variant, **times, "dtype": "float16", **WHERE, "gpu": gpu, "date": date}
+
+    def shown(rows: list[dict]) -> list[str]:
+        return readme_tables.render_table("calls", rows).splitlines()
+
+    readmes = [call("stock static+compile", 500.0, readme_tables.README_GPU, "2026-01-01")]
+    readmes += [call("attention by name, static+compile", 600.0, readme_tables.README_GPU, "2026-01-01")]
+    readmes += [call("accelerate", 3000.0, readme_tables.README_GPU, "2026-01-01")]
+    older, newer = (call("accelerate", rate, f"GPU {rate}", f"2026-01-0{date}") for rate, date in ((1.0, 2), (2.0, 3)))
+    caption, _, header, _, *lines = shown([older, newer, *readmes])
+    assert f" on {readme_tables.README_GPU}, 2026-01-01 " in caption
+    assert header == "| model | batch | stock static+compile, tok/s | whisper-triton, tok/s | times stock static+compile |"
+    assert lines == ["| turbo | 1 | 500 (250-1000) | 3000 (1500-6000) | 6.00 |"]
+    assert "on GPU 2.0, 2026-01-03 " in shown([older, newer])[0]  # without it the newest
 
 
 def test_what_rows_say_of_themselves(root: Path) -> None:
@@ -212,6 +216,8 @@ def test_commands_that_differ_in_models_and_batches_are_one() -> None:
         script,
     ]
     assert readme_tables.commands([{}], "y") == ["python benchmarks/y.py"]
+    ended = [{"command": f"{script} --batch 1,8,32", "B": B} for B in (1, 8)]
+    assert readme_tables.commands(ended, "y") == [f"{script} --batch 1,8"]
 
 
 def test_captions_go_gpu_by_gpu_and_name_few_commands() -> None:
@@ -255,9 +261,9 @@ def test_generate_has_a_line_a_batch() -> None:
     rows = [call("accelerate", 1, 64.0), call("stock static+compile", 1, 128.0), call("accelerate", 8, 512.0)]
     lines = readme_tables.render_table("generate", rows).splitlines()[2:]
     assert lines[0] == (
-        "| model | batch | stock static+compile, tok/s | accelerate, tok/s "
-        "| accelerate / stock static+compile | accelerate, ms a token | accelerate, RTFx | accelerate, tokens equal to stock's "
-        "| GB beyond the model: stock static+compile, accelerate | first call, s: stock static+compile, accelerate |"
+        "| model | batch | stock static+compile, tok/s | whisper-triton, tok/s | times stock static+compile "
+        "| whisper-triton, ms a token | whisper-triton, RTFx | whisper-triton, tokens equal to stock's "
+        "| GB beyond the model: stock static+compile, whisper-triton | first call, s: stock static+compile, whisper-triton |"
     )
     assert lines[2:] == [
         "| turbo | 1 | 500 (250-625) | 1000 (500-1250) | 2.00 | 1.00 | 469 | 88 % | 0.125, 0.125 | 12.8, 6.40 |",

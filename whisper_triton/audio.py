@@ -76,7 +76,8 @@ def _open(path: str | os.PathLike[str]) -> Iterator[soundfile.SoundFile]:
         raise AudioError(error.strerror or str(error)) from error
     except soundfile.LibsndfileError as error:
         reason = error.error_string.strip(" .")
-        raise AudioError(f"is not audio that can be read, as wav, flac, mp3 and ogg can ({reason})") from error
+        known = "wav, flac, mp3 and ogg"
+        raise AudioError(f"is not audio that can be read, as {known} can ({reason}); ffmpeg converts others") from error
 
 
 def _mono_blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:

