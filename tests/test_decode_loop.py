@@ -562,7 +562,7 @@ class TestStocksLoop:
             model.generate(mel(1, device), max_new_tokens=4)
         assert fallbacks() == [
             *said,
-            "tokens are chosen in stock's loop: the model has hooks, or another forward pass or class",
+            "tokens are chosen in stock's loop: the model has hooks, or another class or methods of its own",
         ]
 
     @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, WhisperForConditionalGeneration
-from transformers.generation import GenerationMode
+from transformers.generation import GenerationMode, MaxLengthCriteria
 
 from .attention import NAME, STATE, is_length, why_not_covered
 from .graphs import modules_of
@@ -46,6 +46,44 @@ def _mode(config: GenerationConfig, num_beams: Any) -> GenerationMode:
         config = copy.copy(config)
         config.num_beams = num_beams
     return config.get_generation_mode()
+
+
+# What our loop does in place of stock's, and what a replay does in place of the forward pass.
+_LOOP = {
+    name: inspect.getattr_static(WhisperForConditionalGeneration, name)
+    for name in (
+        "forward",
+        "prepare_inputs_for_generation",
+        "_update_model_kwargs_for_generation",
+        "_has_unfinished_sequences",
+        "_sample",
+    )
+}
+
+
+def has_stocks_forward(model: WhisperForConditionalGeneration) -> bool:
+    """Whether the model's class has transformers' own forward pass, which nobody has replaced since."""
+    return inspect.getattr_static(type(model), "forward") is _LOOP["forward"]
+
+
+def has_stocks_loop(model: WhisperForConditionalGeneration, overridden: dict[str, Any]) -> bool:
+    """Whether what stock's loop calls at each token is transformers' own, with no hook around it; `overridden`: our methods on
+    this model.
+    """
+    return (
+        type(model) is WhisperForConditionalGeneration
+        and not (model._forward_hooks or model._forward_pre_hooks)
+        and all(
+            inspect.getattr_static(type(model), name) is method and vars(model).get(name) is overridden.get(name)
+            for name, method in _LOOP.items()
+        )
+    )
+
+
+def brings_its_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call of `generate` has a greatest length among its stopping criteria, for which stock drops its own."""
+    criteria = args[3] if len(args) > 3 else kwargs.get("stopping_criteria")
+    return any(isinstance(criterion, MaxLengthCriteria) for criterion in criteria or ())
 
 
 # What in transformers reads the scores of a call that asks for tokens alone: for its threshold of log-probability.
@@ -106,9 +144,13 @@ def why_not_our_cache(
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
     generation_mode: GenerationMode,
+    batch_size: int,
     is_known: bool,
 ) -> str | None:
-    """What in a call of `generate` is not covered by a cache of ours, or None; `is_known` as in `why_not_static`."""
+    """What in a call of `generate` is not covered by a cache of ours, or None.
+
+    `batch_size`: before each row is there for all of its beams or sequences. `is_known` as in `why_not_static`.
+    """
     if model_kwargs.get("past_key_values") is not None:
         return "past_key_values is given"
     if generation_config.cache_implementation not in (None, "dynamic"):
@@ -123,6 +165,10 @@ def why_not_our_cache(
         return "the model is another's assistant"
     if generation_config.output_attentions or model.config.output_attentions:
         return "output_attentions=True"
+    states = model_kwargs["encoder_outputs"][0]
+    rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+    if states.dim() != 3 or states.shape[0] != rows:  # of a tensor in place of the encoder's outputs, the first row
+        return f"encoder_outputs are {tuple(states.shape)}, where {rows} rows are decoded"
     return why_not_static(model, is_known)
 
 

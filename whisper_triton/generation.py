@@ -24,7 +24,16 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .attention import STATE, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
-from .coverage import returns_tokens_alone, why_not_our_cache, why_not_our_loop, why_not_replayed, why_not_static
+from .coverage import (
+    brings_its_length,
+    has_stocks_forward,
+    has_stocks_loop,
+    returns_tokens_alone,
+    why_not_our_cache,
+    why_not_our_loop,
+    why_not_replayed,
+    why_not_static,
+)
 from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
 from .decoder import DecoderStep, cache_bytes, fingerprint, why_not_captured
 from .early import start_encoder, whole_segment
@@ -46,6 +55,7 @@ class _Call:
     # Of a prompt. All of transformers' own decoding methods that get our cache do; one of the user's may want the others too.
     reads_last_logits: bool
     returns_tokens: bool  # and nobody sees more of it, though stock may ask for more itself
+    brings_its_length: bool  # which the cache's length does not follow
     streams: RandomStreams = field(default_factory=RandomStreams)
 
 
@@ -116,7 +126,11 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
 
 
 def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call = _Call(kwargs.get("custom_generate") is None, returns_tokens_alone(self, state.overridden, args, kwargs))
+    call = _Call(
+        reads_last_logits=kwargs.get("custom_generate") is None,
+        returns_tokens=returns_tokens_alone(self, state.overridden, args, kwargs),
+        brings_its_length=brings_its_length(args, kwargs),
+    )
     is_outermost = state.owner is None
     attn_implementation = self.config._attn_implementation
     outer, outer_encoded = _CALL.set(call), ENCODED.set(Encoded())
@@ -161,17 +175,12 @@ def _on_device(device: torch.device, state: State) -> Iterator[None]:
 
 def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kwargs: Any) -> Any:
     state: State | None = vars(self).get(STATE)
-    # What a user has put around or in place of the forward pass runs at each step, which a replay would not see.
-    is_plain = (
-        state is not None
-        and type(self) is WhisperForConditionalGeneration
-        and vars(self).get("forward") is state.overridden.get("forward")
-        and not (self._forward_hooks or self._forward_pre_hooks)
-    )
+    # What a user has put around or in place of the forward pass, or of what prepares it, a replay would not see.
+    is_plain = state is not None and has_stocks_loop(self, state.overridden)
     step = None if state is None else state.in_use
     if step is not None and not is_plain:
-        report_once(f"{STOCKS_LOOP}: the model has hooks, or another forward pass or class")
-    call = _CALL.get() or _Call(reads_last_logits=False, returns_tokens=False)  # kept by somebody, and called by itself
+        report_once(f"{STOCKS_LOOP}: the model has hooks, or another class or methods of its own")
+    call = _CALL.get() or _Call(False, False, False)  # kept by somebody, and called by itself
     return decode(
         self,
         step if is_plain else None,
@@ -203,6 +212,9 @@ def _step_in_use(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) 
     state: State | None = vars(self).get(STATE)  # None: kept, or compiled into something, from before `restore`
     step = None if state is None else state.in_use
     if step is None or kwargs.get("past_key_values") is not step.cache or kwargs.get("encoder_outputs") is None:
+        return None
+    if not has_stocks_forward(self):
+        report_once("steps are not replayed: the model's class has another forward pass")
         return None
     return None if torch.is_grad_enabled() else step
 
@@ -278,7 +290,11 @@ def _prepare_cache_for_generation(
     state: State | None = vars(self).get(STATE)  # None: a method kept from before `restore`
     found = None if state is None else fingerprint(self)
     is_known = state is not None and found == state.captured
-    reason = why_not_our_cache(self, generation_config, model_kwargs, generation_mode, is_known)
+    reason, call = why_not_our_cache(self, generation_config, model_kwargs, generation_mode, batch_size, is_known), _CALL.get()
+    if call is None:
+        reason = reason or "the class's generate is called, past the model's"  # and hands out its cache
+    elif call.brings_its_length:
+        reason = reason or "there is a length among the stopping criteria"
     if reason is None:
         frames = model_kwargs["encoder_outputs"][0]
         model_kwargs["past_key_values"] = _cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
