@@ -30,6 +30,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from whisper_triton.kernels._clustered_cross import CrossTiles
+from whisper_triton.kernels._linear_call import LinearCall
+from whisper_triton.kernels._linear_tiles import choose_tiles
 
 from whisper_triton.kernels import _attend, _cluster, _dispatch, _paced, _paced_rows, _paced_stream
 
@@ -167,7 +169,7 @@ def linear_calls(B: int, has_copies: bool = False, C: int = 1280) -> Iterator[Ca
     def linear_call(link: str, x: object, N: int, K: int, parts: int = 1, bias: bool = True, **around: object) -> Call:
         weights, biases = [tensor(N, K) for _ in range(parts)], [tensor(N) if bias else None] * parts
         norm = around.get("layer_norm", (None, None, 0.0))
-        tiles = [int(number) for number in linear.choose_tiles(B, N, K, parts, "layer_norm" in around, has_copies)]
+        tiles = [int(number) for number in choose_tiles(B, N, K, parts, "layer_norm" in around, has_copies)]
         others = around.get("scale", 1.0), around.get("gelu", False), around.get("residual")
         launch = partial(linear._launch, x, weights, biases, *norm, *others, tiles)
         return Call(f"linear {link} {B=} {has_copies=} {C=}", launch, read_ahead=True)  # of the weights, which no kernel writes
@@ -320,7 +322,7 @@ def paced_calls() -> Iterator[Call]:
         C = 64 * H
         x, weight, vector = (torch.empty(*shape, dtype=torch.float16) for shape in ((B, C), (C, C), (C,)))
         cache, ended = torch.empty(B, H, 1500, 64, dtype=torch.float16), torch.zeros(B, dtype=torch.int64) if B > 1 else None
-        call = linear.LinearCall(x, [weight], [vector], vector, vector, 1e-5, 0.125, False, None)
+        call = LinearCall(x, [weight], [vector], vector, vector, 1e-5, 0.125, False, None)
         launch = partial(cross.clustered_cross, call, cache, cache, 1.0, ended, CrossTiles(*tiles))
         yield Call(f"cross clustered {B=} {H=} {tiles=}", launch, read_ahead=True)
 
