@@ -30,6 +30,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from whisper_triton.kernels._clustered_cross import CrossTiles
+from whisper_triton.kernels._cross_table import cross_table
 from whisper_triton.kernels._linear_call import LinearCall
 from whisper_triton.kernels._linear_tiles import choose_tiles
 
@@ -197,7 +198,7 @@ def project_calls(dtype: torch.dtype) -> Iterator[Call]:
         weights = [torch.empty(H * D * C + odd, dtype=dtype)[odd:].view(H * D, C) for _ in range(L)]
         caches = [[torch.empty(2, H, 1500, D + odd, dtype=dtype)[..., odd:] for _ in range(L)] for _ in range(2)]
         biases = [torch.empty(H * D + odd, dtype=dtype)[odd:] for _ in range(L)]
-        table = project.cross_table(weights, weights, biases, *caches)
+        table = cross_table(weights, weights, biases, *caches)
         return Call(f"project {name} {str(dtype).removeprefix('torch.')}", partial(project._launch, states, *table), **kwargs)
 
     yield project_call("large-v3", 20, 64, 1280, is_heavy=True)
