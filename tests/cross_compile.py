@@ -314,9 +314,9 @@ def paced_calls() -> Iterator[Call]:
         (8, 64, False, append.PacedTiles(128, 4, 2)),
         (1, 128, True, append.PacedTiles(32, 2, 4)),
     ):
-        states, cache = torch.empty(3, B, 1, 12, D, dtype=torch.float16), torch.empty(B, 12, 448, D, dtype=torch.float16)
+        states, caches = torch.empty(3, B, 1, 12, D, dtype=torch.float16), torch.empty(2, B, 12, 448, D, dtype=torch.float16)
         position, ended = torch.tensor(0), torch.zeros(B, dtype=torch.int64) if B > 1 else None
-        tensors = *states, cache, cache, position, torch.empty_like(states[0])
+        tensors = *states, *caches, position, torch.empty_like(states[0])
         launch = partial(append._launch, *tensors, 1.0, ahead, ended, tiles)
         yield Call(f"append paced {B=} {D=} {tiles=}", launch, read_ahead=ahead)
     for B, H, tiles in ((1, 20, (4, 4)), (1, 16, (4, 4)), (8, 20, (4, 4))):
@@ -393,10 +393,10 @@ def prompt_calls(B: int, T: int) -> Iterator[Call]:
     yield Call("cross", partial(decode._launch, states, cross, cross, None, 1.0, False, False))
     yield Call("embed", partial(embed._launch, torch.zeros(B, T, dtype=torch.int64), cross[0, 0], cross[0, 0], position))
     for S in (448, T + 64):
-        cache = torch.empty(B, 20, S, 64, dtype=torch.float16)
-        yield Call("append", partial(append._launch, states, states, states, cache, cache, position, out, 1.0, S == 448))
-        yield Call("self", partial(decode._launch, states, cache, cache, position, 1.0, True, False))
-        yield Call("update", partial(update._launch, states, states, cache, cache, position))
+        caches = torch.empty(2, B, 20, S, 64, dtype=torch.float16)
+        yield Call("append", partial(append._launch, states, states, states, *caches, position, out, 1.0, S == 448))
+        yield Call("self", partial(decode._launch, states, *caches, position, 1.0, True, False))
+        yield Call("update", partial(update._launch, states, states, *caches, position))
 
 
 def prompts(B: int) -> dict[int, list[str]]:
