@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from . import _rules
 from ._dispatch import pdl_handover, tl, triton
+from ._rules import TokenLimits
 from ._sampling import draw_from_top_k, gumbel
+
+
+def _place_of(limit: str) -> tl.constexpr:
+    """Where it lies in `limits`. Of a module's globals Triton reads only what is a `tl.constexpr`."""
+    return tl.constexpr(TokenLimits._fields.index(limit))
+
+
+AT_MAX_LENGTH = _place_of("max_length")
+AT_PAD_TOKEN = _place_of("pad_token")
+AT_BEGIN_LENGTH = _place_of("begin_length")
+AT_MIN_LENGTH = _place_of("min_length")
+AT_TIMESTAMP_BEGIN = _place_of("timestamp_begin")
+AT_TIMESTAMP_LENGTH = _place_of("timestamp_length")
+AT_LAST_INITIAL_TIMESTAMP = _place_of("last_initial_timestamp")
+AT_END_OF_TEXT = _place_of("end_of_text")
+AT_PREFER_TIMESTAMPS = _place_of("prefer_timestamps")
+AT_TOP_K = _place_of("top_k")
+AT_CALL = _place_of("call")
+
+SUPPRESSED = tl.constexpr(_rules.SUPPRESSED)
+SUPPRESSED_AT_BEGIN = tl.constexpr(_rules.SUPPRESSED_AT_BEGIN)
+SUPPRESSED_UNTIL_MIN_LENGTH = tl.constexpr(_rules.SUPPRESSED_UNTIL_MIN_LENGTH)
+ENDS = tl.constexpr(_rules.ENDS)
 
 
 @triton.jit
 def _reduce_chunks_kernel(
     logits_ptr,  # (B, V) fp16/bf16/fp32
     flags_ptr,  # (V,) uint8
-    limits_ptr,  # (11,) int64
+    limits_ptr,  # (11,) int64, a TokenLimits
     temperature_ptr,  # () fp32
     ids_ptr,  # (B, L) int64
     lengths_ptr,  # (B,) int64
@@ -33,12 +58,12 @@ def _reduce_chunks_kernel(
     i_chunk, i_b = tl.program_id(0), tl.program_id(1)
     length = tl.load(lengths_ptr + i_b).to(tl.int32)
     running = tl.load(ends_ptr + i_b) == 0
-    begin_length = tl.load(limits_ptr + 2).to(tl.int32)
-    min_length = tl.load(limits_ptr + 3).to(tl.int32)
-    timestamp_begin = tl.load(limits_ptr + 4).to(tl.int32)
-    new = length - tl.load(limits_ptr + 5).to(tl.int32)
-    last_initial = tl.load(limits_ptr + 6).to(tl.int32)
-    end_of_text = tl.load(limits_ptr + 7).to(tl.int32)
+    begin_length = tl.load(limits_ptr + AT_BEGIN_LENGTH).to(tl.int32)
+    min_length = tl.load(limits_ptr + AT_MIN_LENGTH).to(tl.int32)
+    timestamp_begin = tl.load(limits_ptr + AT_TIMESTAMP_BEGIN).to(tl.int32)
+    new = length - tl.load(limits_ptr + AT_TIMESTAMP_LENGTH).to(tl.int32)
+    last_initial = tl.load(limits_ptr + AT_LAST_INITIAL_TIMESTAMP).to(tl.int32)
+    end_of_text = tl.load(limits_ptr + AT_END_OF_TEXT).to(tl.int32)
     newest = tl.load(last_timestamps_ptr + i_b).to(tl.int32)
     temperature = tl.load(temperature_ptr)
     row_ptr = ids_ptr + i_b * stride_ids_b + length
@@ -54,9 +79,10 @@ def _reduce_chunks_kernel(
     offs = start + tl.arange(0, BLOCK_V)
     mask = (offs < tl.where(is_text, end, V)) & running  # of a row that has ended nothing is read
     s = tl.load(logits_ptr + i_b.to(tl.int64) * V + offs, mask=mask, other=float("-inf")).to(tl.float32)
-    flags = tl.load(flags_ptr + offs, mask=mask, other=1).to(tl.int32)
+    flags = tl.load(flags_ptr + offs, mask=mask, other=SUPPRESSED).to(tl.int32)
 
-    active = 1 + tl.where(length == begin_length, 2, 0) + tl.where(length < min_length, 4, 0)
+    active = tl.where(length == begin_length, SUPPRESSED_AT_BEGIN, 0) + SUPPRESSED
+    active += tl.where(length < min_length, SUPPRESSED_UNTIL_MIN_LENGTH, 0)
     after_timestamp = (new >= 1) & (last >= timestamp_begin)
     is_pair = (new < 2) | (before >= timestamp_begin)
     after_opening = after_timestamp & (is_pair == 0)
@@ -113,7 +139,7 @@ def _pick_token_kernel(
     maxima_ptr,
     order_ptr,  # (B, chunks, BLOCK_V / GROUP) int32, with TOP_K
     flags_ptr,  # (V,) uint8
-    limits_ptr,  # (11,) int64
+    limits_ptr,  # (11,) int64, a TokenLimits
     seeds_ptr,  # (B,) int64
     ids_ptr,  # (B, L) int64, this and all below in place
     lengths_ptr,  # (B,) int64
@@ -147,9 +173,9 @@ def _pick_token_kernel(
     token_c = tl.load(partial_tokens_ptr + i_b * chunks + offs_c, mask=mask, other=0)
     length = tl.load(lengths_ptr + i_b)
     end = tl.load(ends_ptr + i_b)
-    max_length, pad_token = tl.load(limits_ptr), tl.load(limits_ptr + 1)
-    timestamp_begin = tl.load(limits_ptr + 4)
-    call = tl.load(limits_ptr + 10)
+    max_length, pad_token = tl.load(limits_ptr + AT_MAX_LENGTH), tl.load(limits_ptr + AT_PAD_TOKEN)
+    timestamp_begin = tl.load(limits_ptr + AT_TIMESTAMP_BEGIN)
+    call = tl.load(limits_ptr + AT_CALL)
 
     is_text = offs_c < tl.cdiv(tl.minimum(timestamp_begin.to(tl.int32), V), BLOCK_V)
     m_text, l_text, key_text, text = join_chunks(is_text, m_c, l_c, key_c, token_c)
@@ -159,7 +185,7 @@ def _pick_token_kernel(
     l = tl.where(m_text == float("-inf"), 0.0, l_text * tl.exp(m_text - m))
     l += tl.where(m_time == float("-inf"), 0.0, l_time * tl.exp(m_time - m))
     log_l, log_time = tl.log(l), tl.log(l_time)
-    prefer = (tl.load(limits_ptr + 8) != 0) & (m_time - m - log_l + log_time > m_text - m - log_l)
+    prefer = (tl.load(limits_ptr + AT_PREFER_TIMESTAMPS) != 0) & (m_time - m - log_l + log_time > m_text - m - log_l)
     running = end == 0
     is_time = prefer | (key_time > key_text)
     chosen = tl.where(is_time, time, text)
@@ -175,7 +201,7 @@ def _pick_token_kernel(
             order_ptr + row,
             tl.where(running, groups, 0),
             tl.where(prefer, text_groups, 0),
-            tl.load(limits_ptr + 9).to(tl.int32),
+            tl.load(limits_ptr + AT_TOP_K).to(tl.int32),
             temperature,
             tl.load(seeds_ptr + i_b),
             length.to(tl.int32),
@@ -194,7 +220,7 @@ def _pick_token_kernel(
 
     token = tl.where(running, chosen.to(tl.int64), pad_token)
     # Of a row that has ended, `token` is whatever pads: it need not be in the vocabulary.
-    is_last = (tl.load(flags_ptr + token, mask=running, other=0).to(tl.int32) & 8) != 0
+    is_last = (tl.load(flags_ptr + token, mask=running, other=0).to(tl.int32) & ENDS) != 0
     is_inside = (length >= 0) & (length < L)
     tl.store(ids_ptr + i_b * stride_ids_b + length, token, mask=is_inside)
     tl.store(logprobs_ptr + i_b * stride_lp_b + length, tl.where(running, logprob, 0.0), mask=is_inside)
