@@ -29,7 +29,7 @@ from whisper_triton.benchmarks.models import SHAPES, build_model
 from whisper_triton.kernels._clustered_cross import CrossTiles, clustered_cross
 from whisper_triton.kernels._linear_call import LinearCall
 from whisper_triton.kernels._linear_tiles import MANY_OUTPUTS, Tiles
-from whisper_triton.kernels._paced import has_paced_copies, why_given_up
+from whisper_triton.kernels._paced import ROWS, has_paced_copies, why_given_up
 from whisper_triton.kernels._paced_append import PacedTiles as PacedAppendTiles
 from whisper_triton.kernels._paced_attention import AttentionTiles as PacedTiles
 from whisper_triton.kernels._paced_stream import StreamTiles
@@ -116,10 +116,10 @@ def candidates(link: Link, B: int) -> list[object]:
         return [None, *(CrossTiles(*cut) for cut in itertools.product((4, 8), (1, 2, 3, 4, 5, 6, 8)))]
     if link[0] == "stream":
         cuts = ((2, 4, 4), (2, 8, 8), (4, 4, 8), (4, 8, 4), (4, 16, 4), (8, 4, 2))  # warps, rows of each, programs
-        return [None, *(StreamTiles(*cut[:2], places, cut[2]) for cut in cuts for places in (2, 3, 4, 6, 8))]
+        return [None, *(StreamTiles(*cut[:2], pace, cut[2]) for cut in cuts for pace in (2, 3, 4, 6, 8))]
     if link[0] == "paced cross":
         cuts = itertools.product((64, 96, 128, 160, 192, 256), (2, 4, 8), (1, 2, 3, 4))
-        return [PacedTiles(*cut) for cut in cuts if cut[0] % (_paced_attention.ROWS * cut[1]) == 0]
+        return [PacedTiles(*cut) for cut in cuts if cut[0] % (ROWS * cut[1]) == 0]
     if link[0] == "cross":
         cuts = [
             (256, 6, 8),

@@ -49,6 +49,9 @@ else:
 MIN_WIDTH = 1024
 MIN_WIDTH_OF_FEW = 1280  # linear layers of two to four rows
 
+PACED_HEAD_DIMS = (32, 64, 128)  # powers of two, so that a warp copies whole rows of keys 16 bytes a lane
+ROWS = 8  # keys of a piece for each warp, where a program has a place for each of its pieces
+
 HOPPER = (9, 0)  # the compute capability that these kernels were measured on, and are for
 # Bytes of shared memory that a program can have: CUDA C++ Programming Guide, compute capability 9.0.
 SHARED_MEMORY = 227 << 10
@@ -151,6 +154,8 @@ __all__ = [
     "MAX_DYNAMIC_SHARED_SIZE_BYTES",
     "MIN_WIDTH",
     "MIN_WIDTH_OF_FEW",
+    "PACED_HEAD_DIMS",
+    "ROWS",
     "SHARED_MEMORY",
     "NotGranted",
     "are_aligned",

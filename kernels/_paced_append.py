@@ -8,6 +8,7 @@ import torch
 
 from ._arguments import cache_arguments, position_arguments
 from ._paced import (
+    PACED_HEAD_DIMS,
     SHARED_MEMORY,
     are_aligned,
     async_copy_global_to_shared,
@@ -21,8 +22,6 @@ from ._paced import (
     wait_for_previous,
     wait_group,
 )
-
-HEAD_DIMS = (32, 64, 128)
 
 
 @gluon.jit
@@ -193,7 +192,7 @@ def covers_append(query: torch.Tensor, key_cache: torch.Tensor, value_cache: tor
     BLOCK_S, num_warps, PACE = tiles
     return (
         T == 1
-        and D in HEAD_DIMS
+        and D in PACED_HEAD_DIMS
         and has_paced_copies(query.device, query.dtype)
         and are_aligned(key_cache, value_cache)
         and num_warps in (1, 2, 4, 8, 16)

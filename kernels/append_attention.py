@@ -20,8 +20,8 @@ import torch
 
 from ._checks import check_apart, check_attention, check_caches, check_ended, check_positions, check_states
 from ._dispatch import register, triton
-from ._paced import MIN_WIDTH, are_aligned, give_up, has_paced_copies
-from ._paced_append import HEAD_DIMS, PacedTiles, choose_append_tiles, paced_append
+from ._paced import MIN_WIDTH, PACED_HEAD_DIMS, are_aligned, give_up, has_paced_copies
+from ._paced_append import PacedTiles, choose_append_tiles, paced_append
 from ._plain_append import plain_append
 from .decode_attention import LOG2E, attend_reference, forget_ended
 from .update_kv_cache import update_kv_cache_reference
@@ -62,7 +62,7 @@ def choose_tiles(B: int, T: int, H: int, D: int, itemsize: int, has_copies: bool
     and 440 at batches 1, 8 and 32 of 20 heads (fp16, D = 64), measured by benchmarks/tune_attention.py on one H100 80GB
     HBM3, 2026-11-22. Wider rows: fewer keys, the same registers.
     """
-    if has_copies and T == 1 and D in HEAD_DIMS and H * D >= MIN_WIDTH:
+    if has_copies and T == 1 and D in PACED_HEAD_DIMS and H * D >= MIN_WIDTH:
         return choose_append_tiles(B)
     BLOCK_S, num_warps = (128, 4) if B * H <= 320 else (32, 1)
     if T > 1:
