@@ -12,6 +12,7 @@ from ._paced import (
     SHARED_MEMORY,
     are_aligned,
     async_copy_global_to_shared,
+    attend_piece,
     barrier,
     commit_group,
     gl,
@@ -141,14 +142,7 @@ def _paced_append_kernel(
         v = values.index(i % PACE).load(LAYOUT).to(gl.float32)
         ask_for(i + PACE, end, key_ptrs, value_ptrs, stride_kc_s, stride_vc_s, offs_s, keys, values, BLOCK_S, PACE)
         is_key = i * BLOCK_S + offs_s < end
-        score = gl.where(is_key, gl.sum(q * k, axis=2), float("-inf"))
-        m_new = gl.maximum(m, score)
-        safe_m = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key
-        alpha = gl.exp2(m - safe_m)
-        p = gl.exp2(score - safe_m)
-        l = l * alpha + p
-        acc = acc * alpha[:, :, None] + p[:, :, None] * v  # zeros past the end
-        m = m_new
+        m, l, acc = attend_piece(q, k, v, is_key, m, l, acc)
 
     m_w = gl.max(m, axis=1)
     alpha = gl.exp2(m - gl.where(m_w == float("-inf"), 0.0, m_w)[:, None])

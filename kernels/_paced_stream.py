@@ -17,6 +17,7 @@ from ._arguments import cache_arguments
 from ._dispatch import multiprocessors, triton
 from ._paced import (
     async_copy_global_to_shared,
+    attend_piece,
     commit_group,
     gl,
     gluon,
@@ -141,14 +142,7 @@ def _paced_stream_kernel(
                 stride_vc_s, S, offs_s, offs_3d, keys, values, NUM_PIECES, BLOCK_S,
             )  # fmt: skip
             is_key = (i_piece - i_head * NUM_PIECES) * BLOCK_S + offs_s < S
-            score = gl.where(is_key, gl.sum(q * k, axis=2), float("-inf"))
-            m_new = gl.maximum(m, score)
-            safe_m = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key
-            alpha = gl.exp2(m - safe_m)
-            p = gl.exp2(score - safe_m)
-            l = l * alpha + p
-            acc = acc * alpha[:, :, None] + p[:, :, None] * v
-            m = m_new
+            m, l, acc = attend_piece(q, k, v, is_key, m, l, acc)
 
         m_w = gl.max(m, axis=1)
         alpha = gl.exp2(m - gl.where(m_w == float("-inf"), 0.0, m_w)[:, None])
