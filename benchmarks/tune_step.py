@@ -5,7 +5,7 @@
 A link timed alone says little: what counts is how it overlaps with its neighbours. So this takes one link after the other,
 tries its candidates in the captured step, and keeps the best before it goes on; `--links` leaves others as they are. Where
 clusters are not asked for, or lose, cross-attention is launched without them, and has links of its own. The tables of
-`choose_tiles` in kernels/skinny_linear.py, decode_attention.py and append_attention.py, of `choose_attention_tiles` in
+`choose_tiles` in kernels/_linear_tiles.py, decode_attention.py and append_attention.py, of `choose_attention_tiles` in
 _paced_attention.py, `choose_stream_tiles` in _paced_stream.py, `choose_append_tiles` in _paced_append.py and
 `choose_cross_tiles` in _clustered_cross.py are set from its output.
 """
@@ -28,13 +28,14 @@ from whisper_triton.benchmarks.harness import parse, time_graph, write_rows
 from whisper_triton.benchmarks.models import SHAPES, build_model
 from whisper_triton.kernels._clustered_cross import CrossTiles, clustered_cross
 from whisper_triton.kernels._linear_call import LinearCall
-from whisper_triton.kernels._paced import has_paced_copies, why_given_up
+from whisper_triton.kernels._linear_tiles import MANY_OUTPUTS, Tiles
+from whisper_triton.kernels._paced import ROWS, has_paced_copies, why_given_up
 from whisper_triton.kernels._paced_append import PacedTiles as PacedAppendTiles
 from whisper_triton.kernels._paced_attention import AttentionTiles as PacedTiles
 from whisper_triton.kernels._paced_stream import StreamTiles
 from whisper_triton.kernels.append_attention import Tiles as AppendTiles
 from whisper_triton.kernels.decode_attention import Tiles as AttentionTiles
-from whisper_triton.kernels.skinny_linear import MANY_OUTPUTS, LayerNorm, Tiles, skinny_linear
+from whisper_triton.kernels.skinny_linear import LayerNorm, skinny_linear
 
 import whisper_triton
 from whisper_triton.decoder import DecoderStep
@@ -115,10 +116,10 @@ def candidates(link: Link, B: int) -> list[object]:
         return [None, *(CrossTiles(*cut) for cut in itertools.product((4, 8), (1, 2, 3, 4, 5, 6, 8)))]
     if link[0] == "stream":
         cuts = ((2, 4, 4), (2, 8, 8), (4, 4, 8), (4, 8, 4), (4, 16, 4), (8, 4, 2))  # warps, rows of each, programs
-        return [None, *(StreamTiles(*cut[:2], places, cut[2]) for cut in cuts for places in (2, 3, 4, 6, 8))]
+        return [None, *(StreamTiles(*cut[:2], pace, cut[2]) for cut in cuts for pace in (2, 3, 4, 6, 8))]
     if link[0] == "paced cross":
         cuts = itertools.product((64, 96, 128, 160, 192, 256), (2, 4, 8), (1, 2, 3, 4))
-        return [PacedTiles(*cut) for cut in cuts if cut[0] % (_paced_attention.ROWS * cut[1]) == 0]
+        return [PacedTiles(*cut) for cut in cuts if cut[0] % (ROWS * cut[1]) == 0]
     if link[0] == "cross":
         cuts = [
             (256, 6, 8),

@@ -17,6 +17,7 @@ import torch
 
 from ._paced import (
     MAX_DYNAMIC_SHARED_SIZE_BYTES,
+    PACED_HEAD_DIMS,
     NotGranted,
     are_aligned,
     constexpr_function,
@@ -29,7 +30,6 @@ from ._paced import (
 )
 
 NUM_CTAS = 8  # programs of a cluster: the most that every GPU with clusters takes
-ROWS = 8  # keys of a piece for each warp
 
 
 @constexpr_function
@@ -290,7 +290,7 @@ def covers_heads(x: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], num
     return (
         has_paced_copies(x.device, x.dtype)
         and are_aligned(*caches)
-        and D in (32, 64, 128)
+        and D in PACED_HEAD_DIMS
         and num_warps in (2, 4, 8)
         and 32 % (D // num_warps) == 0
     )

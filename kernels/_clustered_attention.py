@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from ._arguments import cache_arguments
-from ._cluster import BARRIERS, NUM_CTAS, ROWS, covers_heads, launch_clusters
+from ._cluster import BARRIERS, NUM_CTAS, covers_heads, launch_clusters
 from ._clustered_cross import MAX_KEYS, CrossTiles, _clustered_cross_kernel, shared_bytes
 from ._clustered_linear import BLOCK_K
 from ._dispatch import triton
-from ._paced import MIN_WIDTH, SHARED_MEMORY
+from ._paced import MIN_WIDTH, ROWS, SHARED_MEMORY
 
 # In the batch, B * H. Measured as benchmarks/decode_attention.py does on one NVIDIA H200, with the 20 heads of large-v3, fp16,
 # 2026-11-29: 3.2 us instead of 4.2 at batch 1, 5.4 (7.4) at 2, 8.6 (8.8) at 3, 10.3 (10.9) at 4, but 20.5 (18.0) at 8.

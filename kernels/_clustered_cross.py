@@ -19,7 +19,6 @@ from ._arguments import cache_arguments
 from ._cluster import (
     BARRIERS,
     NUM_CTAS,
-    ROWS,
     along_keys,
     attend,
     cluster_begin,
@@ -39,6 +38,7 @@ from ._dispatch import triton
 from ._linear_call import LinearCall
 from ._paced import (
     MIN_WIDTH,
+    ROWS,
     SHARED_MEMORY,
     async_copy_global_to_shared,
     commit_group,

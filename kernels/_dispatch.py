@@ -38,7 +38,9 @@ if not HAS_TRITON:
     class _Missing:
         """Stands in for `triton` and `tl` so that kernel files can be imported; a kernel is never launched then."""
 
-        constexpr = None
+        @staticmethod
+        def constexpr(value: object) -> object:
+            return value
 
         @staticmethod
         def jit(function: Callable | None = None, **options: object) -> Callable:

@@ -49,6 +49,9 @@ else:
 MIN_WIDTH = 1024
 MIN_WIDTH_OF_FEW = 1280  # linear layers of two to four rows
 
+PACED_HEAD_DIMS = (32, 64, 128)  # powers of two, so that a warp copies whole rows of keys 16 bytes a lane
+ROWS = 8  # keys of a piece for each warp, where a program has a place for each of its pieces
+
 HOPPER = (9, 0)  # the compute capability that these kernels were measured on, and are for
 # Bytes of shared memory that a program can have: CUDA C++ Programming Guide, compute capability 9.0.
 SHARED_MEMORY = 227 << 10
@@ -133,6 +136,21 @@ def wait_for_previous():
 
 
 @gluon.jit
+def attend_piece(q, k, v, is_key, m, l, acc):
+    """Softmax states in base 2, one for each of the (warps, rows), that have seen a key more, where it is one.
+
+    q (1, 1, D) times the scale; k, v and the accumulators (warps, rows, D), v 0 where there is no key; maxima and sums (warps,
+    rows). All fp32.
+    """
+    score = gl.where(is_key, gl.sum(q * k, axis=2), float("-inf"))
+    m_new = gl.maximum(m, score)
+    safe_m = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key
+    alpha = gl.exp2(m - safe_m)
+    p = gl.exp2(score - safe_m)
+    return m_new, l * alpha + p, acc * alpha[:, :, None] + p[:, :, None] * v
+
+
+@gluon.jit
 def join_softmax(m_i, l_i, o_i, HAS_ENDED: gl.constexpr):
     """What softmax states come to, maxima and sums (n,) and accumulators (n, D) in base 2: (D,)."""
     top = gl.max(m_i, axis=0)
@@ -151,10 +169,13 @@ __all__ = [
     "MAX_DYNAMIC_SHARED_SIZE_BYTES",
     "MIN_WIDTH",
     "MIN_WIDTH_OF_FEW",
+    "PACED_HEAD_DIMS",
+    "ROWS",
     "SHARED_MEMORY",
     "NotGranted",
     "are_aligned",
     "async_copy_global_to_shared",
+    "attend_piece",
     "barrier",
     "commit_group",
     "constexpr_function",

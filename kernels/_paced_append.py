@@ -8,9 +8,11 @@ import torch
 
 from ._arguments import cache_arguments, position_arguments
 from ._paced import (
+    PACED_HEAD_DIMS,
     SHARED_MEMORY,
     are_aligned,
     async_copy_global_to_shared,
+    attend_piece,
     barrier,
     commit_group,
     gl,
@@ -21,8 +23,6 @@ from ._paced import (
     wait_for_previous,
     wait_group,
 )
-
-HEAD_DIMS = (32, 64, 128)
 
 
 @gluon.jit
@@ -142,14 +142,7 @@ def _paced_append_kernel(
         v = values.index(i % PACE).load(LAYOUT).to(gl.float32)
         ask_for(i + PACE, end, key_ptrs, value_ptrs, stride_kc_s, stride_vc_s, offs_s, keys, values, BLOCK_S, PACE)
         is_key = i * BLOCK_S + offs_s < end
-        score = gl.where(is_key, gl.sum(q * k, axis=2), float("-inf"))
-        m_new = gl.maximum(m, score)
-        safe_m = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key
-        alpha = gl.exp2(m - safe_m)
-        p = gl.exp2(score - safe_m)
-        l = l * alpha + p
-        acc = acc * alpha[:, :, None] + p[:, :, None] * v  # zeros past the end
-        m = m_new
+        m, l, acc = attend_piece(q, k, v, is_key, m, l, acc)
 
     m_w = gl.max(m, axis=1)
     alpha = gl.exp2(m - gl.where(m_w == float("-inf"), 0.0, m_w)[:, None])
@@ -193,7 +186,7 @@ def covers_append(query: torch.Tensor, key_cache: torch.Tensor, value_cache: tor
     BLOCK_S, num_warps, PACE = tiles
     return (
         T == 1
-        and D in HEAD_DIMS
+        and D in PACED_HEAD_DIMS
         and has_paced_copies(query.device, query.dtype)
         and are_aligned(key_cache, value_cache)
         and num_warps in (1, 2, 4, 8, 16)

@@ -13,6 +13,8 @@ from ._arguments import cache_arguments
 from ._dispatch import triton
 from ._paced import (
     MIN_WIDTH,
+    PACED_HEAD_DIMS,
+    ROWS,
     are_aligned,
     async_copy_global_to_shared,
     barrier,
@@ -26,8 +28,6 @@ from ._paced import (
     wait_for_previous,
     wait_group,
 )
-
-ROWS = 8  # keys of a piece for each warp
 
 
 @gluon.jit
@@ -194,7 +194,7 @@ def covers_attention(query: torch.Tensor, key_cache: torch.Tensor, value_cache: 
         T == 1
         and B * H <= MAX_HEADS
         and H * D >= MIN_WIDTH
-        and D in (32, 64, 128)
+        and D in PACED_HEAD_DIMS
         and 512 < key_cache.shape[2] <= 2048  # a self cache is shorter, and its kernel another; more have not been measured
         and has_paced_copies(query.device, query.dtype)
         and are_aligned(key_cache, value_cache)

@@ -17,6 +17,7 @@ from ._arguments import cache_arguments
 from ._dispatch import multiprocessors, triton
 from ._paced import (
     async_copy_global_to_shared,
+    attend_piece,
     commit_group,
     gl,
     gluon,
@@ -44,7 +45,7 @@ def ask_for(
     S,
     offs_s,  # (NUM_WARPS, ROWS): of a piece
     offs_d,  # (1, 1, HEAD_DIM)
-    keys,  # (PLACES, NUM_WARPS, ROWS, HEAD_DIM)
+    keys,  # (PACE, NUM_WARPS, ROWS, HEAD_DIM)
     values,
     NUM_PIECES: gl.constexpr,
     BLOCK_S: gl.constexpr,
@@ -87,7 +88,7 @@ def _paced_stream_kernel(
     NUM_PIECES: gl.constexpr,  # of a head
     MAX_SPLITS: gl.constexpr,  # the most programs that share a head
     BLOCK_SPLITS: gl.constexpr,  # the power of two from MAX_SPLITS * NUM_WARPS on
-    PLACES: gl.constexpr,
+    PACE: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     ROWS: gl.constexpr,
     NUM_WARPS: gl.constexpr,
@@ -108,13 +109,13 @@ def _paced_stream_kernel(
     offs_s = offs_w[:, None] * ROWS + offs_r[None, :]
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     offs_3d = gl.expand_dims(gl.expand_dims(offs_d, 0), 0)
-    keys = gl.allocate_shared_memory(dtype, [PLACES, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
-    values = gl.allocate_shared_memory(dtype, [PLACES, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
+    keys = gl.allocate_shared_memory(dtype, [PACE, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
+    values = gl.allocate_shared_memory(dtype, [PACE, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
     key_cache_ptr += i_b * stride_kc_b
     value_cache_ptr += i_b * stride_vc_b
     if HAS_ENDED:
         S = gl.where(gl.load(ended_ptr + i_b) == 0, S, 0)
-    for i in gl.static_range(PLACES):
+    for i in gl.static_range(PACE):
         ask_for(
             start + i, end, i, key_cache_ptr, value_cache_ptr, stride_kc_h, stride_kc_s, stride_vc_h, stride_vc_s, S,
             offs_s, offs_3d, keys, values, NUM_PIECES, BLOCK_S,
@@ -132,23 +133,16 @@ def _paced_stream_kernel(
         l = gl.zeros([NUM_WARPS, ROWS], gl.float32, layout=LAYOUT_ROWS)
         acc = gl.zeros([NUM_WARPS, ROWS, HEAD_DIM], gl.float32, layout=LAYOUT)
         for i_piece in range(gl.maximum(start, i_head * NUM_PIECES), gl.minimum(end, (i_head + 1) * NUM_PIECES)):
-            wait_group(PLACES - 1)
-            place = (i_piece - start) % PLACES
+            wait_group(PACE - 1)
+            place = (i_piece - start) % PACE
             k = keys.index(place).load(LAYOUT).to(gl.float32)
             v = values.index(place).load(LAYOUT).to(gl.float32)
             ask_for(
-                i_piece + PLACES, end, place, key_cache_ptr, value_cache_ptr, stride_kc_h, stride_kc_s, stride_vc_h,
+                i_piece + PACE, end, place, key_cache_ptr, value_cache_ptr, stride_kc_h, stride_kc_s, stride_vc_h,
                 stride_vc_s, S, offs_s, offs_3d, keys, values, NUM_PIECES, BLOCK_S,
             )  # fmt: skip
             is_key = (i_piece - i_head * NUM_PIECES) * BLOCK_S + offs_s < S
-            score = gl.where(is_key, gl.sum(q * k, axis=2), float("-inf"))
-            m_new = gl.maximum(m, score)
-            safe_m = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key
-            alpha = gl.exp2(m - safe_m)
-            p = gl.exp2(score - safe_m)
-            l = l * alpha + p
-            acc = acc * alpha[:, :, None] + p[:, :, None] * v
-            m = m_new
+            m, l, acc = attend_piece(q, k, v, is_key, m, l, acc)
 
         m_w = gl.max(m, axis=1)
         alpha = gl.exp2(m - gl.where(m_w == float("-inf"), 0.0, m_w)[:, None])
@@ -166,13 +160,13 @@ class StreamTiles(NamedTuple):
 
     num_warps: int
     ROWS: int
-    PLACES: int
+    PACE: int
     PROGRAMS: int
 
 
-# By less than so many heads in the batch.
-MEASURED_TILES = ((160, StreamTiles(4, 8, 6, 4)), (320, StreamTiles(2, 8, 6, 8)))
-MANY_HEADS = StreamTiles(4, 16, 2, 4)
+# Up to so many heads in the batch: large-v3 has 160 of 8 rows and 320 of 16.
+MEASURED_STREAM_TILES = ((159, StreamTiles(4, 8, 6, 4)), (319, StreamTiles(2, 8, 6, 8)))
+STREAM_TILES_OF_MANY = StreamTiles(4, 16, 2, 4)
 
 
 def choose_stream_tiles(num_heads: int, D: int) -> StreamTiles | None:
@@ -184,7 +178,7 @@ def choose_stream_tiles(num_heads: int, D: int) -> StreamTiles | None:
     """
     if num_heads < MIN_HEADS:
         return None
-    tiles = next((tiles for heads, tiles in MEASURED_TILES if num_heads < heads), MANY_HEADS)
+    tiles = next((tiles for heads, tiles in MEASURED_STREAM_TILES if heads >= num_heads), STREAM_TILES_OF_MANY)
     return tiles._replace(ROWS=tiles.ROWS * 64 // D)
 
 
@@ -199,7 +193,7 @@ def paced_stream(
 ) -> torch.Tensor:
     """Launches `_paced_stream_kernel`, where `covers_attention`; arguments and result are those of `paced_attention`."""
     (B, _, H, D), S = query.shape, key_cache.shape[2]
-    num_warps, rows, places, programs = tiles
+    num_warps, rows, pace, programs = tiles
     pieces = triton.cdiv(S, num_warps * rows)
     grid = min(H * pieces, max(1, programs * multiprocessors(query.device) // B))  # of a sequence
     splits = min(pieces, triton.cdiv(pieces - 1, H * pieces // grid) + 1)
@@ -224,7 +218,7 @@ def paced_stream(
         NUM_PIECES=pieces,
         MAX_SPLITS=splits,
         BLOCK_SPLITS=triton.next_power_of_2(splits * num_warps),
-        PLACES=places,
+        PACE=pace,
         HEAD_DIM=D,
         ROWS=rows,
         NUM_WARPS=num_warps,

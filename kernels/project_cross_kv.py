@@ -4,7 +4,7 @@
     value_caches[l][b, h, s, :] = (encoder_states[b, s] @ value_weights[l].T + value_biases[l])[h * D : (h + 1) * D]
 
 The layers' weights, biases and caches are tensors of their own: the kernel finds them through a table of addresses on the
-device, which a `CrossTable` builds once. Sequences and frames are one dimension of M = B * S rows; a program computes a tile of
+device, which `cross_table` builds once. Sequences and frames are one dimension of M = B * S rows; a program computes a tile of
 one layer's keys or values, and neighbouring programs share rows and weights in the L2. Called once a window, before the prompt.
 Method: grouped GEMM, https://triton-lang.org/main/getting-started/tutorials/08-grouped-gemm.html.
 
@@ -13,12 +13,12 @@ Work: 4 * L * M * H * D * C floating-point operations, for 2 * L * M * H * D ele
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from ._checks import HEAD_DIMS, check_dtype, check_mutated, check_states, check_tensors
+from ._checks import check_dtype, check_tensors
+from ._cross_table import CrossTable, addresses_of, cross_table
 from ._dispatch import capability, pdl_handover, pdl_options, register, tl, triton
 
 
@@ -112,86 +112,6 @@ def _project_cross_kv_kernel(
     tl.store(rows + columns[None, :], acc.to(dtype), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
-class CrossTable(NamedTuple):
-    """Where the layers' weights and caches lie: built once by `cross_table`, and anew in each call once they have moved."""
-
-    key_weights: list[torch.Tensor]  # (H * D, C) each
-    value_weights: list[torch.Tensor]  # (H * D, C) each
-    value_biases: list[torch.Tensor]  # (H * D,) each, or no tensor at all
-    key_caches: list[torch.Tensor]  # (B, H, S, D) each
-    value_caches: list[torch.Tensor]  # (B, H, S, D) each
-    pointers: torch.Tensor  # (5, L) int64 on the device, as the kernel reads it
-    addresses: torch.Tensor  # the same on the host
-
-    @property
-    def is_aligned(self) -> bool:
-        """All of them begin at a multiple of 16 bytes."""
-        return not (self.addresses % 16).any()
-
-
-def cross_table(
-    key_weights: Sequence[torch.Tensor],
-    value_weights: Sequence[torch.Tensor],
-    value_biases: Sequence[torch.Tensor] | None,
-    key_caches: Sequence[torch.Tensor],
-    value_caches: Sequence[torch.Tensor],
-) -> CrossTable:
-    """Checks a decoder's cross-attention weights and caches, and writes their addresses to the device.
-
-    Args:
-        key_weights, value_weights: a contiguous (H * D, C) for each layer. value_biases: a contiguous (H * D,) for each, or
-            None. Whisper's keys have none.
-        key_caches, value_caches: a (B, H, S, D) for each layer, all of the same strides, dense in the last dimension; D one of
-            32, 64, 80, 96, 128. What `project_cross_kv` mutates.
-
-    Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit.
-    """
-    biases = list(value_biases or ())
-    lists = [list(key_weights), list(value_weights), biases, list(key_caches), list(value_caches)]
-    L = len(lists[0])
-    if L == 0 or any(len(tensors) not in (L, 0 if tensors is biases else L) for tensors in lists):
-        raise ValueError(f"as many of each are wanted as layers, at least one: got {[len(tensors) for tensors in lists]}")
-    weights, caches = lists[0] + lists[1], lists[3] + lists[4]
-    kinds = ("key_weight", "value_weight", "value_bias", "key_cache", "value_cache")
-    named = [{f"{kind} {i}": t for i, t in enumerate(tensors)} for kind, tensors in zip(kinds, lists, strict=True)]
-    for tensors in named:
-        check_tensors(**tensors)
-    check_states(**named[3], **named[4], is_reference=True)  # what kernels do not take is refused where they are launched
-    check_mutated(**named[3], **named[4])
-    first, C = caches[0], weights[0].shape[-1] if weights[0].dim() else 0
-    _, H, _, D = first.shape
-    if D not in HEAD_DIMS or first.numel() == 0 or C == 0:
-        raise ValueError(f"head dim must be one of {HEAD_DIMS} and nothing empty, got caches {tuple(first.shape)}, {C=}")
-    for cache in caches:
-        if cache.shape != first.shape or cache.stride() != first.stride():
-            raise ValueError(
-                f"caches must all have shape {tuple(first.shape)} and strides {first.stride()}, got {tuple(cache.shape)} and "
-                f"{cache.stride()}"
-            )
-    for tensors, shape in ((weights, (H * D, C)), (biases, (H * D,))):
-        for tensor in tensors:
-            if tensor.shape != shape or not tensor.is_contiguous():
-                raise ValueError(f"{shape} is wanted, contiguous, got {tuple(tensor.shape)}, strides {tensor.stride()}")
-            if tensor.dtype != first.dtype or tensor.device != first.device:
-                raise ValueError(f"{tensor.dtype} on {tensor.device} does not go with caches {first.dtype} on {first.device}")
-    if len({cache.data_ptr() for cache in caches}) < len(caches) and not first.is_meta:
-        raise ValueError("two caches lie in one place")
-    addresses = _addresses(*lists)
-    return CrossTable(*lists, addresses.to(first.device), addresses)
-
-
-def _addresses(
-    key_weights: list[torch.Tensor],
-    value_weights: list[torch.Tensor],
-    value_biases: list[torch.Tensor],
-    key_caches: list[torch.Tensor],
-    value_caches: list[torch.Tensor],
-) -> torch.Tensor:
-    lists = key_weights, value_weights, key_caches, value_caches, value_biases or key_weights
-    return torch.tensor([[t.data_ptr() for t in tensors] for tensors in lists], dtype=torch.int64, device="cpu")
-
-
 class Tiles(NamedTuple):
     """How a launch is cut: rows, columns and depth of a tile, tiles of rows that share weights, warps and pipeline stages."""
 
@@ -220,7 +140,7 @@ def choose_tiles(N: int, itemsize: int, is_even: bool, compute_capability: tuple
 
 def _launch(encoder_states: torch.Tensor, *fields: object, tiles: Tiles | None = None) -> None:
     table = CrossTable(*fields)
-    if not torch.equal(_addresses(*table[:5]), table.addresses):
+    if not torch.equal(addresses_of(*table[:5]), table.addresses):
         # Copies in their place, say: where `torch.compile` functionalises, an op that mutates is handed those.
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the table's tensors have moved, whose new addresses cannot be written to the GPU in a capture")

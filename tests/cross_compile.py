@@ -30,6 +30,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from whisper_triton.kernels._clustered_cross import CrossTiles
+from whisper_triton.kernels._cross_table import cross_table
+from whisper_triton.kernels._linear_call import LinearCall
+from whisper_triton.kernels._linear_tiles import choose_tiles
 
 from whisper_triton.kernels import _attend, _cluster, _dispatch, _paced, _paced_rows, _paced_stream
 
@@ -167,7 +170,7 @@ def linear_calls(B: int, has_copies: bool = False, C: int = 1280) -> Iterator[Ca
     def linear_call(link: str, x: object, N: int, K: int, parts: int = 1, bias: bool = True, **around: object) -> Call:
         weights, biases = [tensor(N, K) for _ in range(parts)], [tensor(N) if bias else None] * parts
         norm = around.get("layer_norm", (None, None, 0.0))
-        tiles = [int(number) for number in linear.choose_tiles(B, N, K, parts, "layer_norm" in around, has_copies)]
+        tiles = [int(number) for number in choose_tiles(B, N, K, parts, "layer_norm" in around, has_copies)]
         others = around.get("scale", 1.0), around.get("gelu", False), around.get("residual")
         launch = partial(linear._launch, x, weights, biases, *norm, *others, tiles)
         return Call(f"linear {link} {B=} {has_copies=} {C=}", launch, read_ahead=True)  # of the weights, which no kernel writes
@@ -195,7 +198,7 @@ def project_calls(dtype: torch.dtype) -> Iterator[Call]:
         weights = [torch.empty(H * D * C + odd, dtype=dtype)[odd:].view(H * D, C) for _ in range(L)]
         caches = [[torch.empty(2, H, 1500, D + odd, dtype=dtype)[..., odd:] for _ in range(L)] for _ in range(2)]
         biases = [torch.empty(H * D + odd, dtype=dtype)[odd:] for _ in range(L)]
-        table = project.cross_table(weights, weights, biases, *caches)
+        table = cross_table(weights, weights, biases, *caches)
         return Call(f"project {name} {str(dtype).removeprefix('torch.')}", partial(project._launch, states, *table), **kwargs)
 
     yield project_call("large-v3", 20, 64, 1280, is_heavy=True)
@@ -311,16 +314,16 @@ def paced_calls() -> Iterator[Call]:
         (8, 64, False, append.PacedTiles(128, 4, 2)),
         (1, 128, True, append.PacedTiles(32, 2, 4)),
     ):
-        states, cache = torch.empty(3, B, 1, 12, D, dtype=torch.float16), torch.empty(B, 12, 448, D, dtype=torch.float16)
+        states, caches = torch.empty(3, B, 1, 12, D, dtype=torch.float16), torch.empty(2, B, 12, 448, D, dtype=torch.float16)
         position, ended = torch.tensor(0), torch.zeros(B, dtype=torch.int64) if B > 1 else None
-        tensors = *states, cache, cache, position, torch.empty_like(states[0])
+        tensors = *states, *caches, position, torch.empty_like(states[0])
         launch = partial(append._launch, *tensors, 1.0, ahead, ended, tiles)
         yield Call(f"append paced {B=} {D=} {tiles=}", launch, read_ahead=ahead)
     for B, H, tiles in ((1, 20, (4, 4)), (1, 16, (4, 4)), (8, 20, (4, 4))):
         C = 64 * H
         x, weight, vector = (torch.empty(*shape, dtype=torch.float16) for shape in ((B, C), (C, C), (C,)))
         cache, ended = torch.empty(B, H, 1500, 64, dtype=torch.float16), torch.zeros(B, dtype=torch.int64) if B > 1 else None
-        call = linear.LinearCall(x, [weight], [vector], vector, vector, 1e-5, 0.125, False, None)
+        call = LinearCall(x, [weight], [vector], vector, vector, 1e-5, 0.125, False, None)
         launch = partial(cross.clustered_cross, call, cache, cache, 1.0, ended, CrossTiles(*tiles))
         yield Call(f"cross clustered {B=} {H=} {tiles=}", launch, read_ahead=True)
 
@@ -390,10 +393,10 @@ def prompt_calls(B: int, T: int) -> Iterator[Call]:
     yield Call("cross", partial(decode._launch, states, cross, cross, None, 1.0, False, False))
     yield Call("embed", partial(embed._launch, torch.zeros(B, T, dtype=torch.int64), cross[0, 0], cross[0, 0], position))
     for S in (448, T + 64):
-        cache = torch.empty(B, 20, S, 64, dtype=torch.float16)
-        yield Call("append", partial(append._launch, states, states, states, cache, cache, position, out, 1.0, S == 448))
-        yield Call("self", partial(decode._launch, states, cache, cache, position, 1.0, True, False))
-        yield Call("update", partial(update._launch, states, states, cache, cache, position))
+        caches = torch.empty(2, B, 20, S, 64, dtype=torch.float16)
+        yield Call("append", partial(append._launch, states, states, states, *caches, position, out, 1.0, S == 448))
+        yield Call("self", partial(decode._launch, states, *caches, position, 1.0, True, False))
+        yield Call("update", partial(update._launch, states, states, *caches, position))
 
 
 def prompts(B: int) -> dict[int, list[str]]:

@@ -27,6 +27,7 @@ from test_cross_attention import check_clusters
 from test_skinny_linear import double, make
 from whisper_triton.kernels._clustered_attention import clustered_attention
 from whisper_triton.kernels._clustered_cross import CrossTiles
+from whisper_triton.kernels._linear_tiles import Tiles as LinearTiles
 from whisper_triton.kernels._paced_append import PacedTiles
 from whisper_triton.kernels._paced_attention import paced_attention
 from whisper_triton.kernels._paced_stream import StreamTiles, paced_stream
@@ -49,7 +50,7 @@ def judge(result: torch.Tensor, exact: torch.Tensor, pytorch: torch.Tensor) -> J
     return relative_error(result, exact), 2 * yardstick
 
 
-def run_linear(B: int, K: int, N: int, tiles: linear.Tiles, parts: int, dtype: torch.dtype, link: str) -> Judged:
+def run_linear(B: int, K: int, N: int, tiles: LinearTiles, parts: int, dtype: torch.dtype, link: str) -> Judged:
     """`link`: what surrounds the product, as in a layer of Whisper's decoder."""
     x, weights, biases, norm, residual = make(B, K, N, parts, dtype, CPU)
     around = {
@@ -180,7 +181,7 @@ def linear_cases() -> Iterator[Case]:
         (64, 16, (8, 1, 8, False, 9), 1, half, "residual"),
         (512, 48, (8, 1, 4, False, 2), 3, brain, "norm, scale"),
     ):
-        tiles = linear.Tiles(*numbers)
+        tiles = LinearTiles(*numbers)
         run = functools.partial(run_linear, 1, K, N, tiles, parts, dtype, link)
         yield f"linear {K=} {N=} {parts=} {link} {tuple(tiles)} {dtype}", run
     for B in (2, 8, 9, 17):
@@ -192,7 +193,7 @@ def linear_cases() -> Iterator[Case]:
             (1024, 48, (32, 4, 4, True, 2), 1, half, "residual"),
             *([(512, 51, (16, 1, 16, True, 2), 3, brain, "norm, scale")] if B == 9 else []),
         ):
-            tiles = linear.Tiles(*numbers)
+            tiles = LinearTiles(*numbers)
             run = functools.partial(run_linear, B, K, N, tiles, parts, dtype, link)
             yield f"rows {B=} {K=} {N=} {parts=} {link} {tuple(tiles)} {dtype}", run
     for B, K, N, numbers, dtype in (
@@ -201,11 +202,11 @@ def linear_cases() -> Iterator[Case]:
         (9, 256, 161, (32, 1, 8), brain),
         (17, 1280, 100, (16, 1, 4), half),
     ):
-        tiles = linear.Tiles(*numbers, USE_DOT=True, PACE=2, PROGRAMS=1)
+        tiles = LinearTiles(*numbers, USE_DOT=True, PACE=2, PROGRAMS=1)
         for link in ("norm, no bias", "no bias"):
             run = functools.partial(run_linear, B, K, N, tiles, 1, dtype, link)
             yield f"rows in many tiles {B=} {K=} {N=} {link} {tuple(tiles)} {dtype}", run
-    tiles = linear.Tiles(16, 1, 4, True, 2)
+    tiles = LinearTiles(16, 1, 4, True, 2)
     yield "rows of two programs B=35", functools.partial(run_linear, 35, 256, 20, tiles, 1, half, "norm, gelu")
 
 
@@ -333,8 +334,8 @@ def run_damaged(pattern: str, by: str, run: Callable[[], Judged]) -> Judged:
 
 
 def damaged_cases() -> Iterator[Case]:
-    one_row = functools.partial(run_linear, 1, 512, 48, linear.Tiles(8, 1, 4, PACE=2), 3, torch.float16, "scale")
-    tiles = linear.Tiles(16, 1, 4, True, 1, PROGRAMS=1)
+    one_row = functools.partial(run_linear, 1, 512, 48, LinearTiles(8, 1, 4, PACE=2), 3, torch.float16, "scale")
+    tiles = LinearTiles(16, 1, 4, True, 1, PROGRAMS=1)
     in_tiles = functools.partial(run_linear, 2, 512, 100, tiles, 1, torch.float16, "no bias")
     streamed = functools.partial(run_attention, 1, 2, 64, 600, torch.float16, False, by_stream(StreamTiles(4, 8, 3, 1)))
     appended = functools.partial(run_append, PacedTiles(32, 4, 3), [130], 64, torch.float16, True)

@@ -21,9 +21,9 @@ from bad_inputs import (
     wrong_kinds,
     wrong_shapes,
 )
+from whisper_triton.kernels._linear_tiles import Tiles as LinearTiles
 from whisper_triton.kernels._rules import TokenLimits, TokenRules, TokenState
 from whisper_triton.kernels.skinny_linear import LayerNorm
-from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
 
 from whisper_triton import kernels
 

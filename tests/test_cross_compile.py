@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from attention_cases import needs_gluon
 from packaging.version import Version
-from whisper_triton.kernels.skinny_linear import choose_tiles
+from whisper_triton.kernels._linear_tiles import choose_tiles
 
 from whisper_triton.kernels import _paced
 

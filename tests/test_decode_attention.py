@@ -578,7 +578,7 @@ def test_stream_tiles_fit_and_are_for_many_heads(B: int, D: int) -> None:
     if tiles is not None:
         piece = 4 * tiles.num_warps * tiles.ROWS * D  # bytes of keys and values
         assert tiles.ROWS >= 256 // D  # a row a thread at least
-        assert tiles.PLACES * piece + (1 << 10) <= SHARED_MEMORY // tiles.PROGRAMS
+        assert tiles.PACE * piece + (1 << 10) <= SHARED_MEMORY // tiles.PROGRAMS
 
 
 def check_paced_copies(

@@ -14,8 +14,9 @@ from unittest import mock
 import pytest
 import torch
 from attention_cases import bits
+from whisper_triton.kernels._linear_tiles import Tiles
 from whisper_triton.kernels._paced import has_paced_copies
-from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear, skinny_linear_reference
+from whisper_triton.kernels.skinny_linear import LayerNorm, skinny_linear, skinny_linear_reference
 
 from whisper_triton import kernels
 

@@ -29,10 +29,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from whisper_triton.kernels._clustered_cross import CrossTiles, clustered_cross
 from whisper_triton.kernels._linear_call import LinearCall
+from whisper_triton.kernels._linear_tiles import Tiles
 from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels._rules import FLAGS, TokenLimits, TokenRules, TokenState
 from whisper_triton.kernels.decode_attention import LOG2E
-from whisper_triton.kernels.skinny_linear import LayerNorm, Tiles, skinny_linear, skinny_linear_reference
+from whisper_triton.kernels.skinny_linear import LayerNorm, skinny_linear, skinny_linear_reference
 
 from whisper_triton import kernels
 from whisper_triton.kernels import _dispatch

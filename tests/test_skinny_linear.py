@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 from attention_cases import GuardedAllocations, assert_chain_waits, captured, lay_out, poisoned_allocations
+from whisper_triton.kernels._linear_tiles import Tiles as LinearTiles
+from whisper_triton.kernels._linear_tiles import fits_tiles
 from whisper_triton.kernels._paced import has_paced_copies
 from whisper_triton.kernels._paced_rows import covers_rows
-from whisper_triton.kernels.skinny_linear import LayerNorm, fits_tiles, skinny_linear, skinny_linear_reference
-from whisper_triton.kernels.skinny_linear import Tiles as LinearTiles
+from whisper_triton.kernels.skinny_linear import LayerNorm, skinny_linear, skinny_linear_reference
 
 module = sys.modules["whisper_triton.kernels.skinny_linear"]
 DTYPES = (torch.float32, torch.float16)

@@ -19,8 +19,9 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .cache import StaticEncoderDecoderCache
 from .kernels import append_attention, cross_attention
 from .kernels._checks import DTYPES, HEAD_DIMS
+from .kernels._linear_tiles import fits_tiles
 from .kernels.embed_tokens import embed_tokens
-from .kernels.skinny_linear import MAX_ROWS, LayerNorm, fits_tiles, skinny_linear
+from .kernels.skinny_linear import MAX_ROWS, LayerNorm, skinny_linear
 
 
 class _Layer(NamedTuple):

@@ -12,6 +12,7 @@ from whisper_triton._anchor import find_folder
 __path__ = [find_folder("kernels", "update_kv_cache.py")]
 
 # Absolute imports, because to Python this is a plain module, whose relative imports start at `whisper_triton`.
+from whisper_triton.kernels._cross_table import CrossTable, cross_table
 from whisper_triton.kernels._dispatch import backend
 from whisper_triton.kernels.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from whisper_triton.kernels.append_attention import append_attention, append_attention_reference
@@ -19,12 +20,7 @@ from whisper_triton.kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from whisper_triton.kernels.cross_attention import cross_attention, cross_attention_reference
 from whisper_triton.kernels.decode_attention import decode_attention, decode_attention_reference
 from whisper_triton.kernels.embed_tokens import embed_tokens, embed_tokens_reference
-from whisper_triton.kernels.project_cross_kv import (
-    CrossTable,
-    cross_table,
-    project_cross_kv,
-    project_cross_kv_reference,
-)
+from whisper_triton.kernels.project_cross_kv import project_cross_kv, project_cross_kv_reference
 from whisper_triton.kernels.select_token import select_token, select_token_reference
 from whisper_triton.kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from whisper_triton.kernels.update_kv_cache import update_kv_cache, update_kv_cache_reference
