@@ -1,13 +1,14 @@
 """Paced asynchronous copies (Gluon): what the kernels share that use them on Hopper, and when they are used.
 
 `_paced_linear.py` and `_paced_rows.py` compute what `skinny_linear` does, `_paced_attention.py` and `_paced_stream.py` what
-`decode_attention`, `_paced_append.py` what `append_attention`; their launchers choose them where they are faster. What differs
-is how weights, keys and values come. There a program asks for all of them at once, into registers, before it waits for the
-kernel before it: registers bound how many programs wait beside those that work, and what the working ones ask for afterwards
-stands in line behind megabytes that nobody needs yet. Here they go to shared memory, otherwise unused, and a program asks for
-its next piece only when an earlier one has come (`PACE` pieces on their way). So later kernels begin early without being in
-the way. Where there are more pieces than find room at once, an LM head's or those of many heads, a program goes on from one to
-the next, so that no wave of programs waits for the end of another. benchmarks/NOTES.md has the attempts.
+`decode_attention`, `_paced_append.py` what `append_attention` (`_paced_splits.py`: how programs share a head); their launchers
+choose them where they are faster. What differs is how weights, keys and values come. There a program asks for all of them at
+once, into registers, before it waits for the kernel before it: registers bound how many programs wait beside those that work,
+and what the working ones ask for afterwards stands in line behind megabytes that nobody needs yet. Here they go to shared
+memory, otherwise unused, and a program asks for its next piece only when an earlier one has come (`PACE` pieces on their way).
+So later kernels begin early without being in the way. Where there are more pieces than find room at once, an LM head's or those
+of many heads, a program goes on from one to the next, so that no wave of programs waits for the end of another.
+benchmarks/NOTES.md has the attempts.
 
 Gluon is Triton's lower level: layouts and shared memory by name. It has no interpreter, so these run on GPUs only.
 """

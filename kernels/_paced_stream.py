@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from ._arguments import cache_arguments
 from ._dispatch import multiprocessors, triton
 from ._paced import (
     async_copy_global_to_shared,
@@ -25,7 +24,7 @@ from ._paced import (
     wait_for_previous,
     wait_group,
 )
-from ._paced_attention import hand_over
+from ._paced_splits import hand_over, split_arguments
 
 MIN_HEADS = 128  # in the batch, B * H
 REGISTERS = 1 << 16  # of a multiprocessor: CUDA C++ Programming Guide, compute capability 9.0
@@ -36,29 +35,26 @@ def ask_for(
     i_piece,  # of all pieces of a sequence's heads
     end,
     place,
-    key_cache_ptr,  # the sequence's
-    value_cache_ptr,
-    stride_kc_h,
-    stride_kc_s,
-    stride_vc_h,
-    stride_vc_s,
+    keys,  # (the sequence's pointer, stride of a head, stride of a slot, places (PACE, NUM_WARPS, ROWS, HEAD_DIM))
+    values,  # likewise
     S,
     offs_s,  # (NUM_WARPS, ROWS): of a piece
     offs_d,  # (1, 1, HEAD_DIM)
-    keys,  # (PACE, NUM_WARPS, ROWS, HEAD_DIM)
-    values,
     NUM_PIECES: gl.constexpr,
-    BLOCK_S: gl.constexpr,
 ):
     """Begins to copy a piece before `end` to its place: a group of copies, empty for a piece past them."""
+    BLOCK_S: gl.constexpr = offs_s.shape[0] * offs_s.shape[1]
+    key_cache_ptr, stride_kc_h, stride_kc_s, key_places = keys
+    value_cache_ptr, stride_vc_h, stride_vc_s, value_places = values
     if i_piece < end:
         i_h, first_s = (i_piece // NUM_PIECES).to(gl.int64), i_piece % NUM_PIECES * BLOCK_S
         mask = (first_s + offs_s < S)[:, :, None]
         rows = (first_s + offs_s).to(gl.int64)[:, :, None]
         key_ptrs = key_cache_ptr + i_h * stride_kc_h + rows * stride_kc_s + offs_d
         value_ptrs = value_cache_ptr + i_h * stride_vc_h + rows * stride_vc_s + offs_d
-        async_copy_global_to_shared(keys.index(place), key_ptrs, mask=mask, eviction_policy="evict_first")
-        async_copy_global_to_shared(values.index(place), value_ptrs, mask=mask, eviction_policy="evict_first")  # past S: zeros
+        # Past S: zeros.
+        async_copy_global_to_shared(key_places.index(place), key_ptrs, mask=mask, eviction_policy="evict_first")
+        async_copy_global_to_shared(value_places.index(place), value_ptrs, mask=mask, eviction_policy="evict_first")
     commit_group()
 
 
@@ -111,15 +107,12 @@ def _paced_stream_kernel(
     offs_3d = gl.expand_dims(gl.expand_dims(offs_d, 0), 0)
     keys = gl.allocate_shared_memory(dtype, [PACE, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
     values = gl.allocate_shared_memory(dtype, [PACE, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
-    key_cache_ptr += i_b * stride_kc_b
-    value_cache_ptr += i_b * stride_vc_b
+    key_pieces = (key_cache_ptr + i_b * stride_kc_b, stride_kc_h, stride_kc_s, keys)
+    value_pieces = (value_cache_ptr + i_b * stride_vc_b, stride_vc_h, stride_vc_s, values)
     if HAS_ENDED:
         S = gl.where(gl.load(ended_ptr + i_b) == 0, S, 0)
     for i in gl.static_range(PACE):
-        ask_for(
-            start + i, end, i, key_cache_ptr, value_cache_ptr, stride_kc_h, stride_kc_s, stride_vc_h, stride_vc_s, S,
-            offs_s, offs_3d, keys, values, NUM_PIECES, BLOCK_S,
-        )  # fmt: skip
+        ask_for(start + i, end, i, key_pieces, value_pieces, S, offs_s, offs_3d, NUM_PIECES)
     wait_for_previous()  # the cross cache does not change during a step; the query has just been written
 
     first_head, last_head = start // NUM_PIECES, (end - 1) // NUM_PIECES
@@ -137,10 +130,7 @@ def _paced_stream_kernel(
             place = (i_piece - start) % PACE
             k = keys.index(place).load(LAYOUT).to(gl.float32)
             v = values.index(place).load(LAYOUT).to(gl.float32)
-            ask_for(
-                i_piece + PACE, end, place, key_cache_ptr, value_cache_ptr, stride_kc_h, stride_kc_s, stride_vc_h,
-                stride_vc_s, S, offs_s, offs_3d, keys, values, NUM_PIECES, BLOCK_S,
-            )  # fmt: skip
+            ask_for(i_piece + PACE, end, place, key_pieces, value_pieces, S, offs_s, offs_3d, NUM_PIECES)
             is_key = (i_piece - i_head * NUM_PIECES) * BLOCK_S + offs_s < S
             m, l, acc = attend_piece(q, k, v, is_key, m, l, acc)
 
@@ -192,38 +182,18 @@ def paced_stream(
     tiles: StreamTiles,
 ) -> torch.Tensor:
     """Launches `_paced_stream_kernel`, where `covers_attention`; arguments and result are those of `paced_attention`."""
-    (B, _, H, D), S = query.shape, key_cache.shape[2]
+    (B, _, H, _), S = query.shape, key_cache.shape[2]
     num_warps, rows, pace, programs = tiles
     pieces = triton.cdiv(S, num_warps * rows)
     grid = min(H * pieces, max(1, programs * multiprocessors(query.device) // B))  # of a sequence
     splits = min(pieces, triton.cdiv(pieces - 1, H * pieces // grid) + 1)
-    out = query.new_empty(B, 1, H, D)
-    partial = torch.empty(B, H, splits * num_warps, D, dtype=torch.float32, device=query.device)
-    maxima, sums = torch.empty(2, B, H, splits * num_warps, dtype=torch.float32, device=query.device).unbind()
+    out, arguments = split_arguments(query, key_cache, value_cache, qk_scale, counters, ended, splits, num_warps)
     _paced_stream_kernel[(grid, B)](
-        query_ptr=query,
-        **cache_arguments(key_cache, value_cache),
-        partial_ptr=partial,
-        max_ptr=maxima,
-        sum_ptr=sums,
-        out_ptr=out,
-        counter_ptr=counters,
-        ended_ptr=query if ended is None else ended,
-        qk_scale=qk_scale,
-        stride_q_b=query.stride(0),
-        stride_q_h=query.stride(2),
-        H=H,
-        S=S,
-        HAS_ENDED=ended is not None,
+        **arguments,
         NUM_PIECES=pieces,
         MAX_SPLITS=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits * num_warps),
         PACE=pace,
-        HEAD_DIM=D,
         ROWS=rows,
-        NUM_WARPS=num_warps,
-        num_warps=num_warps,
         maxnreg=min(255, REGISTERS // (32 * num_warps * programs) // 8 * 8),  # so that all programs find room
-        launch_pdl=True,
     )
     return out

@@ -127,7 +127,8 @@ def choose_tiles(N: int, itemsize: int, is_even: bool, compute_capability: tuple
     """Tiles from shapes, bytes an element and the GPU: (0, 0) for one that is not NVIDIA's.
 
     `is_even`: every row begins at a multiple of 16 bytes, so that it can be copied to shared memory behind the registers'
-    back. benchmarks/project_cross_kv.py --tune compares tiles.
+    back. Chosen when the kernel was written, those for uneven rows so small that nothing spills. benchmarks/project_cross_kv.py
+    --tune compares tiles, but no run of it is on record: that these are the fastest is not known.
     """
     if not is_even:
         return Tiles(64, 64, 32, 8, 4, 2)

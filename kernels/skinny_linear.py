@@ -29,7 +29,8 @@ from ._linear_tiles import MANY_OUTPUTS, Tiles, check_tiles, choose_tiles, cover
 from ._paced import give_up, has_paced_copies
 from ._paced_linear import paced_linear
 from ._paced_rows import paced_rows
-from ._plain_linear import plain_linear, sum_splits
+from ._plain_linear import plain_linear
+from ._sum_splits import sum_splits
 
 MAX_ROWS = 64
 

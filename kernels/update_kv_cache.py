@@ -91,7 +91,8 @@ def _launch(
 ) -> None:
     check_apart(key_cache, value_cache)
     B, T, H, D = key.shape
-    BLOCK_T = 1 if T == 1 else 4 if T <= 4 else 32  # few, since each is a build
+    # Few, since each is a build. No timing of others, or of other numbers of warps, is on record.
+    BLOCK_T = 1 if T == 1 else 4 if T <= 4 else 32
     _update_kv_cache_kernel[(H, triton.cdiv(T, BLOCK_T), B)](
         key_ptr=key,
         value_ptr=value,
