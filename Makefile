@@ -33,7 +33,7 @@ OLDEST_VENV = $(VENV)-oldest
 # pipeline beside ours, what hangs on its models from outside, and who gets which `kernels`. Our kernels, the parsers and the
 # benchmarks are the same with any, and real speech takes its time.
 WITH_OLDEST = $(patsubst %,tests/test_%.py,attention bad_input_model cache checkpoints compile concurrency decode_loop decoder \
-  early encoded encoder faults parity patching prefill stand_ins thresholds token_rules transcription undo) \
+  early encoded encoder faults odd_calls parity patching prefill stand_ins thresholds token_rules transcription undo) \
   --deselect tests/test_parity.py::TestTinyEn \
   tests/test_packaging.py::test_kernels_are_ours_and_transformers_keeps_its_own
 

@@ -37,6 +37,7 @@ PALETTE = ("#187FC4", "#D55E00", "#009E73", "#CC79A7", "#9C6B30", "#8C6BD8", "#8
 MARKERS, DASHES = "os^DvPXh", ("-", "--", "-.", ":", (0, (6, 1)), (0, (1, 1)))
 HATCHES = ("", "///", "\\\\\\", "xxx", "---", "|||", "++", "..")
 OURS = ("ours", "accelerate")
+NAMES = {"accelerate": "whisper-triton"}  # of what rows call otherwise
 PANELS = ("benchmark", "op", "gpu", "dtype", "model", "B", "T", "timestamps", "mode")
 LABELS = {  # of columns of times whose names alone say too little
     "not ahead": "ours, not reading ahead",
@@ -165,7 +166,7 @@ def label_ends(ax: Axes, ends: Sequence[tuple[str, tuple[float, float], str]]) -
         lowest = max(height - over, lowest)
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3}
         at = {"xytext": (1.04, lowest), "textcoords": "axes fraction", "va": "center", "fontsize": 8}
-        ax.annotate(label, end, color=colour, arrowprops=line, **at)
+        ax.annotate(NAMES.get(label, label), end, color=colour, arrowprops=line, **at)
         lowest += room
 
 

@@ -104,8 +104,8 @@ def render_page(root: Path, page: str, text: str, figures: dict[str, list[Row]])
         if kind == "rows":
             return f"{start}{render_table(name, rows)}{end}"
         figures[name] = [r for r in rows if name not in OF_ONE_MODEL or r.get("model") == rows[0].get("model")]
-        # Of rows that have a table its caption says how they were measured.
-        said = "" if name in TABLES else f"{caption(figures[name], name)}\n\n"
+        # Beside a table of the same rows its caption says how they were measured.
+        said = "" if f"<!-- rows: {name} -->" in text else f"{caption(figures[name], name)}\n\n"
         plots = os.path.relpath("benchmarks/plots", Path(page).parent)
         return f"{start}{said}![{FIGURES[name]}]({plots}/{name}.svg)\n{end}"
 

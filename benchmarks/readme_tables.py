@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from whisper_triton.benchmarks.plots import named, values
+from whisper_triton.benchmarks.plots import NAMES, named, values
 from whisper_triton.benchmarks.record import parts_of
 
 OURS, STOCK, DYNAMIC = "accelerate", "stock static+compile", "stock dynamic"
-NAMES = {OURS: "whisper-triton"}  # of variants, in the tables
 README_GPU = "NVIDIA H200"  # whose rows README shows where it shows one GPU's, if there are any
 
 MOST_COMMANDS = 2  # that a caption lists for a GPU, where record.py measures the same
@@ -59,6 +58,7 @@ def measured(header: str, column: str, spread: str | None = None, optional: bool
 
 
 MODEL, BATCH = Column("model", ("model",)), Column("batch", ("B",))
+VARIANT = Column("variant", ("variant",), lambda variant: variant.replace(OURS, NAMES[OURS]))
 TIMESTAMPS = Column("timestamps", ("timestamps",), lambda value: "with" if value else "without")
 STOCK_OVER_OURS = measured("stock / ours", "stock/ours")
 ALTERNATIVES = [
@@ -77,7 +77,7 @@ class Table(NamedTuple):
     prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
     benchmark: str | None = None  # only these, where rows of a file say of which benchmark they are
     file: str | None = None  # that the rows are in, where the table has another name
-    select: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
+    select: Callable[[Sequence[Row]], Sequence[Row]] | None = None
 
 
 def pivot(key: str, *same: str) -> Callable[[Sequence[Row]], list[Row]]:
@@ -166,7 +166,7 @@ def of_one_gpu(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["gpu"] == last["gpu"]]
 
 
-def only(**wanted: Sequence[object]) -> Callable[[Sequence[Row]], list[Row]]:
+def only(**wanted: Container[object]) -> Callable[[Sequence[Row]], list[Row]]:
     """Rows of one GPU whose columns have one of the values that are wanted."""
 
     def select(rows: Sequence[Row]) -> list[Row]:
@@ -242,7 +242,7 @@ TABLES = {
         ],
         benchmark="step",
         file="decoder_step",
-        select=of_one_gpu,
+        select=only(B=range(1, 33)),
     ),
     "decoder_step": Table(
         [
@@ -290,7 +290,7 @@ TABLES = {
         [
             MODEL,
             BATCH,
-            Column("variant", ("variant",)),
+            VARIANT,
             measured("call, ms", "ms", "spread_ms"),
             measured("GPU at work, ms", "busy_ms", optional=True),
             measured("the rest, ms", "host_ms", optional=True),
@@ -304,7 +304,7 @@ TABLES = {
         [
             MODEL,
             BATCH,
-            Column("variant", ("variant",)),
+            VARIANT,
             measured("first call, s", "first_s"),
             measured("second, s", "second_s"),
             measured("another prompt, s", "other_prompt_s"),
@@ -383,7 +383,7 @@ TABLES = {
 
 
 # Those of a part of their file, which README may show or not.
-EXCERPTS = {name for name, table in TABLES.items() if table.select is not Table._field_defaults["select"]}
+EXCERPTS = {name for name, table in TABLES.items() if table.select is not None}
 
 
 def commands(rows: Sequence[Row], name: str) -> list[str]:
@@ -451,7 +451,7 @@ def short(name: str) -> str:
 def render_table(name: str, rows: Sequence[Row]) -> str:
     """The caption and the table; ValueError if a column that the table needs is in no row."""
     table = TABLES[name]
-    rows = table.select(rows)
+    rows = rows if table.select is None else table.select(rows)
     columns = list(table.columns(rows) if callable(table.columns) else table.columns)
     lines = table.prepare(rows)
     for column in ("dtype", "gpu"):

@@ -74,7 +74,7 @@ def check_caches(states: torch.Tensor, key_cache: torch.Tensor, value_cache: tor
     if min(B, T, H, D, key_cache.shape[2]) == 0:
         raise ValueError(f"empty tensors: states {(B, T, H, D)}, caches {tuple(key_cache.shape)}")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        if cache.stride(2) >= MAX_STRIDE:
+        if cache.shape[2] > 1 and cache.stride(2) >= MAX_STRIDE:
             raise ValueError(f"{name} must have slots less than {MAX_STRIDE} elements apart, got strides {cache.stride()}")
     if mutated:
         if key_cache is value_cache:

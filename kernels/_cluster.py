@@ -275,13 +275,13 @@ def launch_clusters(kernel: gluon.jit, grid: tuple[int, int], num_warps: int, is
         NotGranted: the driver does not raise the limit.
     """
     arguments |= {"NUM_WARPS": num_warps, "NUM_CTAS": NUM_CTAS, "num_warps": num_warps, "num_ctas": NUM_CTAS}
-    compiled = kernel.warmup(grid=grid, **arguments, launch_pdl=True)  # finds it, once it is built
+    compiled = kernel.warmup(grid=grid, **arguments, launch_pdl=True)  # builds it at the first call, finds it later
     compiled.run  # noqa: B018  loads it
     if set_attribute(compiled, MAX_DYNAMIC_SHARED_SIZE_BYTES, compiled.metadata.shared):
         raise NotGranted(f"{kernel.__name__} cannot have its {compiled.metadata.shared} bytes of shared memory")
     if is_alone:
         prefer_shared_memory(compiled)
-    compiled[(*grid, 1)](*(arguments[name] for name in kernel.arg_names))  # a launch by `kernel` would look for it again
+    compiled[(*grid, 1)](*(arguments[name] for name in kernel.arg_names))  # through `kernel` it would be looked for twice
 
 
 def covers_heads(x: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], num_warps: int) -> bool:

@@ -58,8 +58,9 @@ def choose_paced_tiles(B: int, N: int, K: int, parts: int, has_norm: bool) -> Ti
     """Tiles of the kernels with paced copies, or None where the plain one is as fast or nothing has been measured.
 
     Measured on one H100 80GB HBM3, fp16, as benchmarks/tune_step.py does, tiles and paces together: large-v3 at batch 1 and 8,
-    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried in medium at 1, 2 and 8. On one NVIDIA H200, 2026-11-29:
-    large-v3 at 2 and 4, fc2 of one row, eight once more; the LM head in turbo at 1 to 32, medium, small and base at 1, 2, 8.
+    2026-11-29, at 16 and 32, 2026-11-25, with what came out tried in medium at 1, 2 and 8. On one NVIDIA H200, 2026-11-29,
+    and not on an H100 since: large-v3 at 2 and 4 (3 has most of 4's), fc2 of one row, eight once more; the LM head in turbo at
+    1 to 32, medium, small and base at 1, 2 and 8.
     """
     if B > 32:
         return None

@@ -128,8 +128,8 @@ class AttentionTiles(NamedTuple):
 
 
 def choose_attention_tiles(B: int) -> AttentionTiles:
-    """Tiles for B sequences. Measured in steps of large-v3, fp16: of 1 to 8 rows on one H100 80GB HBM3, 2026-11-25, of 2 and 4
-    on one NVIDIA H200, 2026-11-29.
+    """Tiles for B sequences. Measured in steps of large-v3, fp16: of 1 and 8 rows on one H100 80GB HBM3, 2026-11-25; of 2 and 4
+    on one NVIDIA H200, 2026-11-29, and not on an H100. Three have those of four.
     """
     if 1 < B <= 4:
         return AttentionTiles(96, 2 if B == 2 else 4, 2)

@@ -426,14 +426,18 @@ def test_doctor(command: Callable[..., Result]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shared_memory", "sequences"),
-    [(227 << 10, "up to 32 sequences at a time (fp32: 1)"), (99 << 10, "one sequence at a time")],
+    ("shared_memory", "sequences", "prompts"),
+    [
+        (227 << 10, "up to 32 sequences at a time (fp32: 1)", "replayed CUDA graph"),
+        (99 << 10, "one sequence at a time", "module by module"),
+    ],
 )
 def test_doctor_says_how_many_sequences_the_fused_kernels_take(
-    monkeypatch: pytest.MonkeyPatch, shared_memory: int, sequences: str
+    monkeypatch: pytest.MonkeyPatch, shared_memory: int, sequences: str, prompts: str
 ) -> None:
     monkeypatch.setattr(fused, "_shared_memory", lambda device: shared_memory)
     assert doctor._step(torch.device("cuda"))[1].startswith(f"{sequences} through fused kernels")
+    assert doctor._prompt(torch.device("cuda"))[0] == prompts
 
 
 @pytest.mark.parametrize(
@@ -478,7 +482,7 @@ def test_doctor_says_which_variants_of_the_kernels_serve(
         [
             f"dependent launch {dependent}",
             f"paced copies {f'no: plain kernels {paced}' if paced else 'yes linear layers and attention of 2-byte decoders'}",
-            f"clusters {f'no: plain kernels {paced}' if paced else 'yes cross-attention of one sequence, 2-byte decoders'}",
+            f"clusters {f'no: plain kernels {paced}' if paced else 'yes cross-attention of few heads, 2-byte decoders'}",
         ],
         strict=True,
     ):

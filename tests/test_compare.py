@@ -74,6 +74,15 @@ def test_rows_that_cannot_be_told_apart(tmp_path: Path) -> None:
         compare.compare(a, b)
 
 
+def test_files_of_two_benchmarks(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no benchmark both: step and encoder"):
+        lines(tmp_path, [step(1, 1.0, benchmark="step")], [step(1, 1.0, benchmark="encoder")])
+
+
+def test_a_spread_beyond_the_time_ends_at_zero(tmp_path: Path) -> None:
+    assert "1 ms (0-3)" in lines(tmp_path, [step(1, 1.0, spread=2.0)], [step(1, 1.0)])["model=turbo B=1"]
+
+
 def test_warns_of_another_gpu_and_versions(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", step(1, 1.0))
     b = write(tmp_path / "b.jsonl", step(1, 1.0), gpu="GPU Y", torch="2.12", revision="def", date="2026-02-02")

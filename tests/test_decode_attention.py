@@ -41,6 +41,7 @@ from attention_cases import (
 from counts import KERNEL_CALLS, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whisper_triton.kernels._checks import MAX_STRIDE, check_caches
 from whisper_triton.kernels._clustered_attention import covers_clusters
 from whisper_triton.kernels._paced import SHARED_MEMORY
 from whisper_triton.kernels._paced_attention import covers_attention
@@ -464,6 +465,17 @@ def test_compiles_with_inductor(mode: str, device: torch.device) -> None:
 )
 def test_bad_input_is_refused(bad: BadInput, device: torch.device) -> None:
     assert_refused(decode_attention, arguments(SHAPE, torch.float32, device), bad, scale=SCALE)
+
+
+@pytest.mark.parametrize(("slots", "is_refused"), [(1, False), (2, True)])
+def test_slots_too_far_apart_are_refused(slots: int, is_refused: bool) -> None:
+    cache = torch.empty_strided((1, 1, slots, 32), (1 << 25, 1 << 25, MAX_STRIDE, 1), device="meta")
+    states = torch.empty(1, 1, 1, 32, device="meta")
+    if is_refused:
+        with pytest.raises(ValueError, match=f"less than {MAX_STRIDE} elements apart"):
+            check_caches(states, cache, cache)
+    else:
+        check_caches(states, cache, cache)
 
 
 # --- on a GPU

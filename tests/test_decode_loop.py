@@ -562,7 +562,7 @@ class TestStocksLoop:
             model.generate(mel(1, device), max_new_tokens=4)
         assert fallbacks() == [
             *said,
-            "tokens are chosen in stock's loop: the model has hooks, or another class or methods of its own",
+            "tokens are chosen in stock's loop: the model has hooks, or methods that are not transformers'",
         ]
 
     @pytest.mark.parametrize(
@@ -595,7 +595,7 @@ class TestStocksLoop:
         assert loops  # of the first window, which has no prompt, and of windows with prompts of one length
 
     @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
-    @row("hooks on the model, a forward pass of the user's", "stock's")
+    @row("hooks on the model, a forward pass or another method of the user's", "stock's")
     def test_a_hook_on_the_model_is_called_at_every_step(self, device: torch.device, hook: str, loops: list[int]) -> None:
         calls: list[int] = []
         with accelerated(talkative(device)) as model:

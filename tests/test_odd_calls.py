@@ -1,8 +1,12 @@
-"""Calls of `generate` that were drawn at random, or stand for such, and once came out differently from stock's."""
+"""Calls of `generate` that were drawn at random, or are like them, and once came out differently from stock's."""
 
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,8 @@ from transformers.generation import MaxLengthCriteria
 from whisper_models import EOS, NO_TIMESTAMPS, SOT, assert_same, mel, tiny_whisper
 
 from whisper_triton import accelerated, generation
+
+ROOT = Path(__file__).parents[1]
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels", "eager_steps")
@@ -26,12 +32,9 @@ def assert_as_stock(model: WhisperForConditionalGeneration, features: torch.Tens
             assert_same(model.generate(features, **kwargs), stock, exact)
 
 
-@pytest.mark.parametrize("length", [3, 40])
-def test_a_length_of_the_users_in_place_of_the_calls(
-    length: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_length_of_the_users_beyond_the_calls(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "MIN_SLOTS", 8)
-    criteria = StoppingCriteriaList([MaxLengthCriteria(length)])
+    criteria = StoppingCriteriaList([MaxLengthCriteria(40)])
     assert_as_stock(tiny_whisper(device, seed=3), mel(2, device), max_new_tokens=4, stopping_criteria=criteria)
 
 
@@ -70,7 +73,9 @@ def test_a_class_whose_forward_pass_was_replaced(device: torch.device, monkeypat
     assert_as_stock(tiny_whisper(device, seed=3), mel(2, device))
 
 
-@pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation"])
+@pytest.mark.parametrize(
+    "name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_has_unfinished_sequences"]
+)
 def test_a_method_of_the_loops_that_was_replaced(name: str, device: torch.device, loops: list[int]) -> None:
     model, calls = tiny_whisper(device, seed=3), []
     stock = getattr(model, name)
@@ -98,9 +103,48 @@ def test_the_classs_generate_hands_out_a_cache_that_stays(device: torch.device) 
     assert torch.equal(keys, before)
 
 
-def test_a_tensor_in_place_of_the_encoders_outputs(device: torch.device) -> None:
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_a_tensor_in_place_of_the_encoders_outputs(cache: str | None, device: torch.device) -> None:
     model = tiny_whisper(device, seed=3)
     states = model.model.encoder(mel(1, device)).last_hidden_state.detach()
-    stock = model.generate(encoder_outputs=states, max_new_tokens=8)
+    kwargs = {"encoder_outputs": states, "max_new_tokens": 8, "cache_implementation": cache, "disable_compile": True}
+    stock = model.generate(**kwargs)
     with accelerated(model):
-        assert torch.equal(model.generate(encoder_outputs=states, max_new_tokens=8), stock)
+        assert torch.equal(model.generate(**kwargs), stock)
+
+
+def test_a_subclass_that_changes_nothing_has_our_loop(device: torch.device, loops: list[int]) -> None:
+    class Plain(WhisperForConditionalGeneration):
+        pass
+
+    model = tiny_whisper(device, seed=3)
+    model.__class__ = Plain
+    assert_as_stock(model, mel(2, device))
+    assert len(loops) == 2
+
+
+BEFORE_THE_IMPORT = """
+import functools
+from transformers import WhisperForConditionalGeneration as Whisper
+
+forward = Whisper.forward
+
+@functools.wraps(forward)
+def contrary(self, *args, **kwargs):
+    output = forward(self, *args, **kwargs)
+    output.logits = -output.logits
+    return output
+
+Whisper.forward = contrary
+
+from whisper_triton.coverage import has_stocks_forward, has_stocks_loop
+from whisper_models import tiny_whisper
+
+print(has_stocks_forward(tiny_whisper()), has_stocks_loop(tiny_whisper(), {}))
+"""
+
+
+def test_a_class_whose_forward_pass_was_replaced_before_the_import() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    command = [sys.executable, "-c", BEFORE_THE_IMPORT]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False False\n"

@@ -69,6 +69,14 @@ def test_readme_is_what_the_rows_give() -> None:
     assert readme.differences(readme.ROOT) == [], "run: python benchmarks/readme.py"
 
 
+@pytest.mark.parametrize("page", [*readme.PAGES, "CONTRIBUTING.md", "SECURITY.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = readme.ROOT / page
+    links = re.findall(r"\]\(([^)#\s]+)", path.read_text())
+    assert links or page == "CONTRIBUTING.md"
+    assert not [link for link in links if "://" not in link and not (path.parent / link).exists()]
+
+
 def test_figures_are_small() -> None:
     figures = list((readme.ROOT / "benchmarks" / "plots").glob("*.svg"))
     assert figures

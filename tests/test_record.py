@@ -167,6 +167,14 @@ def test_what_is_not_recorded(words: list[str], monkeypatch: pytest.MonkeyPatch,
     assert not (tmp_path / "new").exists()
 
 
+def test_the_folder_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", ["record.py", "--device", "cpu", "--output", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit, match="2"):
+        record.main()
+    assert "rows.jsonl is a file" in capsys.readouterr().err
+
+
 def write(path: Path, *rows: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -216,6 +224,18 @@ class TestMerge:
         ]
         with pytest.raises(ValueError, match="two rows with"):
             merge.merge("a", [write(tmp_path / "c.jsonl", step("turbo", 1, 1.5), step("turbo", 8, 2.5)), *paths])
+
+    def test_rows_of_a_cpu_are_not_published(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(merge, "ROWS", tmp_path / "rows")
+        write(tmp_path / "new" / "a.jsonl", step("toy", 1, 1.0, gpu="none"))
+        command = ["merge.py", str(tmp_path / "new"), "--output"]
+        monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "rows")])
+        with pytest.raises(SystemExit, match="2"):
+            merge.main()
+        assert not (tmp_path / "rows").exists()
+        monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "mine")])
+        merge.main()
+        assert (tmp_path / "mine" / "a.jsonl").exists()
 
     def test_nothing_to_merge(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(sys, "argv", ["merge.py", str(tmp_path), "--output", str(tmp_path / "rows")])

@@ -48,21 +48,39 @@ def _mode(config: GenerationConfig, num_beams: Any) -> GenerationMode:
     return config.get_generation_mode()
 
 
-# What our loop does in place of stock's, and what a replay does in place of the forward pass.
-_LOOP = {
-    name: inspect.getattr_static(WhisperForConditionalGeneration, name)
-    for name in (
-        "forward",
-        "prepare_inputs_for_generation",
-        "_update_model_kwargs_for_generation",
-        "_has_unfinished_sequences",
-        "_sample",
+def _transformers_own(*names: str) -> dict[str, Any]:
+    """These methods of Whisper's class, as they are now: None where somebody has replaced one before."""
+    found: dict[str, Any] = {}
+    for name in names:
+        method = inspect.getattr_static(WhisperForConditionalGeneration, name)
+        layers, function = [], getattr(method, "__func__", method)
+        while function is not None:  # decorators, transformers' or torch's
+            layers.append(getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0])
+            function = getattr(function, "__wrapped__", None)
+        found[name] = method if set(layers) <= {"transformers", "torch"} else None
+    return found
+
+
+def _has_own(model: WhisperForConditionalGeneration, methods: dict[str, Any], overridden: dict[str, Any]) -> bool:
+    """Whether the model's class has these methods, and the model itself none but `overridden`, ours."""
+    return all(
+        inspect.getattr_static(type(model), name) is method and vars(model).get(name) is overridden.get(name)
+        for name, method in methods.items()
     )
-}
+
+
+# What our loop does in place of stock's, and what a replay does in place of the forward pass.
+_LOOP = _transformers_own(
+    "forward",
+    "prepare_inputs_for_generation",
+    "_update_model_kwargs_for_generation",
+    "_has_unfinished_sequences",
+    "_sample",
+)
 
 
 def has_stocks_forward(model: WhisperForConditionalGeneration) -> bool:
-    """Whether the model's class has transformers' own forward pass, which nobody has replaced since."""
+    """Whether the forward pass of the model's class is transformers' own."""
     return inspect.getattr_static(type(model), "forward") is _LOOP["forward"]
 
 
@@ -70,35 +88,25 @@ def has_stocks_loop(model: WhisperForConditionalGeneration, overridden: dict[str
     """Whether what stock's loop calls at each token is transformers' own, with no hook around it; `overridden`: our methods on
     this model.
     """
-    return (
-        type(model) is WhisperForConditionalGeneration
-        and not (model._forward_hooks or model._forward_pre_hooks)
-        and all(
-            inspect.getattr_static(type(model), name) is method and vars(model).get(name) is overridden.get(name)
-            for name, method in _LOOP.items()
-        )
-    )
+    return not (model._forward_hooks or model._forward_pre_hooks) and _has_own(model, _LOOP, overridden)
 
 
 def brings_its_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of `generate` has a greatest length among its stopping criteria, for which stock drops its own."""
     criteria = args[3] if len(args) > 3 else kwargs.get("stopping_criteria")
-    return any(isinstance(criterion, MaxLengthCriteria) for criterion in criteria or ())
+    return isinstance(criteria, list) and any(isinstance(criterion, MaxLengthCriteria) for criterion in criteria)
 
 
 # What in transformers reads the scores of a call that asks for tokens alone: for its threshold of log-probability.
-_READERS = {
-    name: inspect.getattr_static(WhisperForConditionalGeneration, name)
-    for name in (
-        "generate",
-        "generate_with_fallback",
-        "_postprocess_outputs",
-        "_need_fallback",
-        "_retrieve_avg_logprobs",
-        "_retrieve_segment",
-        "_stack_split_outputs",
-    )
-}
+_READERS = _transformers_own(
+    "generate",
+    "generate_with_fallback",
+    "_postprocess_outputs",
+    "_need_fallback",
+    "_retrieve_avg_logprobs",
+    "_retrieve_segment",
+    "_stack_split_outputs",
+)
 
 
 def returns_tokens_alone(
@@ -108,10 +116,7 @@ def returns_tokens_alone(
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
     asked = [kwargs.get(name) for name in ("return_dict_in_generate", "return_segments", "return_token_timestamps")]
     asked += [getattr(one, "return_dict_in_generate", None) for one in (config, model.generation_config)]
-    return not any(asked) and all(
-        inspect.getattr_static(type(model), name) is reader and vars(model).get(name) is overridden.get(name)
-        for name, reader in _READERS.items()
-    )
+    return not any(asked) and _has_own(model, _READERS, overridden)
 
 
 # What `generate` passes to a step: the attention mask is of the frames, which Whisper ignores ...
@@ -167,9 +172,14 @@ def why_not_our_cache(
         return "output_attentions=True"
     states = model_kwargs["encoder_outputs"][0]
     rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-    if states.dim() != 3 or states.shape[0] != rows:  # of a tensor in place of the encoder's outputs, the first row
+    return why_not_these_states(states, rows) or why_not_static(model, is_known)
+
+
+def why_not_these_states(states: torch.Tensor, rows: int) -> str | None:
+    """Why `states`, the first of what a call has for encoder outputs, are not those of each of `rows` rows; or None."""
+    if states.dim() != 3 or states.shape[0] != rows:  # a bare tensor's first is its first row
         return f"encoder_outputs are {tuple(states.shape)}, where {rows} rows are decoded"
-    return why_not_static(model, is_known)
+    return None
 
 
 def why_not_static(model: WhisperForConditionalGeneration, is_known: bool = False) -> str | None:

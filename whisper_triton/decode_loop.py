@@ -201,7 +201,7 @@ def decode(
     logits = prompt_logits[:, -1].contiguous()
     detect_no_speech(model, step, logits_processor, input_ids, prompt_logits)
     selection.top_k = settings.limits.top_k
-    # Without a pad token stock takes the ends that fill a row for tokens of it, whose log-probabilities count.
+    # Without a pad token stock counts the end tokens that fill up a row as its own, with their log-probabilities.
     returns_tokens = returns_tokens and generation_config.pad_token_id is not None
     # What `return_dict_in_generate` hands out is stock's for rows that have ended too: scores, logits, the cache.
     hands_out = bool(generation_config.return_dict_in_generate) and not returns_tokens

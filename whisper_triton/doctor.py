@@ -84,7 +84,7 @@ def _variants(device: torch.device) -> list[tuple[str, str, str]]:
         if dependent
         else ("dependent launch", "yes", "a kernel begins while another ends"),
         ("paced copies", plain, paced) if paced else ("paced copies", "yes", f"linear layers and attention of {wide}"),
-        ("clusters", plain, paced) if paced else ("clusters", "yes", f"cross-attention of one sequence, {wide}"),
+        ("clusters", plain, paced) if paced else ("clusters", "yes", f"cross-attention of few heads, {wide}"),
     ]
 
 
@@ -109,8 +109,9 @@ def _prompt(device: torch.device) -> tuple[str, str]:
     if _why_no_graph(device):
         return "module by module", "PyTorch's SDPA serves many queries at a time"
     rows = max_rows(choose_dtype(None, device), device)
-    what = "of one sequence of up to 16 tokens" if rows == 1 else f"of up to 16 tokens a sequence, {rows} in all"
-    return "replayed CUDA graph", f"{what}; others module by module"
+    if rows == 1:
+        return "module by module", "fused kernels take one token at a time here"
+    return "replayed CUDA graph", f"up to 16 tokens a sequence, {rows} in all of up to {MAX_SEQUENCES}; others module by module"
 
 
 def _encoder(device: torch.device) -> tuple[str, str]:

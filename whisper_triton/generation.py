@@ -33,6 +33,7 @@ from .coverage import (
     why_not_our_loop,
     why_not_replayed,
     why_not_static,
+    why_not_these_states,
 )
 from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
 from .decoder import DecoderStep, cache_bytes, fingerprint, why_not_captured
@@ -53,9 +54,9 @@ class _Call:
     """A `generate` call that is running."""
 
     # Of a prompt. All of transformers' own decoding methods that get our cache do; one of the user's may want the others too.
-    reads_last_logits: bool
-    returns_tokens: bool  # and nobody sees more of it, though stock may ask for more itself
-    brings_its_length: bool  # which the cache's length does not follow
+    reads_last_logits: bool = False
+    returns_tokens: bool = False  # and nobody sees more of it, though stock may ask for more itself
+    brings_its_length: bool = False  # which the cache's length does not follow
     streams: RandomStreams = field(default_factory=RandomStreams)
 
 
@@ -179,8 +180,8 @@ def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kw
     is_plain = state is not None and has_stocks_loop(self, state.overridden)
     step = None if state is None else state.in_use
     if step is not None and not is_plain:
-        report_once(f"{STOCKS_LOOP}: the model has hooks, or another class or methods of its own")
-    call = _CALL.get() or _Call(False, False, False)  # kept by somebody, and called by itself
+        report_once(f"{STOCKS_LOOP}: the model has hooks, or methods that are not transformers'")
+    call = _CALL.get() or _Call()  # kept by somebody, and called by itself
     return decode(
         self,
         step if is_plain else None,
@@ -375,7 +376,9 @@ def _prepare_static_cache(
     model_kwargs: dict[str, Any],
 ) -> Cache:
     """For `cache_implementation="static"`: our cache, which `generate` compiles over."""
+    frames = model_kwargs["encoder_outputs"][0]
     reason = f"cache_implementation={cache_implementation!r}" if "offloaded" in cache_implementation else why_not_static(self)
+    reason = reason or why_not_these_states(frames, batch_size)
     if reason is not None:
         _report_stocks_cache(reason)
         return _stock(self, "_prepare_static_cache")(
@@ -384,7 +387,6 @@ def _prepare_static_cache(
     # As stock does: a cache no shorter than the last one, so that the compiled forward pass need not be compiled anew.
     max_cache_len = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))
     self._previous_max_cache_length = max_cache_len
-    frames = model_kwargs["encoder_outputs"][0]
     return build_static_cache(self, frames.shape[0], max_cache_len, frames.shape[1])
 
 
