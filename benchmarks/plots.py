@@ -315,7 +315,7 @@ def plot(rows: Sequence[Row], path: Path, title: str | None = None) -> None:
             legend |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         if legend:
             columns = 4 if sum(map(len, legend)) < 80 else 2
-            figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, frameon=False)
+            figure.legend(legend.values(), [NAMES.get(label, label) for label in legend], loc="outside lower center", ncols=columns, frameon=False)
         figure.suptitle(f"{title}\n{', '.join(shared)}", fontsize=10.5)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix != ".svg":

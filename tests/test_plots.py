@@ -36,11 +36,11 @@ ROWS = {
     "time": [{"B": B, "timestamps": t, "ours_us": 3.0, "stock_us": 1400.0, **WHERE} for B in (1, 8) for t in (False, True)],
 }
 TEXTS = {
-    "tokens": {"medium", "turbo", "1", "2", "8", "90", "720", *VARIANTS},
+    "tokens": {"medium", "turbo", "1", "2", "8", "90", "720", *VARIANTS[:2], "whisper-triton"},
     "step share": {"medium", "turbo", "share of the bandwidth of the memory, %"},
     "share": {"ours", "SDPA cuDNN", "1", "4", "share of the bandwidth of the memory, %"},
     "links": {"fc1", "fc2", "3.0, floor 3.2", "3.0, floor 1.0"},
-    "position": {"accelerate", "stock static+compile", "position", "time, ms"},
+    "position": {"whisper-triton", "stock static+compile", "position", "time, ms"},
     "time": {"ours", "stock", "timestamps False", "timestamps True", "time, us"},
 }
 
