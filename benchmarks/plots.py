@@ -315,7 +315,8 @@ def plot(rows: Sequence[Row], path: Path, title: str | None = None) -> None:
             legend |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         if legend:
             columns = 4 if sum(map(len, legend)) < 80 else 2
-            figure.legend(legend.values(), [NAMES.get(label, label) for label in legend], loc="outside lower center", ncols=columns, frameon=False)
+            labels = [NAMES.get(label, label) for label in legend]
+            figure.legend(legend.values(), labels, loc="outside lower center", ncols=columns, frameon=False)
         figure.suptitle(f"{title}\n{', '.join(shared)}", fontsize=10.5)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix != ".svg":
