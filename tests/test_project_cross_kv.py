@@ -132,6 +132,19 @@ def test_values_may_have_no_bias(device: torch.device) -> None:
     assert_projects(*arguments(ODD[0], torch.float32, device, bias=False))
 
 
+def test_tensors_that_have_moved_are_refused_in_a_capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, table = arguments(ODD[1], torch.float32, device)
+    moved = table._replace(key_caches=[cache.clone() for cache in table.key_caches])
+    before = [storage(cache) for cache in moved.key_caches + moved.value_caches]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="have moved"):
+        module._launch(states, *moved)
+    assert all(
+        torch.equal(storage(cache), old) for cache, old in zip(moved.key_caches + moved.value_caches, before, strict=True)
+    )
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_the_tiles_of_every_gpu_compute_the_same(capability, itemsize, device, monkeypatch) -> None:
