@@ -38,6 +38,16 @@ def test_a_length_of_the_users_beyond_the_calls(device: torch.device, monkeypatc
     assert_as_stock(tiny_whisper(device, seed=3), mel(2, device), max_new_tokens=4, stopping_criteria=criteria)
 
 
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
+def test_inference_mode_in_one_call_and_not_in_another(modes: tuple[Any, Any], device: torch.device) -> None:
+    model, features = tiny_whisper(device, seed=3), mel(1, device)
+    stock = model.generate(features, max_new_tokens=8)
+    with accelerated(model):
+        for mode in modes:
+            with mode():
+                assert torch.equal(model.generate(features, max_new_tokens=8), stock)
+
+
 def test_a_threshold_without_a_pad_token(device: torch.device, loops: list[int]) -> None:
     model = tiny_whisper(device, seed=3)
     model.model.decoder.embed_tokens.weight.data[EOS] *= 4  # so that one row ends before the other

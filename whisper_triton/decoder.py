@@ -139,10 +139,10 @@ class DecoderStep:
             # Not read: a step finds the cross keys and values in the cache. It only tells the layers to attend to them.
             self.encoder_states = torch.zeros(batch_size, 1, model.config.d_model, dtype=model.dtype, device=model.device)
             self.projections = cross_projections(model, self.cache)
+            has_chain = batch_size <= MAX_SEQUENCES and is_fusable(model, batch_size)
+            self.fused = FusedDecoder(model) if has_chain else None
         # The states that the cross cache is of, with the versions of all that it depends on.
         self._projected: tuple[weakref.ref[torch.Tensor], list[int]] | None = None
-        has_chain = batch_size <= MAX_SEQUENCES and is_fusable(model, batch_size)
-        self.fused = FusedDecoder(model) if has_chain else None
         if self.fused is not None:
             report_missing(model.device, model.config.d_model, model.dtype)
         self.passes: dict[int, CapturedPass] = {}  # by T
