@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationMixin, StoppingCriteriaList, WhisperForConditionalGeneration
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation import MaxLengthCriteria
-from whisper_models import EOS, NO_TIMESTAMPS, SOT, assert_same, mel, tiny_whisper
+from whisper_models import EOS, NO_TIMESTAMPS, SOT, START_OF_PREVIOUS, assert_same, mel, tiny_whisper
 
 from whisper_triton import accelerated, generation
 
@@ -36,6 +36,15 @@ def test_a_length_of_the_users_beyond_the_calls(device: torch.device, monkeypatc
     monkeypatch.setattr(generation, "MIN_SLOTS", 8)
     criteria = StoppingCriteriaList([MaxLengthCriteria(40)])
     assert_as_stock(tiny_whisper(device, seed=3), mel(2, device), max_new_tokens=4, stopping_criteria=criteria)
+
+
+def test_a_prompt_that_fills_the_cache_before_a_last_token(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, loops: list[int]
+) -> None:
+    monkeypatch.setattr(generation, "MIN_SLOTS", 8)
+    prompt = torch.tensor([START_OF_PREVIOUS, *[7] * 5], device=device)  # eight tokens with the usual two
+    assert_as_stock(tiny_whisper(device, seed=3), mel(2, device), prompt_ids=prompt, max_new_tokens=1)
+    assert loops == [0, 0]
 
 
 @pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
@@ -158,3 +167,11 @@ def test_a_class_whose_forward_pass_was_replaced_before_the_import() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     command = [sys.executable, "-c", BEFORE_THE_IMPORT]
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "False False\n"
+
+
+def test_one_prompt_for_several_rows_fails_as_stock_does(device: torch.device) -> None:
+    model, prompt = tiny_whisper(device, seed=3), torch.tensor([[SOT, NO_TIMESTAMPS]], device=device)
+    with pytest.raises((AttributeError, IndexError)) as stock:
+        model.generate(mel(3, device), decoder_input_ids=prompt, max_new_tokens=8)
+    with accelerated(model), pytest.raises(stock.type):
+        model.generate(mel(3, device), decoder_input_ids=prompt, max_new_tokens=8)

@@ -205,17 +205,19 @@ def decode(
     returns_tokens = returns_tokens and generation_config.pad_token_id is not None
     # What `return_dict_in_generate` hands out is stock's for rows that have ended too: scores, logits, the cache.
     hands_out = bool(generation_config.return_dict_in_generate) and not returns_tokens
-    advance = step.advance(model, selection, decodes_ended=hands_out)
+    prompt_length = input_ids.shape[1]
+    steps = settings.limits.max_length - prompt_length - 1
+    # Captured before the rules are written, which a capture changes. Without any step there may be no slot left for one.
+    advance = step.advance(model, selection, decodes_ended=hands_out) if steps > 0 else lambda: logits
     seeds = streams.seeds(heard, model_kwargs["encoder_outputs"][0]) if settings.temperature > 0.0 else None
     selection.begin(input_ids, settings, generation_config._pad_token_tensor, seeds)
     selection(logits)
-    prompt_length = input_ids.shape[1]
     wants_scores = hands_out and generation_config.output_scores
     wants_logits = hands_out and generation_config.output_logits
     kept = [logits]
     run = (lambda: kept.append(advance().clone())) if wants_scores or wants_logits else advance
     look_every = 1 if step.weight_bytes >= LARGE else LOOK_EVERY
-    length = run_until_ended(run, selection, settings.limits.max_length - prompt_length - 1, look_every)
+    length = run_until_ended(run, selection, steps, look_every)
     step.rewind(length - 1)  # the last token of all is not in the cache
     ids, kept = selection.state.ids[:, :length].clone(), kept[: length - prompt_length]
     if generation_config.return_dict_in_generate and returns_tokens:

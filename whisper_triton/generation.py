@@ -58,6 +58,7 @@ class _Call:
     returns_tokens: bool = False  # and nobody sees more of it, though stock may ask for more itself
     brings_its_length: bool = False  # which the cache's length does not follow
     streams: RandomStreams = field(default_factory=RandomStreams)
+    rows: int = 0  # of this window's prompt, before each is there for all of its beams
 
 
 class CallLock:
@@ -280,6 +281,16 @@ def _prepare_model_inputs(self: WhisperForConditionalGeneration, *args: Any, **k
     return inputs, name, model_kwargs
 
 
+def _prepare_decoder_input_ids_for_generation(
+    self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    ids, model_kwargs = _stock(self, "_prepare_decoder_input_ids_for_generation")(*args, **kwargs)
+    call = _CALL.get()
+    if call is not None:
+        call.rows = ids.shape[0]
+    return ids, model_kwargs
+
+
 def _prepare_cache_for_generation(
     self: WhisperForConditionalGeneration,
     generation_config: GenerationConfig,
@@ -296,6 +307,8 @@ def _prepare_cache_for_generation(
         reason = reason or "the class's generate is called, past the model's"  # and hands out its cache
     elif call.brings_its_length:
         reason = reason or "there is a length among the stopping criteria"
+    elif call.rows != batch_size:
+        reason = reason or f"decoder_input_ids have {call.rows} rows, the encoder's outputs {batch_size}"
     if reason is None:
         frames = model_kwargs["encoder_outputs"][0]
         model_kwargs["past_key_values"] = _cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
@@ -431,6 +444,7 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "_prepare_generation_config": _prepare_generation_config,
     "_get_input_segment": _get_input_segment,
     "_prepare_model_inputs": _prepare_model_inputs,
+    "_prepare_decoder_input_ids_for_generation": _prepare_decoder_input_ids_for_generation,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_prepare_static_cache": _prepare_static_cache,
     "_postprocess_outputs": _postprocess_outputs,
