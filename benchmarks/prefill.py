@@ -67,7 +67,7 @@ def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, T: in
         row: Row = {"benchmark": "prefill", "B": B, "T": T, "captured": is_captured}
         for variant, measured in (("stock", stock_ms), *times.items()):
             row |= {f"{variant}_ms": statistics.median(measured), f"{variant}_spread_ms": (max(measured) - min(measured)) / 2}
-        row["project_ms"] = place.measure([lambda: project_cross_kv(states, step.projections)])[0] / 1000
+        row["project_ms"] = place.measure([lambda: project_cross_kv(states, step.projections.table)])[0] / 1000
         if is_captured:
             step.cache.reset()
             row["prompt_ms"] = time_graph(step.passes[T].graph, 1)[0] / 1000

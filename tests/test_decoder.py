@@ -13,7 +13,7 @@ from whisper_triton.kernels._checks import MAX_QUERIES
 from whisper_triton.kernels.skinny_linear import MAX_ROWS
 
 import whisper_triton
-from whisper_triton import decoder, fused
+from whisper_triton import cross_projections, decoder, fused
 from whisper_triton.decoder import DecoderStep, fingerprint, why_not_captured
 from whisper_triton.fused import MAX_SEQUENCES, FusedDecoder, is_fusable
 from whisper_triton.kernels import project_cross_kv
@@ -128,7 +128,7 @@ def test_keys_and_values_that_are_there_still_are_not_projected_again(device, mo
         launches.append(args)
         project_cross_kv(*args)
 
-    monkeypatch.setattr(decoder, "project_cross_kv", launch)
+    monkeypatch.setattr(cross_projections, "project_cross_kv", launch)
     first = projected(states)
     assert first[0]
     again = projected(states)

@@ -20,7 +20,7 @@ from whisper_triton.kernels.cross_attention import cross_attention_reference
 from whisper_triton.kernels.embed_tokens import embed_tokens_reference
 from whisper_triton.kernels.skinny_linear import skinny_linear_reference
 
-from whisper_triton import accelerated, decode_loop, decoder, fused, generation
+from whisper_triton import accelerated, cross_projections, decode_loop, decoder, fused, generation
 from whisper_triton.coverage import returns_tokens_alone
 
 pytest_plugins = ["whisper_fixtures"]
@@ -265,13 +265,13 @@ class TestWhatIsProjected:
     @pytest.fixture
     def launches(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         launched: list[int] = []
-        project = decoder.project_cross_kv
+        project = cross_projections.project_cross_kv
 
         def recorded(*args: Any) -> None:
             launched.append(1)
             project(*args)
 
-        monkeypatch.setattr(decoder, "project_cross_kv", recorded)
+        monkeypatch.setattr(cross_projections, "project_cross_kv", recorded)
         return launched
 
     def test_once_for_all_temperatures(self, device: torch.device, launches: list[int], loops: list[int]) -> None:

@@ -3,12 +3,11 @@
 The host needs longer to launch the hundreds of kernels of a step than the GPU to run them. A `DecoderStep` captures them
 once, in a second or two and without compiling, over caches of fixed address; the position lives on the device, so that one
 graph serves every step. It belongs to one model, batch size and cache size, and is kept from call to call. So are the graphs of
-short prompts, and where the cross keys and values of all layers are projected from and to.
+short prompts.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -23,11 +22,12 @@ from transformers.models.whisper.modeling_whisper import (
     WhisperPositionalEmbedding,
 )
 
-from .attention import NAME, TritonAttention, report_once, why_not_covered
+from .attention import NAME, TritonAttention, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
+from .cross_projections import CrossProjections
 from .fused import MAX_SEQUENCES, FusedDecoder, is_fusable
 from .graphs import NotCaptured, add_fingerprint, capture, global_hooks, modules_of, why_not_known
-from .kernels import CrossTable, backend, cross_table, project_cross_kv
+from .kernels import backend
 from .kernels._checks import MAX_QUERIES
 from .kernels._dispatch import failed_gpus
 from .variants import report_missing
@@ -86,29 +86,6 @@ def cache_bytes(model: WhisperForConditionalGeneration, batch_size: int, num_fra
     return 2 * config.decoder_layers * batch_size * (num_slots + num_frames) * config.d_model * model.dtype.itemsize
 
 
-def cross_projections(model: WhisperForConditionalGeneration, cache: StaticEncoderDecoderCache) -> CrossTable | None:
-    """Where one launch finds all it needs to fill the cross cache; None where the model is not of the form that it takes."""
-    modules = [layer.encoder_attn for layer in model.model.decoder.layers]
-    layers = cache.cross_attention_cache.layers
-    has_bias = [module.v_proj.bias is not None for module in modules]
-    tensors = [t for module in modules for t in (*module.k_proj.parameters(), *module.v_proj.parameters())]
-    covered = (
-        all(module.k_proj.bias is None for module in modules)
-        and all(has_bias) == any(has_bias)
-        and why_not_covered(layers[0].keys.dtype, layers[0].keys.shape[-1], layers[0].keys.device) is None
-        and all(t.is_contiguous() and (t.dtype, t.device) == (layers[0].dtype, layers[0].device) for t in tensors)
-    )
-    if not covered:
-        return None
-    return cross_table(
-        [module.k_proj.weight.detach() for module in modules],
-        [module.v_proj.weight.detach() for module in modules],
-        [module.v_proj.bias.detach() for module in modules] if all(has_bias) else None,
-        [layer.keys for layer in layers],
-        [layer.values for layer in layers],
-    )
-
-
 class CapturedPass(NamedTuple):
     """The decoder's pass over T tokens a sequence, with what it reads."""
 
@@ -138,11 +115,9 @@ class DecoderStep:
             )
             # Not read: a step finds the cross keys and values in the cache. It only tells the layers to attend to them.
             self.encoder_states = torch.zeros(batch_size, 1, model.config.d_model, dtype=model.dtype, device=model.device)
-            self.projections = cross_projections(model, self.cache)
+            self.projections = CrossProjections(model, self.cache)
             has_chain = batch_size <= MAX_SEQUENCES and is_fusable(model, batch_size)
             self.fused = FusedDecoder(model) if has_chain else None
-        # The states that the cross cache is of, with the versions of all that it depends on.
-        self._projected: tuple[weakref.ref[torch.Tensor], list[int]] | None = None
         if self.fused is not None:
             report_missing(model.device, model.config.d_model, model.dtype)
         self.passes: dict[int, CapturedPass] = {}  # by T
@@ -178,38 +153,8 @@ class DecoderStep:
         return self._takes[T]
 
     def project(self, encoder_states: torch.Tensor) -> None:
-        """Fills the cross cache of all layers from `encoder_states` (B, frames, C), a window's first, if it is not there still.
-
-        So it is at a further temperature for all rows; for some of them alone it is another step's, and filled anew. Where this
-        is not covered, nothing is done, and each layer projects its own when it is first called.
-        """
-        layers = self.cache.cross_attention_cache.layers
-        shape = (self.encoder_states.shape[0], self.num_frames, self.encoder_states.shape[2])
-        covered = (
-            self.projections is not None
-            and encoder_states.shape == shape
-            and encoder_states.stride(-1) == 1
-            and (encoder_states.dtype, encoder_states.device) == (layers[0].dtype, layers[0].device)
-        )
-        known, self._projected = self._projected, None
-        if not covered:
-            return
-        if known is None or known[0]() is not encoder_states or known[1] != self._versions(encoder_states):
-            project_cross_kv(encoder_states, self.projections)
-        if not encoder_states.is_inference():  # which counts no versions
-            self._projected = weakref.ref(encoder_states), self._versions(encoder_states)
-        torch._foreach_add_([layer.cumulative_length for layer in layers], self.num_frames)  # from 0: `reset` came before
-        self.cache.is_updated.update(dict.fromkeys(self.cache.is_updated, True))
-
-    def forget_states(self) -> None:
-        """Has whatever comes projected: before a call of `generate`, as writes through `.data` count no versions."""
-        self._projected = None
-
-    def _versions(self, encoder_states: torch.Tensor) -> list[int]:
-        table = self.projections
-        tensors = (encoder_states, *table.key_weights, *table.value_weights, *table.value_biases)
-        tensors += (*table.key_caches, *table.value_caches)  # which somebody may have reordered
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        """Fills the cross cache of all layers from a window's encoder states, if it is not of them still: see `fill`."""
+        self.projections.fill(encoder_states)
 
     def __call__(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
         """Decodes `input_ids` (B, T), of which it `takes` T, at the cache's position and advances it by T.

@@ -7,13 +7,8 @@ it does not cover.
 from __future__ import annotations
 
 import inspect
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -36,80 +31,11 @@ from .coverage import (
     why_not_these_states,
 )
 from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
-from .decoder import DecoderStep, cache_bytes, fingerprint, why_not_captured
+from .decoder import DecoderStep, fingerprint
 from .early import start_encoder, whole_segment
 from .encoded import ENCODED, Encoded
-from .encoder import EncoderState
-from .graphs import make_room
 from .stand_ins import StandIn, stand_in
-from .streams import RandomStreams
-
-MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps; a step that is larger by itself is kept alone
-MIN_SLOTS = 128  # of a step's self cache
-_CALL: ContextVar[_Call | None] = ContextVar("whisper_triton_generate", default=None)  # the innermost `generate` call
-
-
-@dataclass(eq=False)
-class _Call:
-    """A `generate` call that is running."""
-
-    # Of a prompt. All of transformers' own decoding methods that get our cache do; one of the user's may want the others too.
-    reads_last_logits: bool = False
-    returns_tokens: bool = False  # and nobody sees more of it, though stock may ask for more itself
-    brings_its_length: bool = False  # which the cache's length does not follow
-    streams: RandomStreams = field(default_factory=RandomStreams)
-    rows: int = 0  # of this window's prompt, before each is there for all of its beams
-
-
-class CallLock:
-    """Held by the thread in which `generate` runs, nested calls included; the others wait. A copied model has its own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            report_once("generate waits for a call of the same model in another thread")
-            self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[CallLock], tuple[()]]:
-        return CallLock, ()
-
-
-@dataclass
-class State:
-    """What an accelerated model carries: what `restore` needs, and the steps captured for it."""
-
-    attn_implementation: str | None
-    overridden: dict[str, MethodType]
-    encoder: EncoderState | None  # None where the encoder is another model's, or none of Whisper's
-    lock: CallLock  # one for all models of one config, which names the attention for all of them
-    steps: OrderedDict[int, DecoderStep] = field(default_factory=OrderedDict, repr=False)  # by batch size, oldest first
-    owner: _Call | None = None  # the outermost call that is running: the one that the steps' caches belong to
-    in_use: DecoderStep | None = field(default=None, repr=False)
-    captured: tuple[object, ...] | None = field(default=None, repr=False)  # the fingerprint of what can be, as last seen
-    # The attributes of a configuration in which stock found no settings of `generate`, with whether each was None.
-    without_settings: tuple[tuple[str, bool], ...] | None = field(default=None, repr=False)
-    done: torch.cuda.Event | None = field(default=None, repr=False)  # after all that calls have had the GPU do
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A captured graph belongs to the weights it was captured over: a copied model captures its own.
-        return vars(self) | {"steps": OrderedDict(), "owner": None, "in_use": None, "captured": None, "done": None}
-
-    def forget(self, *sizes: int) -> None:
-        """Gives up the steps of these batch sizes. Waits for the GPU, which may still be at one of them, in the stream of an
-        earlier call or in this one's.
-        """
-        if sizes and self.done is not None:
-            self.done.synchronize()
-        for size in sizes:
-            device = self.steps[size].encoder_states.device
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-            del self.steps[size]
+from .state import CALL, Call, State, cache_for
 
 
 def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., Any]:
@@ -128,19 +54,19 @@ def _generate(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) 
 
 
 def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    call = _Call(
+    call = Call(
         reads_last_logits=kwargs.get("custom_generate") is None,
         returns_tokens=returns_tokens_alone(self, state.overridden, args, kwargs),
         brings_its_length=brings_its_length(args, kwargs),
     )
     is_outermost = state.owner is None
     attn_implementation = self.config._attn_implementation
-    outer, outer_encoded = _CALL.set(call), ENCODED.set(Encoded())
+    outer, outer_encoded = CALL.set(call), ENCODED.set(Encoded())
     try:
         if is_outermost:
             state.owner = call
             for step in state.steps.values():
-                step.forget_states()
+                step.projections.forget_states()
         with _on_device(self.device, state):
             start_encoder(self, state.overridden, args, kwargs)
             reason = why_not_our_loop(self, args, kwargs)
@@ -150,7 +76,7 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
                 report_once(f"{STOCKS_LOOP}: {reason}")
             return _stock(self, "generate")(*args, **kwargs)
     finally:
-        _CALL.reset(outer)
+        CALL.reset(outer)
         ENCODED.reset(outer_encoded)
         if is_outermost:
             state.owner = state.in_use = None
@@ -182,7 +108,7 @@ def _decode(self: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kw
     step = None if state is None else state.in_use
     if step is not None and not is_plain:
         report_once(f"{STOCKS_LOOP}: the model has hooks, or methods that are not transformers'")
-    call = _CALL.get() or _Call()  # kept by somebody, and called by itself
+    call = CALL.get() or Call()  # kept by somebody, and called by itself
     return decode(
         self,
         step if is_plain else None,
@@ -265,7 +191,7 @@ def _prepare_generation_config(
 
 
 def _get_input_segment(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-    call = _CALL.get()
+    call = CALL.get()
     if call is not None:
         call.streams.begin_window()
     segment = whole_segment(*args, **kwargs)
@@ -274,7 +200,7 @@ def _get_input_segment(self: WhisperForConditionalGeneration, *args: Any, **kwar
 
 def _prepare_model_inputs(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
     inputs, name, model_kwargs = _stock(self, "_prepare_model_inputs")(*args, **kwargs)
-    call = _CALL.get()
+    call = CALL.get()
     if call is not None:
         is_heard = name == "input_features" and model_kwargs.get("encoder_outputs") is None
         call.streams.hear(inputs if is_heard else None)
@@ -285,7 +211,7 @@ def _prepare_decoder_input_ids_for_generation(
     self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     ids, model_kwargs = _stock(self, "_prepare_decoder_input_ids_for_generation")(*args, **kwargs)
-    call = _CALL.get()
+    call = CALL.get()
     if call is not None:
         call.rows = ids.shape[0]
     return ids, model_kwargs
@@ -302,7 +228,7 @@ def _prepare_cache_for_generation(
     state: State | None = vars(self).get(STATE)  # None: a method kept from before `restore`
     found = None if state is None else fingerprint(self)
     is_known = state is not None and found == state.captured
-    reason, call = why_not_our_cache(self, generation_config, model_kwargs, generation_mode, batch_size, is_known), _CALL.get()
+    reason, call = why_not_our_cache(self, generation_config, model_kwargs, generation_mode, batch_size, is_known), CALL.get()
     if call is None:
         reason = reason or "the class's generate is called, past the model's"  # and hands out its cache
     elif call.brings_its_length:
@@ -311,7 +237,7 @@ def _prepare_cache_for_generation(
         reason = reason or f"decoder_input_ids have {call.rows} rows, the encoder's outputs {batch_size}"
     if reason is None:
         frames = model_kwargs["encoder_outputs"][0]
-        model_kwargs["past_key_values"] = _cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
+        model_kwargs["past_key_values"] = cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
         return
     if model_kwargs.get("past_key_values") is not None:  # of any class, and ours may be compiled over
         report_once("steps are not replayed: generate runs over the cache that it was given")
@@ -324,60 +250,6 @@ def _prepare_cache_for_generation(
 
 def _report_stocks_cache(reason: str) -> None:
     report_once(f"generate runs over stock's cache, one kernel at a time: {reason}")
-
-
-def _cache_for(
-    self: WhisperForConditionalGeneration, found: tuple[object, ...], batch_size: int, max_cache_len: int, num_frames: int
-) -> StaticEncoderDecoderCache:
-    """The cache of a captured step, kept from call to call, or one for this call alone; `found`: the model's fingerprint."""
-    state: State = getattr(self, STATE)
-    reason = None if found == state.captured else why_not_captured(self)
-    state.captured = found if reason is None else None
-    if reason is not None and self.device.type == "cuda":
-        report_once(f"steps are launched one kernel at a time: {reason}")
-    # A call inside another must not write into the other's cache.
-    if state.owner is not _CALL.get():
-        if reason is None:
-            report_once("steps are launched one kernel at a time: another call of the model's `generate` is running")
-        return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
-    state.in_use = None  # this call's last window, or its last temperature
-    state.forget(*[size for size, step in state.steps.items() if reason is not None or step.fingerprint != found])
-    if reason is not None:
-        return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
-    num_slots = slots_for(max_cache_len, self.config.max_target_positions)
-    kept = state.steps.get(batch_size)
-    if kept is not None and (kept.num_frames != num_frames or kept.num_slots < num_slots):
-        state.forget(batch_size)  # its memory first
-    if batch_size not in state.steps and not _add_step(self, state, batch_size, num_frames, num_slots):
-        return build_static_cache(self, batch_size, max_cache_len, num_frames, is_compileable=False)
-    state.steps.move_to_end(batch_size)
-    make_room(state.steps, 0, MAX_BYTES, state.forget, in_use=batch_size)  # graphs that were captured since
-    state.in_use = step = state.steps[batch_size]
-    step.reset()
-    return step.cache
-
-
-def slots_for(length: int, most: int) -> int:
-    """Of a step's self cache, for calls of so many tokens: the next of 128, 256 and so on, `most` at most.
-
-    So calls of few tokens take hardly more memory than stock's. One that wants more has the step captured anew, with more slots
-    for as long as the step is kept.
-    """
-    slots = MIN_SLOTS
-    while slots < length:
-        slots *= 2
-    return min(slots, most)
-
-
-def _add_step(self: WhisperForConditionalGeneration, state: State, batch_size: int, num_frames: int, num_slots: int) -> bool:
-    """Whether there is memory for another step."""
-    make_room(state.steps, cache_bytes(self, batch_size, num_frames, num_slots), MAX_BYTES, state.forget)
-    try:
-        state.steps[batch_size] = DecoderStep(self, batch_size, num_frames, num_slots)
-    except torch.OutOfMemoryError:
-        report_once("steps are launched one kernel at a time: out of memory for caches that could be kept")
-        state.forget(*state.steps)
-    return batch_size in state.steps
 
 
 def _prepare_static_cache(

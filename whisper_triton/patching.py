@@ -23,7 +23,8 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .attention import NAME, STATE, TritonAttention
 from .encoder import ENCODER_OVERRIDES, EncoderState
 from .fused_encoder import unpack_encoder
-from .generation import OVERRIDES, CallLock, State
+from .generation import OVERRIDES
+from .state import CallLock, State
 
 _ACCELERATED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _LOCK = threading.Lock()  # of what models may share, and of `accelerate` in two threads
