@@ -24,9 +24,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from whisper_triton.benchmarks.captions import caption
 from whisper_triton.benchmarks.compare import read_rows
 from whisper_triton.benchmarks.plots import digest, is_as_drawn, plot, read_digest
-from whisper_triton.benchmarks.readme_tables import EXCERPTS, TABLES, caption, render_table
+from whisper_triton.benchmarks.readme_tables import EXCERPTS, TABLES, render_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "benchmarks/RESULTS.md")

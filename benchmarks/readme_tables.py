@@ -1,61 +1,20 @@
-"""The tables of README and RESULTS.md: which rows and columns of a file they show, and how its numbers read.
+"""The tables of README and RESULTS.md: which rows and columns of a file they show.
 
-After "±" stands a time's spread, rounded up; in brackets the least and the greatest.
+Of calls that were timed, brackets hold the least and the greatest.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import shlex
 from collections.abc import Callable, Container, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from whisper_triton.benchmarks.captions import caption
+from whisper_triton.benchmarks.columns import Column, Row, decimals, measured, number, numbers, percent
 from whisper_triton.benchmarks.plots import NAMES, named, values
-from whisper_triton.benchmarks.record import parts_of
 
 OURS, STOCK, DYNAMIC = "accelerate", "stock static+compile", "stock dynamic"
 README_GPU = "NVIDIA H200"  # whose rows README shows where it shows one GPU's, if there are any
-
-MOST_COMMANDS = 2  # that a caption lists for a GPU, where record.py measures the same
-
-Row = dict[str, Any]
-
-
-def decimals(value: float, figures: int) -> int:
-    """How many decimals show `figures` significant figures."""
-    return max(0, figures - 1 - math.floor(math.log10(abs(value)))) if value else 0
-
-
-def number(value: float, spread: float | None = None) -> str:
-    """Three figures; with a spread those that it leaves, four at most, and its one figure, or two from 1 on, rounded up."""
-    if not spread:
-        return f"{value:.{decimals(value, 3)}f}"
-    places = min(decimals(value, 4), decimals(spread, 2 if f"{spread:e}".startswith("1") else 1))
-    return f"{value:.{places}f} ± {math.ceil(spread * 10**places - 1e-9) / 10**places:.{places}f}"
-
-
-class Column(NamedTuple):
-    """A table's column: its text from those of a row's columns that it is `of`, "-" where the row has not all of them."""
-
-    header: str
-    of: tuple[str, ...]
-    text: Callable[..., str] = str
-    optional: bool = False  # left out where no row has a value
-    spread: str | None = None  # a column that `text` takes last, None where a row lacks it
-
-    def cell(self, row: Row) -> str:
-        found = [row.get(column) for column in self.of]
-        if any(value is None for value in found):
-            return "-"
-        return self.text(*found) if self.spread is None else self.text(*found, row.get(self.spread))
-
-
-def measured(header: str, column: str, spread: str | None = None, optional: bool = False) -> Column:
-    """A number, with its spread where a row has one."""
-    return Column(header, (column,), number, optional, spread)
-
 
 MODEL, BATCH = Column("model", ("model",)), Column("batch", ("B",))
 VARIANT = Column("variant", ("variant",), lambda variant: variant.replace(OURS, NAMES[OURS]))
@@ -97,14 +56,6 @@ def pivot(key: str, *same: str) -> Callable[[Sequence[Row]], list[Row]]:
 def of_each(names: Sequence[str], unit: str = "us") -> list[Column]:
     """A column of times for each value of the key that a `pivot` was made by; all may be missing."""
     return [measured(f"{name}, {unit}", f"{name}: {unit}", f"{name}: spread_{unit}", optional=True) for name in names]
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def numbers(*found: float) -> str:
-    return ", ".join(map(number, found))
 
 
 def calls_text(rate: float, ms: float, least: float, greatest: float) -> str:
@@ -384,63 +335,6 @@ TABLES = {
 
 # Those of a part of their file, which README may show or not.
 EXCERPTS = {name for name, table in TABLES.items() if table.select is not None}
-
-
-def commands(rows: Sequence[Row], name: str) -> list[str]:
-    """By which the rows were measured; of commands that differ in models and batches alone the one that measures as much.
-
-    Batches of which there is no row, as of a run that was ended, are left out.
-    """
-    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    for said in values(rows, "command") or [f"python benchmarks/{name}.py"]:
-        words, given = shlex.split(said), {"--model": "", "--batch": ""}
-        for i, word in enumerate(words[:-1]):
-            if word in given:
-                given[word], words[i + 1] = words[i + 1], word
-        measured_batches = {str(row["B"]) for row in rows if row.get("command") == said and "B" in row}
-        batches = [B for B in given["--batch"].split(",") if B in measured_batches] or given["--batch"].split(",")
-        batches_of = found.setdefault(tuple(words), {})
-        for model in given["--model"].split(","):
-            batches_of.setdefault(model, []).extend(batches)
-    lines = []
-    for words, batches_of in found.items():
-        models_of: dict[str, list[str]] = {}
-        for model, batches in batches_of.items():
-            models_of.setdefault(",".join(sorted(set(batches), key=lambda B: (len(B), B))), []).append(model)
-        for batches, models in models_of.items():
-            all_of = {"--model": ",".join(models), "--batch": batches}
-            # Where one of these words is repeated, its value was.
-            told = [all_of.get(word, word) if before == word else word for before, word in pairwise(("", *words))]
-            lines.append(shlex.join(told))
-    return lines
-
-
-def recorded(rows: Sequence[Row], name: str) -> str | None:
-    """The command of record.py that measures all these rows anew; None where it measures no such."""
-    models, batches = values(rows, "model"), sorted(values(rows, "B"))
-    measured = {(part.model, B) for part in parts_of("cuda", [name], models, batches) for B in part.batches}
-    if not measured.issuperset((row.get("model"), row.get("B")) for row in rows):
-        return None
-    chosen = ["--models", ",".join(models), "--batch", ",".join(map(str, batches))]
-    return shlex.join(["python", "benchmarks/record.py", "--output", "new", "--only", name, *chosen])
-
-
-def caption(rows: Sequence[Row], name: str) -> str:
-    """By which commands, on what, when and with which versions the rows were measured; GPU by GPU."""
-    places: dict[str, list[str]] = {}
-    for gpu in values(rows, "gpu"):
-        own = [row for row in rows if row["gpu"] == gpu]
-        listed = commands(own, name)
-        if len(listed) > MOST_COMMANDS and (command := recorded(own, name)):
-            listed = [command]
-        when = f"{', '.join(sorted(values(own, 'date')))} at revision {', '.join(values(own, 'revision'))}"
-        places.setdefault(", ".join(f"`{command}`" for command in listed), []).append(f"on {gpu}, {when}")
-    said = [f"{by} {' and '.join(where)}" for by, where in places.items()]
-    with_what = [", ".join(named("dtype", dtype) for dtype in values(rows, "dtype"))]
-    versions = ("driver", "torch", "triton", "transformers")
-    with_what += [f"{column} {', '.join(map(str, found))}" for column in versions if (found := values(rows, column))]
-    notes = "".join(f" ({source})" for source in values(rows, "source"))
-    return f"{'; '.join([*said, ', '.join(with_what)])}{notes}:"
 
 
 def short(name: str) -> str:

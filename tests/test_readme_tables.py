@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from whisper_triton.benchmarks import plots, readme, readme_tables
+from whisper_triton.benchmarks import captions, columns, plots, readme, readme_tables
 
 MOST_BYTES = 80_000  # of a figure
 WHERE = {
@@ -216,16 +216,16 @@ def test_commands_that_differ_in_models_and_batches_are_one() -> None:
         f"{script} --way 'a b'",
         script,
     ]
-    assert readme_tables.commands([{"command": command} for command in said], "y") == [
+    assert captions.commands([{"command": command} for command in said], "y") == [
         f"{script} --model turbo,tiny --batch 1,8 --calls 4",
         f"{script} --model medium --batch 2 --calls 4",
         f"{script} --model turbo --batch 16 --calls 5",
         f"{script} --way 'a b'",
         script,
     ]
-    assert readme_tables.commands([{}], "y") == ["python benchmarks/y.py"]
+    assert captions.commands([{}], "y") == ["python benchmarks/y.py"]
     ended = [{"command": f"{script} --batch 1,8,32", "B": B} for B in (1, 8)]
-    assert readme_tables.commands(ended, "y") == [f"{script} --batch 1,8"]
+    assert captions.commands(ended, "y") == [f"{script} --batch 1,8"]
 
 
 def test_captions_go_gpu_by_gpu_and_name_few_commands() -> None:
@@ -236,14 +236,14 @@ def test_captions_go_gpu_by_gpu_and_name_few_commands() -> None:
     other = [row(1, "--calls 1", gpu="GPU Y", revision="def"), row(8, "--calls 2", gpu="GPU Y", date="2026-01-02")]
     both = "on GPU X, 2026-01-01 at revision abc and on GPU Y, 2026-01-01, 2026-01-02 at revision def, abc"
     listed = "`python x.py --calls 1`, `python x.py --calls 2`"
-    assert readme_tables.caption(two + other, "generate") == f"{listed} {both}; {VERSIONS}"
+    assert captions.caption(two + other, "generate") == f"{listed} {both}; {VERSIONS}"
     # Of more the one that measures as much, where there is one.
     three = [*two, row(4, "--calls 3")]
     command = "python benchmarks/record.py --output new --only generate --models turbo --batch 1,4,8"
-    assert readme_tables.caption(three, "generate") == f"`{command}` {CAPTION}"
+    assert captions.caption(three, "generate") == f"`{command}` {CAPTION}"
     unheard = [*two, row(3, "--calls 3")]
     for rows, name in ((unheard, "generate"), (three, "y"), (three, "select_token")):
-        assert readme_tables.caption(rows, name).count("`python x.py --calls ") == 3
+        assert captions.caption(rows, name).count("`python x.py --calls ") == 3
 
 
 def test_a_figure_without_a_table_says_how_it_was_measured(root: Path) -> None:
@@ -390,7 +390,7 @@ def test_a_column_that_is_missing(root: Path) -> None:
     ],
 )
 def test_number(value: float, spread: float | None, text: str) -> None:
-    assert readme_tables.number(value, spread) == text
+    assert columns.number(value, spread) == text
 
 
 def test_command(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
