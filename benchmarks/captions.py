@@ -5,14 +5,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
-from whisper_triton.benchmarks.plots import named, values
+from whisper_triton.benchmarks.plots import Row, named, values
 from whisper_triton.benchmarks.record import parts_of
 
 MOST_COMMANDS = 2  # that a caption lists for a GPU, where record.py measures the same
-
-Row = dict[str, Any]
 
 
 def commands(rows: Sequence[Row], name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The columns of README's tables, and how their numbers read.
+"""The columns of the tables in README and RESULTS.md, and how their numbers read.
 
 After "±" stands a time's spread, rounded up.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Row = dict[str, Any]
+from whisper_triton.benchmarks.plots import Row
 
 
 def decimals(value: float, figures: int) -> int:

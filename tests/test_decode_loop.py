@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, assert_same, mel, tiny_whisper
 from whisper_triton.kernels._rules import TokenLimits
 
-from whisper_triton import StaticEncoderDecoderCache, accelerated, decode_loop, decoder, fused, state
+from whisper_triton import StaticEncoderDecoderCache, accelerated, decode_loop, decoder, fused, model_state
 from whisper_triton.attention import STATE
 from whisper_triton.checkpoints import load_model
 from whisper_triton.coverage import why_not_our_loop
@@ -137,7 +137,7 @@ class TestStocksTokens:
     def test_longer_calls_get_a_longer_cache(
         self, device: torch.device, loops: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state, "MIN_SLOTS", 8)
+        monkeypatch.setattr(model_state, "MIN_SLOTS", 8)
         model, features = talkative(device), mel(2, device)
         lengths = [*range(3, 10), 14, 15, 30, 4, 40, 58]  # and two tokens of the prompt
         wanted = [model.generate(features, max_new_tokens=length, min_new_tokens=length) for length in lengths]
@@ -167,9 +167,9 @@ class TestStocksTokens:
     ) -> None:
         """But for one that is larger by itself, which is kept alone."""
         model, found = talkative(device), []
-        size = decoder.cache_bytes(model, 1, model.config.max_source_positions, state.slots_for(8, 64))
+        size = decoder.cache_bytes(model, 1, model.config.max_source_positions, model_state.slots_for(8, 64))
         most, nbytes = int(steps_of_one * size), decoder.DecoderStep.nbytes.fget
-        monkeypatch.setattr(state, "MAX_BYTES", most)
+        monkeypatch.setattr(model_state, "MAX_BYTES", most)
         # Of the caches alone: what a graph takes depends on the GPU.
         monkeypatch.setattr(decoder.DecoderStep, "nbytes", property(lambda step: size * step.encoder_states.shape[0]))
         with accelerated(model):
@@ -196,7 +196,7 @@ class TestStocksTokens:
             steps = getattr(model, STATE).steps
             for B in (1, 2, 3):
                 model.generate(mel(B, device), max_new_tokens=4)
-            monkeypatch.setattr(state, "MAX_BYTES", steps[1].nbytes + steps[3].nbytes)
+            monkeypatch.setattr(model_state, "MAX_BYTES", steps[1].nbytes + steps[3].nbytes)
             model.generate(mel(1, device), max_new_tokens=4)
             assert list(steps) == [3, 1]
 
@@ -246,7 +246,7 @@ class TestStocksTokens:
     def test_a_cache_that_grows_from_window_to_window(
         self, device: torch.device, kwargs: dict[str, Any], loops: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state, "MIN_SLOTS", 4)
+        monkeypatch.setattr(model_state, "MIN_SLOTS", 4)
         slots, model = [], talkative(device)
         init = decoder.DecoderStep.__init__
 
@@ -437,17 +437,17 @@ class TestSampling:
         assert len({str(once[0]), str(twice[0]), str(again[0])}) == 3
 
     def test_a_call_draws_one_number_and_a_greedy_one_none(self, device: torch.device) -> None:
-        def progress() -> list[int]:
+        def state() -> list[int]:
             return (torch.cuda.get_rng_state() if device.type == "cuda" else torch.get_rng_state()).tolist()
 
         torch.manual_seed(5)
         torch.randint(1 << 62, (), device=device)
-        after_one = progress()
+        after_one = state()
         with accelerated(talkative(device)) as model:
             self.sampled(model, mel(2, device), **SAMPLING | {"temperature": (0.4, 0.8)}, compression_ratio_threshold=0.0)
-            assert progress() == after_one
+            assert state() == after_one
             model.generate(mel(2, device), max_new_tokens=10)
-            assert progress() == after_one
+            assert state() == after_one
 
     def test_of_given_states_the_states_count(self, device: torch.device) -> None:
         with accelerated(talkative(device)) as model:

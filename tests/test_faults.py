@@ -21,7 +21,7 @@ from attention_cases import needs_gluon
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_models import mel, tiny_whisper
 
-from whisper_triton import accelerate, accelerated, decoder, doctor, encoder, graphs, kernels, runtime, state
+from whisper_triton import accelerate, accelerated, decoder, doctor, encoder, graphs, kernels, model_state, runtime
 from whisper_triton.attention import STATE
 from whisper_triton.graphs import NotCaptured
 from whisper_triton.kernels import _dispatch, _paced
@@ -265,7 +265,7 @@ class TestOutOfMemory:
             raise NotCaptured("out of memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(state, "why_not_captured", lambda model: None)
+            patch.setattr(model_state, "why_not_captured", lambda model: None)
             patch.setattr(decoder, "capture", capture)
             if device.type == "cpu":  # the chain of references is slow
                 patch.setattr(decoder, "is_fusable", lambda model, batch_size: False)
@@ -313,7 +313,7 @@ class TestOutOfMemory:
                 model.generate(features[:B], max_new_tokens=12)
             assert list(steps) == [1, 2]
             with monkeypatch.context() as patch:
-                patch.setattr(state, "DecoderStep", fail)
+                patch.setattr(model_state, "DecoderStep", fail)
                 assert torch.equal(model.generate(features, max_new_tokens=12), stock[2])
             assert not steps  # their memory was given up
             assert [line for line in fallbacks() if "memory" in line] == [
@@ -335,7 +335,7 @@ class TestOutOfMemory:
 
         with accelerated(model):
             with monkeypatch.context() as patch:
-                patch.setattr(state, "build_static_cache", fail)
+                patch.setattr(model_state, "build_static_cache", fail)
                 patch.setattr(decoder, "build_static_cache", fail)
                 with pytest.raises(torch.OutOfMemoryError):
                     model.generate(features, max_new_tokens=12)

@@ -16,7 +16,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation import MaxLengthCriteria
 from whisper_models import EOS, NO_TIMESTAMPS, SOT, START_OF_PREVIOUS, assert_same, mel, tiny_whisper
 
-from whisper_triton import accelerated, state
+from whisper_triton import accelerated, model_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def assert_as_stock(model: WhisperForConditionalGeneration, features: torch.Tens
 
 
 def test_a_length_of_the_users_beyond_the_calls(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "MIN_SLOTS", 8)
+    monkeypatch.setattr(model_state, "MIN_SLOTS", 8)
     criteria = StoppingCriteriaList([MaxLengthCriteria(40)])
     assert_as_stock(tiny_whisper(device, seed=3), mel(2, device), max_new_tokens=4, stopping_criteria=criteria)
 
@@ -41,7 +41,7 @@ def test_a_length_of_the_users_beyond_the_calls(device: torch.device, monkeypatc
 def test_a_prompt_that_fills_the_cache_before_a_last_token(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, loops: list[int]
 ) -> None:
-    monkeypatch.setattr(state, "MIN_SLOTS", 8)
+    monkeypatch.setattr(model_state, "MIN_SLOTS", 8)
     prompt = torch.tensor([START_OF_PREVIOUS, *[7] * 5], device=device)  # eight tokens with the usual two
     assert_as_stock(tiny_whisper(device, seed=3), mel(2, device), prompt_ids=prompt, max_new_tokens=1)
     assert loops == [0, 0]

@@ -16,7 +16,7 @@ import soundfile
 import torch
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from whisper_triton import attention, decode_loop, decoder, state
+from whisper_triton import attention, decode_loop, decoder, model_state
 from whisper_triton.checkpoints import DEMO, DEMO_PACKAGE, load_model
 from whisper_triton.graphs import NotCaptured
 from whisper_triton.kernels import _dispatch
@@ -67,7 +67,7 @@ def eager_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         return None if reason is not None and "lies on cpu" in reason else reason  # all that stands against it
 
     if device.type == "cpu":
-        monkeypatch.setattr(state, "why_not_captured", why_not_captured)
+        monkeypatch.setattr(model_state, "why_not_captured", why_not_captured)
         monkeypatch.setattr(decoder, "capture", capture)
         monkeypatch.setattr(decoder, "report_once", lambda what: None)
 

@@ -54,8 +54,8 @@ class CrossProjections:
         torch._foreach_add_([layer.cumulative_length for layer in layers], S)  # from 0: the cache was reset before
         self.cache.is_updated.update(dict.fromkeys(self.cache.is_updated, True))
 
-    def forget_states(self) -> None:
-        """Has whatever comes projected: before a call of `generate`, as writes through `.data` count no versions."""
+    def forget(self) -> None:
+        """Forgets of which states the cache is: whatever comes next is projected."""
         self._projected = None
 
     def _versions(self, encoder_states: torch.Tensor) -> list[int]:

@@ -156,6 +156,10 @@ class DecoderStep:
         """Fills the cross cache of all layers from a window's encoder states, if it is not of them still: see `fill`."""
         self.projections.fill(encoder_states)
 
+    def forget_states(self) -> None:
+        """Has whatever comes projected: before a call of `generate`, as writes through `.data` count no versions."""
+        self.projections.forget()
+
     def __call__(self, model: WhisperForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
         """Decodes `input_ids` (B, T), of which it `takes` T, at the cache's position and advances it by T.
 

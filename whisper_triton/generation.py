@@ -34,8 +34,8 @@ from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
 from .decoder import DecoderStep, fingerprint
 from .early import start_encoder, whole_segment
 from .encoded import ENCODED, Encoded
+from .model_state import CALL, Call, State, cache_for
 from .stand_ins import StandIn, stand_in
-from .state import CALL, Call, State, cache_for
 
 
 def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., Any]:
@@ -66,7 +66,7 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
         if is_outermost:
             state.owner = call
             for step in state.steps.values():
-                step.projections.forget_states()
+                step.forget_states()
         with _on_device(self.device, state):
             start_encoder(self, state.overridden, args, kwargs)
             reason = why_not_our_loop(self, args, kwargs)

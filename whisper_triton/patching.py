@@ -24,7 +24,7 @@ from .attention import NAME, STATE, TritonAttention
 from .encoder import ENCODER_OVERRIDES, EncoderState
 from .fused_encoder import unpack_encoder
 from .generation import OVERRIDES
-from .state import CallLock, State
+from .model_state import CallLock, State
 
 _ACCELERATED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _LOCK = threading.Lock()  # of what models may share, and of `accelerate` in two threads

@@ -104,7 +104,7 @@ def cache_for(
 def _step_for(
     model: WhisperForConditionalGeneration, found: tuple[object, ...], batch_size: int, max_cache_len: int, num_frames: int
 ) -> DecoderStep | None:
-    """The step of this call, emptied, which is then in use; None, and the log says why, where there can be none."""
+    """The step of this call, emptied, which is then in use; None where there can be none, of which the log tells on a GPU."""
     state: State = getattr(model, STATE)
     reason = None if found == state.captured else why_not_captured(model)
     state.captured = found if reason is None else None
