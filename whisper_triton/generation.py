@@ -34,7 +34,7 @@ from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
 from .decoder import DecoderStep, fingerprint
 from .early import start_encoder, whole_segment
 from .encoded import ENCODED, Encoded
-from .model_state import CALL, Call, State, cache_for
+from .model_state import CALL, Call, State, cache_for, kept_step
 from .stand_ins import StandIn, stand_in
 
 
@@ -123,7 +123,11 @@ _decode.__signature__ = inspect.signature(_decode)  # for which transformers ask
 
 
 def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput | tuple[Any, ...]:
-    step = None if torch.compiler.is_compiling() or args else _step_in_use(self, kwargs)
+    is_followed = not (torch.compiler.is_compiling() or args)
+    detection = _detection(self, kwargs) if is_followed and kwargs.get("use_cache") is False else None
+    if detection is not None:
+        return detection
+    step = _step_in_use(self, kwargs) if is_followed else None
     if step is not None and not any(step.cache.is_updated.values()):
         step.project(kwargs["encoder_outputs"][0])
     if step is None or not _is_replayed(self, step, kwargs):
@@ -133,6 +137,28 @@ def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -
         past_key_values=step.cache,
         encoder_last_hidden_state=kwargs["encoder_outputs"][0],
     )
+
+
+def _detection(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> Seq2SeqLMOutput | None:
+    """The pass by which `generate` detects a language, by a kept step; None where there is none, and for any other pass.
+
+    The step's cross cache then holds the window's keys and values, which the prompt finds there.
+    """
+    if kwargs.keys() != {"input_features", "decoder_input_ids", "use_cache"} or CALL.get() is None or STATE not in vars(self):
+        return None
+    ids, features = kwargs["decoder_input_ids"], kwargs["input_features"]
+    if ids.shape != (features.shape[0], 1) or self.training or torch.is_grad_enabled():
+        return None
+    if not has_stocks_forward(self) or why_not_replayed(self, {}) is not None:
+        return None
+    step = kept_step(self, ids.shape[0])
+    if step is None:
+        return None
+    states = self.model.encoder(features).last_hidden_state
+    step.project(states)
+    if not all(step.cache.is_updated.values()):
+        return None
+    return Seq2SeqLMOutput(logits=step(self, ids), encoder_last_hidden_state=states)
 
 
 def _step_in_use(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> DecoderStep | None:

@@ -18,7 +18,7 @@ from transformers import WhisperForConditionalGeneration
 
 from .attention import STATE, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
-from .decoder import DecoderStep, cache_bytes, why_not_captured
+from .decoder import DecoderStep, cache_bytes, fingerprint, why_not_captured
 from .encoder import EncoderState
 from .graphs import make_room
 from .streams import RandomStreams
@@ -128,6 +128,20 @@ def _step_for(
     state.steps.move_to_end(batch_size)
     make_room(state.steps, 0, MAX_BYTES, state.forget, in_use=batch_size)  # graphs that were captured since
     state.in_use = step = state.steps[batch_size]
+    step.reset()
+    return step
+
+
+def kept_step(model: WhisperForConditionalGeneration, batch_size: int) -> DecoderStep | None:
+    """The step that an earlier call of `generate` has left for this batch size, emptied, if a graph of it is what a pass of the
+    model would do now; None if this call decodes a window already.
+    """
+    state: State = getattr(model, STATE)
+    step = state.steps.get(batch_size)
+    if step is None or state.in_use is not None or state.owner is not CALL.get():
+        return None
+    if not state.captured == step.fingerprint == fingerprint(model):
+        return None
     step.reset()
     return step
 
