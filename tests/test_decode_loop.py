@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from whisper_models import EOS, NO_TIMESTAMPS, START_OF_PREVIOUS, Recorder, assert_same, mel, tiny_whisper
 from whisper_triton.kernels._rules import TokenLimits
 
-from whisper_triton import StaticEncoderDecoderCache, accelerated, decode_loop, decoder, fused, model_state
+from whisper_triton import StaticEncoderDecoderCache, accelerated, attention, decode_loop, decoder, fused, model_state
 from whisper_triton.attention import STATE
 from whisper_triton.checkpoints import load_model
 from whisper_triton.coverage import why_not_our_loop
@@ -90,18 +90,22 @@ class TestStocksTokens:
         # The last token is found at the first look after it, when one more has been asked for, or before that is decoded.
         assert length - 1 <= loops[0] <= length + (0 if is_large else decode_loop.LOOK_EVERY)
 
-    def test_of_rows_that_have_ended_no_keys_are_read(self, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(decoder, "is_fusable", fused.is_fusable)
+    @pytest.mark.parametrize("has_chain", [True, False])
+    def test_of_rows_that_have_ended_no_keys_are_read(
+        self, device: torch.device, has_chain: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(decoder, "is_fusable", fused.is_fusable if has_chain else lambda model, batch_size: False)
         model, features = talkative(device, 4.0, dtype=torch.float16), mel(5, device).half()
-        given: dict[str, list[torch.Tensor | None]] = {"cross_attention": [], "append_attention": []}
+        of_steps, across = (fused, "cross_attention") if has_chain else (attention, "decode_attention")
+        given: dict[str, list[torch.Tensor | None]] = {across: [], "append_attention": []}
         for name, seen in given.items():
-            attend = getattr(fused, name)
+            attend = getattr(of_steps, name)
 
             def spy(*args: Any, attend: Callable[..., Any] = attend, seen: list[Any] = seen, **kwargs: Any) -> torch.Tensor:
                 seen.append(kwargs["ended"])
                 return attend(*args, **kwargs)
 
-            monkeypatch.setattr(fused, name, spy)
+            monkeypatch.setattr(of_steps, name, spy)
         with accelerated(model):
             tokens = model.generate(features)
             ends = [seen[-1].clone() for seen in given.values()]
@@ -677,8 +681,10 @@ def test_the_host_never_waits_for_the_newest_step(step: int, look_every: int) ->
 
 
 @pytest.mark.gpu
-def test_no_token_is_copied_to_the_host(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_large", [False, True])
+def test_no_token_is_copied_to_the_host(device: torch.device, is_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first step to the last nothing is: what stock copies comes before and after them."""
+    monkeypatch.setattr(decode_loop, "LARGE", 0 if is_large else 1 << 40)
     run, seen = decode_loop.run_until_ended, []
 
     def profiled(*args: Any) -> int:

@@ -214,7 +214,7 @@ class TritonAttention(WhisperAttention):
         elif is_cross:
             out = self._cross_attention(query, key_value_states, past_key_values, layer)
         else:
-            out = self._self_attention(query, *self._project(hidden_states), layer)
+            out = self._self_attention(query, *self._project(hidden_states), past_key_values, layer)
         return self.out_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
 
     def _cache_layer(self, past_key_values: Cache | None, is_cross: bool) -> Any:
@@ -241,7 +241,12 @@ class TritonAttention(WhisperAttention):
         ).transpose(1, 2)
 
     def _self_attention(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: SelfAttentionLayer
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        past_key_values: EncoderDecoderCache,
+        layer: SelfAttentionLayer,
     ) -> torch.Tensor:
         T = query.shape[1]
         if T > 1:  # a prompt without a mask: the cache was empty, so the new tokens are all there is
@@ -250,7 +255,8 @@ class TritonAttention(WhisperAttention):
         if not layer.is_initialized:
             layer.lazy_initialization(key.transpose(1, 2), value.transpose(1, 2))
         layer.claim(T)
-        out = append_attention(query, key, value, layer.keys, layer.values, layer.cumulative_length, scale=1.0)
+        ended = getattr(past_key_values, "ended", None)
+        out = append_attention(query, key, value, layer.keys, layer.values, layer.cumulative_length, scale=1.0, ended=ended)
         layer.advance(T)
         return out
 
@@ -267,7 +273,8 @@ class TritonAttention(WhisperAttention):
             layer.update(key.transpose(1, 2), value.transpose(1, 2))
             past_key_values.is_updated[self.layer_idx] = True
         if query.shape[1] == 1:
-            return decode_attention(query, layer.keys, layer.values, scale=1.0, read_ahead=is_updated)
+            ended = getattr(past_key_values, "ended", None)
+            return decode_attention(query, layer.keys, layer.values, scale=1.0, read_ahead=is_updated, ended=ended)
         return self._prompt_attention(query, layer.keys.transpose(1, 2), layer.values.transpose(1, 2), is_causal=False)
 
 

@@ -187,6 +187,8 @@ class StaticEncoderDecoderCache(EncoderDecoderCache):
             Cache(layers=[CrossAttentionLayer(num_frames) for _ in range(num_layers)]),
         )
         self._is_compileable = is_compileable
+        # (B,) integers or None, for a step: of sequences whose number is not 0 no cached key is read.
+        self.ended: torch.Tensor | None = None
 
     @property
     def is_compileable(self) -> bool:

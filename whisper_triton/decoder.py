@@ -201,7 +201,7 @@ class DecoderStep:
         next_ids = selection.state.next_ids
         # With a single row the loop stops at its end. The flag is read early, but by no kernel that may run beside the one that
         # sets it: each replay begins when the one before it has ended, and so do steps that are launched.
-        skips = not decodes_ended and self.fused is not None and next_ids.shape[0] > 1
+        skips = not decodes_ended and next_ids.shape[0] > 1
         ended = selection.state.ends if skips else None
 
         def run() -> torch.Tensor:
@@ -246,12 +246,16 @@ class DecoderStep:
     ) -> torch.Tensor:
         if self.fused is not None:
             return self.fused(input_ids, self.cache, ended)[0]
-        hidden_states = model.model.decoder(
-            input_ids=input_ids,
-            encoder_hidden_states=self.encoder_states,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+        self.cache.ended = ended
+        try:
+            hidden_states = model.model.decoder(
+                input_ids=input_ids,
+                encoder_hidden_states=self.encoder_states,
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+        finally:
+            self.cache.ended = None
         return model.proj_out(hidden_states)
 
     def _capture(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph | None, Callable[[], Result]]:
