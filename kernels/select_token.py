@@ -15,6 +15,7 @@ The first launch cuts text and timestamps into chunks and reduces each to (maxim
 second, a program a row, joins them: see `_choose_token.py`. Noise is Philox at the counter (token, length) under the row's own
 seed: a row draws the same wherever in a batch it stands, and whatever else is there. `top_k` is `TopKLogitsWarper`, a variant
 of the two launches: see `_sampling.py`.
+The probability of no speech is not here: it is of the prompt's first token, once a window, and no rule of a step reads it.
 Who calls it: `whisper_triton.decode_loop`. Bytes moved: B * V logits and V flags, with `top_k` 8 * B * V more in the L2.
 """
 
