@@ -174,6 +174,27 @@ def test_no_usable_file(command: Callable[..., Result], tmp_path: Path, monkeypa
 
 
 @pytest.mark.bad_input
+def test_a_name_of_two_lines_is_complained_of_in_one(command: Callable[..., Result], tmp_path: Path) -> None:
+    fails(command("transcribe", tmp_path / "two\nlines.wav"), 1, r"two\nlines.wav: No such file or directory")
+
+
+@pytest.mark.bad_input
+def test_an_mp3_that_is_cut_off(command: Callable[..., Result], english: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    soundfile.write(tmp_path / "whole.mp3", 0.1 * generator.standard_normal(4 * 16000), 16000)
+    whole = (tmp_path / "whole.mp3").read_bytes()
+    (tmp_path / "half.mp3").write_bytes(whole[: len(whole) // 2])
+    for name in ("whole", "half"):
+        result = command("transcribe", tmp_path / f"{name}.mp3", "--model", english)
+        assert result.exit_code == 0
+        *complaints, _ = result.stderr.splitlines()
+        assert len(complaints) == (name == "half")
+    said = re.fullmatch(r"whisper-triton: (.+): ends after (\d\.\d) s, where its header promises 4\.0 s", complaints[0])
+    assert said[1] == str(tmp_path / "half.mp3")
+    assert 1.7 < float(said[2]) < 2.2
+
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "exit_code", "message"),
     [
@@ -185,6 +206,9 @@ def test_no_usable_file(command: Callable[..., Result], tmp_path: Path, monkeypa
         (["--device", "abacus"], 2, "unknown device 'abacus'"),
         (["--device", "cuda:99"], 2, "device 'cuda:99' is not to be had"),
         (["--device", "meta"], 2, "device 'meta' is not to be had"),
+        (["--model", ""], 2, "--model is empty"),
+        (["--model", "a\nmodel"], 1, r"a\nmodel: no such directory"),
+        (["--output-dir", ""], 2, "--output-dir is empty"),
         (["--output-dir", "/dev/null"], 1, "/dev/null: cannot write there: it is a file, not a directory"),
         (["--output-dir", "/dev/null/out"], 1, "/dev/null/out: cannot write there: Not a directory"),
     ],

@@ -2,7 +2,7 @@
 run on, `bench` measures.
 
 Text goes to stdout and everything else to stderr. Exit status: 0 if all went well, 1 if a file, the model or the machine
-failed, 2 for a wrong command line, 130 if interrupted. Whatever takes long to import is imported when it is needed.
+failed, 2 for a wrong command line, 130 if interrupted. What one command alone needs is imported when that is run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from whisper_triton.failure import Failure, Group, say
 from whisper_triton.output import FORMATS
 
 DTYPES = ("float16", "float32", "bfloat16", "fp16", "fp32", "bf16")
+
+
+def named(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """The value of an option that names something; an empty one, as of a shell variable that is not set, is refused."""
+    if value == "":
+        raise Failure(f"{parameter.opts[0]} is empty", exit_code=2)
+    return value
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,6 +50,7 @@ def doctor() -> None:
 @click.option(
     "--model",
     metavar="NAME_OR_DIR",
+    callback=named,
     help="A name on the model hub, a transformers or CTranslate2 directory, or `demo`. "
     "[default: openai/whisper-large-v3-turbo on a GPU (to translate: large-v3), openai/whisper-small on a CPU]",
 )
@@ -66,11 +74,12 @@ def doctor() -> None:
 @click.option("--output-format", type=click.Choice(FORMATS), default="txt", show_default=True)
 @click.option(
     "--output-dir",
-    type=click.Path(path_type=Path),
+    type=click.Path(),
     metavar="DIR",
+    callback=named,
     help="Write a file for each AUDIO here, named after it, instead of to stdout.",
 )
-def transcribe(audio: tuple[str, ...], **options: Any) -> None:
+def transcribe(audio: tuple[str, ...], output_dir: str | None, **options: Any) -> None:
     """Print the words of audio files: wav, flac, mp3, ogg, of any length, at any sample rate, mono or stereo.
 
     Files that cannot be read are reported and skipped. On stdout each file is a line in txt (more with --timestamps) and
@@ -79,7 +88,7 @@ def transcribe(audio: tuple[str, ...], **options: Any) -> None:
     from whisper_triton.jobs import run
 
     try:
-        good = run(audio, **options)
+        good = run(audio, output_dir=None if output_dir is None else Path(output_dir), **options)
     except KeyboardInterrupt:
         click.echo(err=True)
         raise Failure("interrupted", exit_code=130) from None

@@ -85,5 +85,6 @@ class Group(Command, click.Group):
 
 
 def complain(message: str) -> None:
-    """One line on stderr, in the form shell users know."""
-    click.echo(f"whisper-triton: {message}", err=True)
+    """One line on stderr, in the form shell users know, whatever is in the names that it quotes."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    click.echo(f"whisper-triton: {line}", err=True)

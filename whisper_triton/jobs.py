@@ -27,6 +27,7 @@ from whisper_triton.output import Transcript, render
 from whisper_triton.runtime import choose_device, choose_dtype, default_model, describe_path
 from whisper_triton.transcription import Speech, check_request, parse_language, transcribe
 
+CUT_OFF = 0.9  # of the length in a file's header: what ends before is said, since headers estimate
 BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s of audio [{elapsed}<{remaining}]"
 
 
@@ -155,6 +156,8 @@ def _work(
             before = bar.n
             bar.set_description(f"{start}/{len(files)} files")
             recordings = _load(batch)
+            for file, samples in recordings.items():
+                _compare(file, samples.size / SAMPLE_RATE, lengths[file])
             if recordings:
                 show = partial(_advance, bar, before)
                 speeches = speak(list(recordings.values()), on_progress=show)
@@ -181,6 +184,13 @@ def _load(files: list[str]) -> dict[str, np.ndarray]:
             with tqdm.external_write_mode():
                 complain(f"{shown(file)}: {error}")
     return recordings
+
+
+def _compare(file: str, seconds: float, promised: float) -> None:
+    """Says so where a file, cut off perhaps, holds less than its header promises; what there is has words all the same."""
+    if seconds < CUT_OFF * promised:
+        with tqdm.external_write_mode():
+            complain(f"{shown(file)}: ends after {seconds:.1f} s, where its header promises {promised:.1f} s")
 
 
 def _write(text: str, target: Path | None) -> bool:
