@@ -283,6 +283,34 @@ class TestWhatIsProjected:
         assert len(loops) == 3
         assert len(launches) == 1
 
+    @pytest.mark.parametrize(("is_multilingual", "ratio", "rows"), [(False, 0.88, 4), (True, 1.0, 2), (True, 1.1, 1)])
+    def test_once_where_some_rows_fall_back(
+        self,
+        device: torch.device,
+        is_multilingual: bool,
+        ratio: float,
+        rows: int,
+        launches: list[int],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Their keys and values are copied from where they are; of two equal rows, from either."""
+        model, features, sizes = tiny_whisper(device, seed=3, is_multilingual=is_multilingual), mel(5, device), []
+        features[3] = features[1]
+        kwargs = {"compression_ratio_threshold": ratio, "temperature": (0.0, 0.0, 0.0), "max_new_tokens": 40}
+        stock, run = model.generate(features, **kwargs), decode_loop.run_until_ended
+
+        def recorded(advance: Callable[[], object], selection: decode_loop.TokenSelection, *args: int) -> int:
+            sizes.append(len(selection.state.ids))
+            return run(advance, selection, *args)
+
+        monkeypatch.setattr(decode_loop, "run_until_ended", recorded)
+        with accelerated(model):
+            for _ in range(3):
+                launches.clear(), sizes.clear()
+                assert model.generate(features, **kwargs).tolist() == stock.tolist()
+                assert sizes == [5, rows, rows]
+                assert len(launches) == 1
+
     @pytest.mark.parametrize("what", ["states", "weights"])
     def test_anew_in_a_call_after_what_no_version_tells_of(self, device: torch.device, what: str, loops: list[int]) -> None:
         """A buffer that a graph of the caller's fills, an adapter merged through `.data`."""

@@ -9,6 +9,7 @@ asks it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class _Kept:
     states: torch.Tensor  # (B, frames / 2, C), which those have who asked for them
     graph: Started | None = None  # of an early start
     versions: tuple[int, int] = (0, 0)  # of both tensors
+    # The states of some rows that were handed out last, with their version, and which rows they are.
+    selected: tuple[weakref.ref[torch.Tensor], int, torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.versions = self.versions_now()
@@ -115,8 +118,21 @@ class Encoded:
             states = kept.states.clone() if kept.states.is_inference() else kept.states
             return states if torch.equal(features, kept.features) else None
         rows = (_sums(features)[:, None] == _sums(kept.features)).byte().argmax(1)
-        # Different rows may have the same sum.
-        return kept.states.index_select(0, rows) if torch.equal(features, kept.features.index_select(0, rows)) else None
+        if not torch.equal(features, kept.features.index_select(0, rows)):  # different rows may have the same sum
+            return None
+        states = kept.states.index_select(0, rows)
+        kept.selected = weakref.ref(states), _version_of(states), rows
+        return states
+
+    def selection_of(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """All states that are kept (B, frames, C), and which rows (n,) of them `states` are, if these were handed out for some
+        rows last, and neither has been written to since.
+        """
+        kept = self._kept
+        if kept is None or kept.selected is None or kept.versions != kept.versions_now():
+            return None
+        selected, version, rows = kept.selected
+        return (kept.states, rows) if selected() is states and version == _version_of(states) else None
 
 
 def weights_of(encoder: nn.Module) -> tuple[int, ...]:

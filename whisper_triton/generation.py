@@ -129,7 +129,7 @@ def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -
         return detection
     step = _step_in_use(self, kwargs) if is_followed else None
     if step is not None and not any(step.cache.is_updated.values()):
-        step.project(kwargs["encoder_outputs"][0])
+        _fill_cross_cache(self, step, kwargs["encoder_outputs"][0])
     if step is None or not _is_replayed(self, step, kwargs):
         return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
     return Seq2SeqLMOutput(
@@ -137,6 +137,17 @@ def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -
         past_key_values=step.cache,
         encoder_last_hidden_state=kwargs["encoder_outputs"][0],
     )
+
+
+def _fill_cross_cache(self: WhisperForConditionalGeneration, step: DecoderStep, states: torch.Tensor) -> None:
+    """From another step's, where `states` are rows of what that has projected: those that a further temperature is for."""
+    encoded = ENCODED.get()
+    selection = None if encoded is None else encoded.selection_of(states)
+    if selection is not None:
+        for other in getattr(self, STATE).steps.values():
+            if other is not step and step.projections.copy(other.projections, *selection, states):
+                return
+    step.project(states)
 
 
 def _detection(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> Seq2SeqLMOutput | None:
