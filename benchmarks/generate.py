@@ -7,7 +7,8 @@ Random weights in the published shapes (no download) or a real checkpoint, greed
 noise, encoder included. RTFx is seconds of audio a second, `extra_GB` the most memory that two calls took beyond the models,
 `first_s` the first call, which holds what compiling costs. What is timed is checked first: a step's logits against a float64
 run, and each variant's tokens by the float64 logits along their own path, in which each must be the greatest but for what
-stock's rounding in this dtype can turn. With random weights rounding turns near ties, after which tokens differ for good,
+stock's rounding in this dtype can turn: those of the first call, and of the last that was timed, for what is captured may
+run from the second on. With random weights rounding turns near ties, after which tokens differ for good,
 stock's own too, so the share that equals the first variant's is only reported.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from collections.abc import Sequence
 
 import torch
 from transformers import LogitsProcessor, WhisperForConditionalGeneration
@@ -69,7 +71,7 @@ class Variant:
 
     def time_once(self) -> None:
         start = time.perf_counter()
-        self.generate()
+        self.tokens = self.generate()
         synchronize(self.place)
         self.times.append(time.perf_counter() - start)
 
@@ -155,6 +157,23 @@ class Models:
         self.runners = dict(zip(VARIANTS, (self.stock, by_name, self.stock, self.ours), strict=True))
 
 
+def time_variants(
+    names: Sequence[str], models: Models, features: torch.Tensor, new_tokens: int, calls: int, place: Place
+) -> tuple[list[Variant], TokenCheck]:
+    """The variants, called in turns, and what their tokens were checked by: those of the first call and of the last."""
+    check_tokens = TokenCheck(models.stock, models.exact, features, settings(models.stock, new_tokens))
+    torch.compiler.reset()
+    running = [Variant(name, models.runners[name], features, new_tokens, place) for name in names]
+    for variant in running:
+        check_tokens(variant.name, variant.tokens)
+    for _ in range(calls):
+        for variant in running:
+            variant.time_once()
+    for variant in running:
+        check_tokens(f"{variant.name}'s last call", variant.tokens)
+    return running, check_tokens
+
+
 def bench(
     place: Place,
     models: Models,
@@ -172,14 +191,7 @@ def bench(
     whisper_triton.accelerate(models.ours)
     config = models.stock.config
     features = place.randn(B, config.num_mel_bins, 2 * config.max_source_positions)
-    check_tokens = TokenCheck(models.stock, models.exact, features, settings(models.stock, new_tokens))
-    torch.compiler.reset()
-    running = [Variant(name, models.runners[name], features, new_tokens, place) for name in variants]
-    for variant in running:
-        check_tokens(variant.name, variant.tokens)
-    for _ in range(calls):
-        for variant in running:
-            variant.time_once()
+    running, _ = time_variants(variants, models, features, new_tokens, calls, place)
     return [{"benchmark": "generate", **variant.row(running[0].tokens)} for variant in running]
 
 

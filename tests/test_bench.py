@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,22 @@ def test_wrong_tokens_of_the_last_row_are_not_timed(command: Callable[..., Resul
     monkeypatch.setattr(benchmark_of_generate.Variant, "generate", others)
     arguments = ("generate", "--batch", 4, "--new-tokens", 4, "--calls", 1)
     refuses(command(*arguments), 1, "accelerate is wrong: a token's logit is")
+
+
+def test_wrong_tokens_from_a_later_call_on_are_no_row(
+    command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As of what is captured in the first call, or the second, and only replayed in those that are timed."""
+    generate, calls = benchmark_of_generate.Variant.generate, Counter()
+
+    def others(self: benchmark_of_generate.Variant) -> torch.Tensor:
+        calls[self.name] += 1
+        return generate(self) + (self.name == "accelerate" and calls[self.name] > 2)
+
+    monkeypatch.setattr(benchmark_of_generate.Variant, "generate", others)
+    arguments = ("generate", "--batch", 1, "--new-tokens", 4, "--calls", 1, "--output", tmp_path / "rows.jsonl")
+    refuses(command(*arguments), 1, "accelerate's last call is wrong: a token's logit is")
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,18 @@ class TestHostOverhead:
             assert row["around_ms"] == pytest.approx(sum(parts))
             assert "busy_ms" not in row  # there is no GPU to be at work
 
+    @pytest.mark.parametrize(("right", "call"), [(2, "last call"), (3, "last call with marks")])
+    def test_wrong_tokens_of_a_later_call_are_refused(self, right: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        generate, calls = host_overhead.Variant.generate, Counter()
+
+        def others(self: host_overhead.Variant) -> torch.Tensor:
+            calls[self.name] += 1
+            return generate(self) + (calls[self.name] > right)
+
+        monkeypatch.setattr(host_overhead.Variant, "generate", others)
+        with pytest.raises(SystemExit, match=f"stock dynamic's {call} is wrong: a token's logit is"):
+            host_overhead.bench(PLACE, host_overhead.Models("toy", PLACE), 1, calls=1)
+
     def test_what_lies_where(self) -> None:
         """A call from 0 to 100 ms."""
         stages = [
