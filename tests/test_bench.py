@@ -29,6 +29,7 @@ from whisper_triton.benchmarks import (
     harness,
     plots,
     project_cross_kv,
+    select_token,
     skinny_linear,
     step_position,
     update_kv_cache,
@@ -181,6 +182,33 @@ def test_a_wrong_kernel_is_not_timed(
     refuses(result, 1, f"{name}")
     assert "wrong" in result.stderr
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def wrong_where(choose: Callable[..., None], condition: Callable[..., bool]) -> Callable[..., None]:
+    """A choice of the next tokens, each one too many where the condition holds."""
+
+    def call(logits: torch.Tensor, rules: Any, state: Any, **kwargs: Any) -> None:
+        choose(logits, rules, state, **kwargs)
+        state.next_ids.add_(condition(rules, **kwargs))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "condition"),
+    [
+        ("blocks of 2048", lambda rules, block_size, **_: block_size == 2048),
+        ("sampling", lambda rules, **_: rules.temperature.item() > 0),
+        ("top-k", lambda rules, top_k, **_: top_k),
+    ],
+)
+def test_no_wrong_way_to_choose_is_timed(
+    name: str, condition: Callable[..., bool], command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select_token, "select_token", wrong_where(select_token.select_token, condition))
+    monkeypatch.setattr(harness, "measure_on_cpu", lambda calls: (1.0, 0.0))
+    result = command("kernels", "--only", "select_token", "--batch", 1)
+    refuses(result, 1, f"select_token, {name} is wrong: 100.0 % of the tokens are not the reference's")
 
 
 def test_a_wrong_alternative_is_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
