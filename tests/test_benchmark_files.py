@@ -8,17 +8,19 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain, repeat
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from whisper_models import mel, tiny_whisper
-from whisper_triton.benchmarks.models import build_model
+from whisper_triton.benchmarks.models import SHAPES, build_model
 
 import whisper_triton
 from whisper_triton import fused_encoder
-from whisper_triton.benchmarks import encoder, first_call, harness, host_overhead, prefill
+from whisper_triton.benchmarks import encoder, first_call, harness, host_overhead, prefill, project_cross_kv
 from whisper_triton.encoder import CapturedEncoder
 
 if TYPE_CHECKING:
@@ -74,6 +76,24 @@ def test_there_is_nothing_to_tune_without_a_gpu(
     assert "there is nothing to measure without a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("module", "option"), [(encoder, "--profile"), (project_cross_kv, "--tune")])
+def test_what_needs_a_gpu_says_so(
+    module: ModuleType, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", option, "--device", "cpu"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert f"error: {option} needs a GPU" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "way"), [("layer_by_layer", "layers"), ("copied", "compiled")])
+def test_no_wrong_alternative_of_the_projection_is_timed(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.Place, "compile", lambda self, function: function)
+    monkeypatch.setattr(project_cross_kv, name, lambda *args: None)
+    with torch.no_grad(), pytest.raises(SystemExit, match=f"project_cross_kv, {way}: keys of layer 0 is wrong"):
+        project_cross_kv.bench(PLACE, SHAPES["toy"], 1)
+
+
 class TestEncoder:
     def test_rows(self, run: Run) -> None:
         default, *others = run(encoder, "--compile", "none") + run(encoder, "--compile", "none", "--at-once", "1,2,4")
@@ -88,6 +108,18 @@ class TestEncoder:
         with torch.no_grad():
             (row,) = encoder.bench(PLACE, build_model("toy", torch.float32, "cpu"), 1)
         assert (row["compiled_ms"], row["compiled/ours"], row["mode"]) == (2.0, 1.0, "reduce-overhead")
+
+    def test_attention_that_is_wrong_is_not_timed(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        right = torch.nn.functional.scaled_dot_product_attention
+        results = (lambda *qkv: right(*qkv), lambda *qkv: right(*qkv), lambda q, k, v: right(q, k, k))  # two to check by
+        monkeypatch.setattr(encoder, "SHOWN", ("flash",))
+        turns = chain(results, repeat(results[0]))
+        monkeypatch.setattr(encoder, "scaled_dot_product_attention", lambda *qkv: next(turns)(*qkv))
+        (row,) = run(encoder, "--compile", "none")
+        assert row["sdpa_flash_us"] is None
+        assert "sdpa_flash is wrong and not timed" in capsys.readouterr().err
 
     def test_a_wrong_one_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = fused_encoder.bias_gelu
