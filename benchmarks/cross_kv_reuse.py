@@ -119,9 +119,9 @@ def bench_step(place: Place, model: WhisperForConditionalGeneration, B: int) -> 
 def bench_generate(place: Place, model: WhisperForConditionalGeneration, B: int) -> Row:
     """A whole call. `prepare_inputs_for_generation` runs before each step, outside what is compiled."""
     features = place.randn(B, model.config.num_mel_bins, 2 * model.config.max_source_positions)
-    kwargs = settings(model, NEW_TOKENS if place.is_gpu else 3) | {"cache_implementation": "static"}
-    exact = copy.deepcopy(model).double()
-    check_tokens = TokenCheck(model, exact, features, kwargs)
+    told = settings(model, NEW_TOKENS if place.is_gpu else 3)
+    check_tokens = TokenCheck(model, copy.deepcopy(model).double(), features, told)
+    kwargs = told | {"cache_implementation": "static"}
     stock_prepare = model.prepare_inputs_for_generation
 
     def prepare(*args: object, **kwargs: object) -> dict[str, object]:
