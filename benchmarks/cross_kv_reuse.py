@@ -31,7 +31,7 @@ from whisper_triton.benchmarks.harness import Place, Row, check, time_calls
 from whisper_triton.benchmarks.models import get_model, in_float64
 from whisper_triton.benchmarks.questions import compiled, keep_still, side_by_side
 from whisper_triton.benchmarks.select_token import waits
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, number_to, parser_for
 
 POSITION = 64
 
@@ -158,7 +158,7 @@ def bench(place: Place, model: WhisperForConditionalGeneration, B: int) -> list[
 
 def main() -> None:
     parser = parser_for(__doc__, model="large-v3,distil-large-v3")
-    parser.add_argument("--layers", type=int, default=8, help="of the decoder, at most")
+    parser.add_argument("--layers", type=number_to(), default=8, help="of the decoder, at most")
     args = parser.parse_args()
 
     def loader(place: Place) -> Callable[[str], WhisperForConditionalGeneration]:

@@ -28,7 +28,7 @@ from whisper_triton.benchmarks.alternatives import BACKENDS, Attention, time_alt
 from whisper_triton.benchmarks.harness import Place, Row, check, relative_error, time_graph
 from whisper_triton.benchmarks.models import models_on
 from whisper_triton.benchmarks.questions import compiled
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, numbers, parser_for
 
 import whisper_triton
 from whisper_triton import fused_encoder
@@ -173,13 +173,12 @@ def time_ours(encode: Encode, encoder: WhisperEncoder, features: torch.Tensor, p
 def main() -> None:
     parser = parser_for(__doc__, "large-v3")
     parser.add_argument("--compile", default="reduce-overhead", choices=MODES, help="mode of stock's torch.compile, or none")
-    parser.add_argument("--at-once", help="sequences at once, separated by commas; by default the package's choice")
+    parser.add_argument("--at-once", type=numbers, help="sequences, separated by commas; by default the package's choice")
     parser.add_argument("--profile", action="store_true", help="print the time by kernel")
     args = parser.parse_args()
     if args.profile and args.device == "cpu":
         parser.error("--profile needs a GPU: without one there is no replay to look into")
-    at_once = args.at_once and [int(count) for count in args.at_once.split(",")]
-    chosen = functools.partial(bench, mode=args.compile, at_once=at_once, has_profile=args.profile)
+    chosen = functools.partial(bench, mode=args.compile, at_once=args.at_once, has_profile=args.profile)
     measure_named(args, "encoder", {"encoder": chosen}, models_on)
 
 

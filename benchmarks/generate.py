@@ -23,9 +23,10 @@ import torch
 from transformers import LogitsProcessor, WhisperForConditionalGeneration
 from whisper_triton.benchmarks.harness import Place, Row, median_and_spread
 from whisper_triton.benchmarks.models import check, get_model
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, names_of, number_to, parser_for
 
 import whisper_triton
+from whisper_triton.bench import MOST_NEW_TOKENS
 
 NEW_TOKENS = 64
 BY_NAME = "attention by name, static+compile"
@@ -197,13 +198,12 @@ def bench(
 
 def main() -> None:
     parser = parser_for(__doc__, "large-v3")
-    parser.add_argument(
-        "--variants", default=";".join(VARIANTS), help="separated by semicolons; tokens are compared to the first's"
-    )
-    parser.add_argument("--calls", type=int, help="timed calls a variant, taken in turns; 10 unless given, on a CPU 2")
-    parser.add_argument("--new-tokens", type=int, help=f"tokens a call; {NEW_TOKENS} unless given, on a CPU 8")
+    told = "separated by semicolons; tokens are compared to the first's"
+    parser.add_argument("--variants", type=names_of(VARIANTS), default=VARIANTS, help=told)
+    parser.add_argument("--calls", type=number_to(), help="timed calls a variant, taken in turns; 10 unless given, on a CPU 2")
+    parser.add_argument("--new-tokens", type=number_to(MOST_NEW_TOKENS), help=f"a call; {NEW_TOKENS} unless given, on a CPU 8")
     args = parser.parse_args()
-    chosen = functools.partial(bench, variants=tuple(args.variants.split(";")), calls=args.calls, new_tokens=args.new_tokens)
+    chosen = functools.partial(bench, variants=args.variants, calls=args.calls, new_tokens=args.new_tokens)
     measure_named(args, "generate", {"generate": chosen}, lambda place: functools.partial(Models, place=place))
 
 

@@ -30,7 +30,7 @@ import torch
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
 from whisper_triton.benchmarks.generate import NEW_TOKENS, Models, Variant, synchronize, time_variants
 from whisper_triton.benchmarks.harness import Place, Row, median_and_spread
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, number_to, parser_for
 
 from whisper_triton.decoder import DecoderStep
 from whisper_triton.encoder import CapturedEncoder
@@ -187,7 +187,7 @@ def bench(place: Place, models: Models, B: int, *, calls: int | None = None, new
 
 def main() -> None:
     parser = parser_for(__doc__, "large-v3")
-    parser.add_argument("--calls", type=int, help="calls a variant and kind; 10 unless given, on a CPU 2")
+    parser.add_argument("--calls", type=number_to(), help="calls a variant and kind; 10 unless given, on a CPU 2")
     args = parser.parse_args()
     chosen = functools.partial(bench, calls=args.calls)
     measure_named(args, "host_overhead", {"host_overhead": chosen}, lambda place: functools.partial(Models, place=place))

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 from whisper_triton.benchmarks.harness import Row, print_table
+from whisper_triton.benchmarks.tasks import device, numbers
 
 SCRIPTS = Path(__file__).parent
 MODELS = ("large-v3", "turbo", "distil-large-v3", "medium")
@@ -178,15 +179,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--models", help="of those that a benchmark is recorded for, separated by commas")
-    parser.add_argument("--batch", help="of the batch sizes that a benchmark is recorded for, separated by commas")
+    parser.add_argument("--batch", type=numbers, help="of the batch sizes that it is recorded for, separated by commas")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="for all; none by default")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cuda", "cpu"), help="cpu: only to see that it runs")
+    parser.add_argument("--device", type=device, default=default, help="cuda, or cpu: only to see that it runs")
     args = parser.parse_args()
-    if args.device == "cuda" and default == "cpu":
-        parser.error("there is nothing to measure without a GPU, and torch finds none")
-    batches = args.batch and [int(B) for B in args.batch.split(",")]
-    parts = parts_of(args.device, args.only, args.models and args.models.split(","), batches)
+    parts = parts_of(args.device, args.only, args.models and args.models.split(","), args.batch)
     if not parts:
         known = ", ".join(dict.fromkeys(model for benchmark in RECORDED for model in benchmark.models))
         recorded = ", ".join(map(str, sorted({B for benchmark in RECORDED for B in benchmark.batches})))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from whisper_triton.benchmarks.models import SHAPES, build_model
 
 import whisper_triton
 from whisper_triton import fused_encoder
-from whisper_triton.benchmarks import encoder, first_call, harness, host_overhead, prefill, project_cross_kv
+from whisper_triton.benchmarks import encoder, first_call, harness, host_overhead, prefill, project_cross_kv, step_position
 from whisper_triton.encoder import CapturedEncoder
 
 if TYPE_CHECKING:
@@ -60,9 +60,52 @@ def test_command_lines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", "tiny,base", "--batch", "3"])
     module.main()
     assert swept[0][0] == name
-    assert re.fullmatch(r"[\d,]+", swept[0][1])
+    assert all(isinstance(B, int) for B in swept[0][1])
     assert "large-v3" in swept[0][2]
-    assert swept[1] == (name, "3", "tiny,base", True)
+    assert swept[1] == (name, [3], "tiny,base", True)
+
+
+NUMBERS = "takes numbers from 1 to 2147483647, separated by commas, got"
+BAD_ARGUMENTS = [
+    ("generate", "--batch 0", f"--batch: {NUMBERS} '0'"),
+    ("generate", "--variants nonsense", "--variants: takes stock static+compile; attention by name, static+compile; "),
+    ("generate", "--calls 0", "--calls: takes a number from 1 to 2147483647, got '0'"),
+    ("generate", "--new-tokens 441", "--new-tokens: takes a number from 1 to 440, got '441'"),
+    ("first_call", "--variants 'stock dynamic;x'", "--variants: takes accelerate, nothing cached; "),
+    ("host_overhead", "--calls=-1", "--calls: takes a number from 1 to 2147483647, got '-1'"),
+    ("reshape_free", "--batch x", f"--batch: {NUMBERS} 'x'"),
+    ("step_position", "--positions a", f"--positions: {NUMBERS} 'a'"),
+    ("encoder", "--at-once 1,,2", f"--at-once: {NUMBERS} '1,,2'"),
+    ("cross_kv_reuse", "--layers 0", "--layers: takes a number from 1 to 2147483647, got '0'"),
+    ("prefill", "--tokens 0", "--tokens: takes a number from 1 to 440, got '0'"),
+    ("tune_step", "--batch x", f"--batch: {NUMBERS} 'x'"),
+    ("encoder", "--device cuda", "--device: there is nothing to measure without a GPU, and torch finds none"),
+    ("encoder", "--device tpu", "--device: takes cuda or cpu, got 'tpu'"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "said"), BAD_ARGUMENTS, ids=[" ".join(case[:2]) for case in BAD_ARGUMENTS])
+def test_bad_arguments(
+    name: str, words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(words)])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"whisper_triton.benchmarks.{name}").main()
+    assert f"error: argument {said}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--positions", "5,20000"], "the last position whose surroundings the cache holds is 432, got 20000"),
+        (["--model", "./nowhere"], "./nowhere: no such directory"),
+    ],
+)
+def test_what_a_model_has_not(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["step_position.py", "--device", "cpu", *words])
+    with pytest.raises(SystemExit, match=said):
+        step_position.main()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

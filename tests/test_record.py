@@ -68,7 +68,7 @@ def test_the_commands_are_such_as_the_files_take(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(sys, "argv", [script, *words, "--output", "rows.jsonl"])
         module.main()
         (args,) = swept
-        assert (args.model, args.batch, args.output) == (part.model, ",".join(map(str, part.batches)), Path("rows.jsonl"))
+        assert (args.model, tuple(args.batch), args.output) == (part.model, part.batches, Path("rows.jsonl"))
 
 
 @pytest.fixture
@@ -158,7 +158,9 @@ def test_a_process_of_its_own_on_a_gpu(tmp_path: Path) -> None:
     assert (ended["end"], ended["rows"]) == ("done", 3), (tmp_path / f"{part.name}.log").read_text()
 
 
-@pytest.mark.parametrize("words", [["--only", "nothing"], ["--models", "nobody"], ["--batch", "1000"], ["--device", "cuda"]])
+@pytest.mark.parametrize(
+    "words", [["--only", "nothing"], ["--models", "nobody"], ["--batch", "1000"], ["--batch", "x"], ["--device", "cuda"]]
+)
 def test_what_is_not_recorded(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(record.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["record.py", "--output", str(tmp_path / "new"), *words])
