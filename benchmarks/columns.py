@@ -21,8 +21,10 @@ def number(value: float, spread: float | None = None) -> str:
     """Three figures; with a spread those that it leaves, four at most, and its one figure, or two from 1 on, rounded up."""
     if not spread:
         return f"{value:.{decimals(value, 3)}f}"
-    places = min(decimals(value, 4), decimals(spread, 2 if f"{spread:e}".startswith("1") else 1))
-    return f"{value:.{places}f} ± {math.ceil(spread * 10**places - 1e-9) / 10**places:.{places}f}"
+    places = decimals(spread, 2 if f"{spread:e}".startswith("1") else 1)
+    if abs(value) > spread:  # else it is about zero, and has no figures of its own
+        places = min(places, decimals(value, 4))
+    return f"{round(value, places) + 0.0:.{places}f} ± {math.ceil(spread * 10**places - 1e-9) / 10**places:.{places}f}"
 
 
 class Column(NamedTuple):

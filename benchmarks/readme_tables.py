@@ -91,21 +91,23 @@ def generate_details(rows: Sequence[Row]) -> list[Column]:
 
 
 def link_columns(rows: Sequence[Row]) -> list[Column]:
-    def text(time: float, floor: float) -> str:
-        return f"{number(time)} ({number(floor)})"
+    def text(time: float, floor: float, spread: float | None) -> str:
+        return f"{number(time, spread)} ({number(floor)})"
 
-    links = values(rows, "link")
-    return [MODEL, BATCH, *(Column(f"{link}, us (floor)", (f"{link}: us", f"{link}: floor_us"), text) for link in links)]
+    columns = [
+        Column(f"{link}, us (floor)", (f"{link}: us", f"{link}: floor_us"), text, spread=f"{link}: spread_us")
+        for link in values(rows, "link")
+    ]
+    return [MODEL, BATCH, *columns]
 
 
 def reshaping_columns(rows: Sequence[Row]) -> list[Column]:
-    def text(older: float, newer: float) -> str:
-        return f"{number(older)} / {number(newer)} = {number(older / newer)}"
+    def text(older: float, older_spread: float, newer: float, newer_spread: float) -> str:
+        return f"{number(older, older_spread)} / {number(newer, newer_spread)} = {number(older / newer)}"
 
+    forms = ("reshaping_us", "reshaping_spread_us", "reshape_free_us", "reshape_free_spread_us")
     times = [
-        Column(
-            f"{how}, us: reshaping / reshape-free", tuple(f"{how}: {form}_us" for form in ("reshaping", "reshape_free")), text
-        )
+        Column(f"{how}, us: reshaping / reshape-free", tuple(f"{how}: {form}" for form in forms), text)
         for how in values(rows, "how")
     ]
     return [MODEL, BATCH, Column("tokens", ("T",)), Column("part", ("part",)), *times]

@@ -147,6 +147,7 @@ def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
         {"benchmark": "step_links", "model": "turbo", "B": 1, "link": link, "us": us, "floor_us": 2.0, **WHERE}
         for link, us in (("fc1", 3.0), ("fc2", 2.51))
     ]
+    links[1]["spread_us"] = 0.2
     write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.27, "odd": [1], "benchmark": "step"}, *links)
     # What there are rows of must be shown; the rows of steps are as they were.
     marks = [f"<!-- {kind}: step_links --> is on none of README.md and benchmarks/RESULTS.md" for kind in ("rows", "plot")]
@@ -158,7 +159,7 @@ def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
     assert readme.differences(root) == []
     text = (root / "README.md").read_text()
     assert "| model | batch | fc1, us (floor) | fc2, us (floor) |" in text
-    assert "| turbo | 1 | 3.00 (2.00) | 2.51 (2.00) |" in text
+    assert "| turbo | 1 | 3.00 (2.00) | 2.5 ± 0.2 (2.00) |" in text
     assert plots.read_digest(root / "benchmarks" / "plots" / "step_links.svg")
 
 
@@ -303,7 +304,10 @@ CHOICE = {"timestamps": True, "what": "choice"}
                 for T, h in ((1, "eager"), (1, "graph"), (4, "eager"))
             ],
             "model | batch | tokens | part | eager, us: reshaping / reshape-free | graph, us: reshaping / reshape-free",
-            ["tiny | 1 | 1 | self | 3.00 / 2.00 = 1.50 | 3.00 / 2.00 = 1.50", "tiny | 1 | 4 | self | 3.00 / 2.00 = 1.50 | -"],
+            [
+                "tiny | 1 | 1 | self | 3.00 ± 0.10 / 2.00 ± 0.02 = 1.50 | 3.00 ± 0.10 / 2.00 ± 0.02 = 1.50",
+                "tiny | 1 | 4 | self | 3.00 ± 0.10 / 2.00 ± 0.02 = 1.50 | -",
+            ],
         ),
         (
             "flash_layout",
@@ -387,6 +391,10 @@ def test_a_column_that_is_missing(root: Path) -> None:
         (16013.47, None, "16013"),
         (0.0760, None, "0.0760"),
         (0.0, 0.0, "0"),
+        (0.0, 0.2, "0.0 ± 0.2"),
+        (0.075, 0.4505, "0.1 ± 0.5"),
+        (-0.04, 0.3, "0.0 ± 0.3"),
+        (-1.23, 0.3, "-1.2 ± 0.3"),
     ],
 )
 def test_number(value: float, spread: float | None, text: str) -> None:
