@@ -20,6 +20,7 @@ MODEL, BATCH = Column("model", ("model",)), Column("batch", ("B",))
 VARIANT = Column("variant", ("variant",), lambda variant: variant.replace(OURS, NAMES[OURS]))
 TIMESTAMPS = Column("timestamps", ("timestamps",), lambda value: "with" if value else "without")
 STOCK_OVER_OURS = measured("stock / ours", "stock/ours")
+BEST_OVER_OURS = measured("best of these / ours", "best/ours")
 ALTERNATIVES = [
     measured("SDPA cuDNN", "cudnn_us", optional=True),
     measured("SDPA flash", "flash_us", optional=True),
@@ -181,6 +182,18 @@ PROCESSORS = Table(
     ],
     pivot("how", "model", "B", "timestamps", "what"),
 )
+# Of what stands between the encoder's products: add_layer_norm and bias_gelu, whose rows are in one file.
+BETWEEN = [
+    BATCH,
+    measured("floor", "floor_us"),
+    measured("ours", "ours_us", "spread_us"),
+    measured("eager", "eager_us"),
+    measured("compiled", "compiled_us"),
+    measured("ours, hot", "ours_hot_us"),
+    measured("eager, hot", "eager_hot_us"),
+    measured("compiled, hot", "compiled_hot_us"),
+    BEST_OVER_OURS,
+]
 TABLES = {
     "calls": Table(generate_columns, BY_VARIANT, file="generate", select=only(variant=(OURS, STOCK, DYNAMIC))),
     "generate": Table(generate_details, BY_VARIANT),
@@ -273,7 +286,7 @@ TABLES = {
             measured("ours top-k, us", "ours_top_k_us", optional=True),
             measured("stock eager, us", "stock_eager_us"),
             measured("stock in a graph, us", "stock_graph_us", optional=True),
-            Column("stock's launches", ("stock_launches",)),
+            Column("stock's launches", ("stock_launches",), optional=True),
         ],
     ),
     "decode_attention": Table(
@@ -295,7 +308,7 @@ TABLES = {
             measured("ours, apart", "apart_us", "apart_spread_us"),
             *ALTERNATIVES,
             measured("compiled", "compiled_us", optional=True),
-            measured("best of these / ours", "best/ours"),
+            BEST_OVER_OURS,
         ],
     ),
     "append_attention": Table(
@@ -320,6 +333,40 @@ TABLES = {
             STOCK_OVER_OURS,
         ],
     ),
+    "skinny_linear": Table(
+        [
+            BATCH,
+            Column("link", ("link",)),
+            measured("floor", "floor_us"),
+            measured("ours", "ours_us", "spread_us"),
+            measured("eager", "eager_us"),
+            measured("compiled", "compiled_us"),
+            BEST_OVER_OURS,
+        ],
+    ),
+    "project_cross_kv": Table(
+        [
+            BATCH,
+            measured("ours, ms", "ours_ms", "spread_ms"),
+            measured("layer by layer, ms", "layers_ms", "layers_spread_ms"),
+            measured("compiled, ms", "compiled_ms", "compiled_spread_ms"),
+            measured("products alone, ms", "cublas_ms", "cublas_spread_ms"),
+            measured("ours, TFLOP/s", "ours_TFLOP/s"),
+            measured("products alone, TFLOP/s", "cublas_TFLOP/s"),
+            measured("layer by layer / ours", "layers/ours"),
+        ],
+    ),
+    "embed_tokens": Table(
+        [
+            BATCH,
+            measured("ours", "ours_us", "spread_us"),
+            measured("eager", "eager_us"),
+            measured("compiled", "compiled_us"),
+            BEST_OVER_OURS,
+        ],
+    ),
+    "add_layer_norm": Table(BETWEEN, benchmark="add_layer_norm", file="encoder_kernels"),
+    "bias_gelu": Table(BETWEEN, benchmark="bias_gelu", file="encoder_kernels"),
     "reshape_free": RESHAPING,
     "reshape_free_stack": RESHAPING._replace(
         file="reshape_free", select=only(part=("stack",), T=(1,), model=("large-v3",), how=("graph", "compiled"))

@@ -20,7 +20,21 @@ from whisper_triton.benchmarks.models import SHAPES, build_model
 
 import whisper_triton
 from whisper_triton import fused_encoder
-from whisper_triton.benchmarks import encoder, first_call, harness, host_overhead, prefill, project_cross_kv, step_position
+from whisper_triton.benchmarks import (
+    embed_tokens,
+    encoder,
+    encoder_kernels,
+    first_call,
+    harness,
+    host_overhead,
+    prefill,
+    project_cross_kv,
+    readme,
+    readme_tables,
+    select_token,
+    skinny_linear,
+    step_position,
+)
 from whisper_triton.encoder import CapturedEncoder
 
 if TYPE_CHECKING:
@@ -175,6 +189,21 @@ def test_prefill(run: Run) -> None:
     (row,) = run(prefill, "--calls", "1")
     assert (row["T"], row["captured"]) == (4, False)
     assert min(row[f"{name}_ms"] for name in ("stock", "layer by layer", "now", "project")) > 0
+
+
+@pytest.mark.parametrize("module", [embed_tokens, project_cross_kv, select_token, skinny_linear])
+def test_kernels_that_have_a_table(module: ModuleType, run: Run) -> None:
+    assert {row["benchmark"] for row in run(module, B=1)} <= readme_tables.TABLES.keys()  # in fp32 chain and links take one row
+
+
+def test_two_kernels_of_one_file_have_tables_of_their_own(run: Run, tmp_path: Path) -> None:
+    names = ("add_layer_norm", "bias_gelu")
+    run(encoder_kernels, benchmarks=names)
+    rows = tmp_path / "benchmarks" / "rows"
+    rows.mkdir(parents=True)
+    (tmp_path / "rows.jsonl").rename(rows / "encoder_kernels.jsonl")
+    for name in names:
+        assert {row["benchmark"] for row in readme.load(tmp_path, name)} == {name}
 
 
 class TestHostOverhead:

@@ -46,7 +46,10 @@ def test_all_that_readme_shows_is_recorded() -> None:
 def test_what_is_measured_and_in_which_order() -> None:
     every = names_of(None, None, None)
     assert every[:2] == ["generate.large-v3.1", "generate.large-v3.8"]
-    assert every[-1] == "generate.medium.4"
+    assert every[2:4] == ["generate.turbo.1", "generate.turbo.8"]  # attention by name among what each measures
+    assert len({part.benchmark.words for part in record.parts_of("cuda", ["generate"], None, None)}) == 1
+    assert every[-5:-3] == ["generate.medium.4", "skinny_linear.large-v3.1-8-2-4-16-32"]
+    assert every[-1] == "embed_tokens.large-v3.1-8-32"
     assert "decoder_step.turbo.1-8-32-2-4-16-64" in every
     assert len(set(every)) == len(every)
     assert names_of(["generate", "encoder"], ["large-v3"], [2, 8]) == [
