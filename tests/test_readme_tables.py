@@ -227,6 +227,11 @@ def test_commands_that_differ_in_models_and_batches_are_one() -> None:
     assert captions.commands([{}], "y") == ["python benchmarks/y.py"]
     ended = [{"command": f"{script} --batch 1,8,32", "B": B} for B in (1, 8)]
     assert captions.commands(ended, "y") == [f"{script} --batch 1,8"]
+    ended = [
+        {"command": f"{script} --model turbo,tiny,medium --batch 1,8", "model": model, "B": B}
+        for model, B in (("turbo", 1), ("turbo", 8), ("tiny", 1))
+    ]
+    assert captions.commands(ended, "y") == [f"{script} --model turbo --batch 1,8", f"{script} --model tiny --batch 1"]
 
 
 def test_captions_go_gpu_by_gpu_and_name_few_commands() -> None:
@@ -238,10 +243,15 @@ def test_captions_go_gpu_by_gpu_and_name_few_commands() -> None:
     both = "on GPU X, 2026-01-01 at revision abc and on GPU Y, 2026-01-01, 2026-01-02 at revision def, abc"
     listed = "`python x.py --calls 1`, `python x.py --calls 2`"
     assert captions.caption(two + other, "generate") == f"{listed} {both}; {VERSIONS}"
-    # Of more the one that measures as much, where there is one.
+    # Of more those that measure as much, where there are such: not that they made the rows, and no model's batch without one.
     three = [*two, row(4, "--calls 3")]
-    command = "python benchmarks/record.py --output new --only generate --models turbo --batch 1,4,8"
-    assert captions.caption(three, "generate") == f"`{command}` {CAPTION}"
+    command = "python benchmarks/record.py --output new --only generate --models"
+    assert (
+        captions.caption(three, "generate") == f"several commands (measured again by `{command} turbo --batch 1,4,8`) {CAPTION}"
+    )
+    medium = [row(B, f"--calls {B}", model="medium") for B in (1, 8)]
+    again = f"`{command} turbo --batch 1,4,8`, `{command} medium --batch 1,8`"
+    assert captions.caption(three + medium, "generate") == f"several commands (measured again by {again}) {CAPTION}"
     unheard = [*two, row(3, "--calls 3")]
     for rows, name in ((unheard, "generate"), (three, "y"), (three, "select_token")):
         assert captions.caption(rows, name).count("`python x.py --calls ") == 3
