@@ -284,6 +284,7 @@ TABLES = {
             measured("ours, us", "ours_us", "spread_us"),
             measured("ours sampling, us", "ours_sampling_us"),
             measured("ours top-k, us", "ours_top_k_us", optional=True),
+            measured("compiled reference, us", "compiled_us", optional=True),
             measured("stock eager, us", "stock_eager_us"),
             measured("stock in a graph, us", "stock_graph_us", optional=True),
             Column("stock's launches", ("stock_launches",), optional=True),

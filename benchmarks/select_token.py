@@ -4,8 +4,9 @@
 
 By default large-v3's vocabulary, fp16 logits, Whisper's rules with and without timestamps. Microseconds a token: ours in a CUDA
 graph, logits as they come from the LM head, that is in the L2; stock's processors, argmax and stopping criteria eagerly, host
-included, and in a graph where they can be captured, which nothing can that waits for the device (`stock_waits`). Checked first
-are greedy tokens against stock's, and those of every block size and way to draw against the reference's.
+included, and in a graph where they can be captured, which nothing can that waits for the device (`stock_waits`); `compiled` is
+our reference under torch.compile, which waits for nothing, in a graph. Checked first are greedy tokens against stock's, and
+those of every block size and way to draw against the reference's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import (
     WhisperTimeStampLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from whisper_triton.benchmarks.alternatives import time_alternatives
 from whisper_triton.benchmarks.harness import Place, Row
 from whisper_triton.benchmarks.models import Shape, shapes_on
 from whisper_triton.benchmarks.tasks import measure_named, parser_for
@@ -79,13 +81,16 @@ def selection_for(
     return TokenSelection(B, most, shape.vocabulary, device), settings
 
 
+def on_device(state: TokenState, device: torch.device) -> TokenState:
+    """A copy, of which nothing lies in the host's memory."""
+    return TokenState(*(tensor.to(device, copy=True) for tensor in state))
+
+
 def check_choices(
     name: str, choose: Choose, reference: Choose, logits: Sequence[torch.Tensor], selection: TokenSelection, may_turn: float
 ) -> None:
     """Exits if more than the share `may_turn` of the tokens that `choose` writes into a selection are not the reference's."""
-    device = logits[0].device
-    expected = TokenState(*(tensor.to(device, copy=True) for tensor in selection.state))
-    same = []
+    expected, same = on_device(selection.state, logits[0].device), []
     for one in logits:
         choose(one, selection.rules, selection.state)
         reference(one, selection.rules, expected)
@@ -95,6 +100,23 @@ def check_choices(
     turned = 1 - torch.cat(same).double().mean().item()
     if turned > may_turn:
         raise SystemExit(f"{name} is wrong: {100 * turned:.1f} % of the tokens are not the reference's")
+
+
+def time_compiled(
+    place: Place, ids: torch.Tensor, settings: Settings, selection: TokenSelection, logits: Sequence[torch.Tensor]
+) -> dict[str, float | None]:
+    """`compiled_us`: our reference under torch.compile; None where that does not run or chooses other tokens."""
+    selection.begin(ids, settings, None)
+    expected, state = (on_device(selection.state, place.device) for _ in range(2))
+    select_token_reference(logits[0], selection.rules, expected)
+    compiled = place.compile(select_token_reference)
+
+    def choose(one: torch.Tensor) -> torch.Tensor:
+        compiled(one, selection.rules, state)
+        return state.next_ids
+
+    exact = expected.next_ids.double()
+    return time_alternatives(place, {"compiled": choose}, [[one] for one in logits], exact, exact)
 
 
 def count_launches(call: Callable[[], object]) -> int:
@@ -146,6 +168,7 @@ def bench_rules(place: Place, shape: Shape, B: int, timestamps: bool) -> Row:
     row["ours_us"], row["spread_us"] = ours("greedy")
     row["ours_sampling_us"] = ours("sampling", temperature=0.7)[0]
     row["ours_top_k_us"] = ours("top-k", temperature=0.7, top_k=50)[0]
+    row |= time_compiled(place, stock.ids, settings, selection, logits)
     row["stock_eager_us"] = place.time([stock_step])[0]
     if not place.is_gpu:
         return row

@@ -137,6 +137,7 @@ def test_kernels(measured: Callable[..., list[dict[str, Any]]]) -> None:
     by_name = {row["benchmark"]: row for row in rows}
     assert by_name["decode_attention"].keys() >= {f"{name}_us" for name in ("flash", "cudnn", "math", "flex", "compiled")}
     assert by_name["decode_attention"]["cudnn_us"] is None  # there is none on a CPU
+    assert by_name["select_token"]["compiled_us"] > 0
     assert by_name["append_attention"].keys() >= {"stock_us", "flex_us", "compiled_us", "length"}
     for row in rows:
         ours = "ours_ms" if row["benchmark"] == "project_cross_kv" else "ours_us"
@@ -209,6 +210,15 @@ def test_no_wrong_way_to_choose_is_timed(
     monkeypatch.setattr(harness, "measure_on_cpu", lambda calls: (1.0, 0.0))
     result = command("kernels", "--only", "select_token", "--batch", 1)
     refuses(result, 1, f"select_token, {name} is wrong: 100.0 % of the tokens are not the reference's")
+
+
+def test_a_compiled_choice_that_is_wrong_is_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        harness.Place, "compile", lambda self, choose, **kwargs: wrong_where(choose, lambda rules: rules.limits.numel() > 0)
+    )
+    result = command("kernels", "--only", "select_token", "--batch", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("compiled is wrong and not timed: relative error") == 2
 
 
 def test_a_wrong_alternative_is_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
