@@ -1,4 +1,4 @@
-"""The columns of the tables in README and RESULTS.md, and how their numbers read.
+"""What the tables in README and RESULTS.md are made of: columns, and how their numbers read.
 
 After "±" stands a time's spread, rounded up.
 """
@@ -6,7 +6,7 @@ After "±" stands a time's spread, rounded up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from whisper_triton.benchmarks.plots import Row
@@ -54,3 +54,18 @@ def percent(share: float) -> str:
 
 def numbers(*found: float) -> str:
     return ", ".join(map(number, found))
+
+
+# Of several tables.
+MODEL, BATCH = Column("model", ("model",)), Column("batch", ("B",))
+TIMESTAMPS = Column("timestamps", ("timestamps",), lambda value: "with" if value else "without")
+
+
+class Table(NamedTuple):
+    """How rows become a table: `select` says which are shown, `prepare` which are one line; `columns` may depend on them."""
+
+    columns: Sequence[Column] | Callable[[Sequence[Row]], list[Column]]
+    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
+    benchmark: str | None = None  # only these, where rows of a file say of which benchmark they are
+    file: str | None = None  # that the rows are in, where the table has another name
+    select: Callable[[Sequence[Row]], Sequence[Row]] | None = None

@@ -7,37 +7,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Sequence
-from typing import NamedTuple
 
 from whisper_triton.benchmarks.captions import caption
-from whisper_triton.benchmarks.columns import Column, Row, decimals, measured, number, numbers, percent
+from whisper_triton.benchmarks.columns import (
+    BATCH,
+    MODEL,
+    TIMESTAMPS,
+    Column,
+    Row,
+    Table,
+    decimals,
+    measured,
+    number,
+    numbers,
+    percent,
+)
+from whisper_triton.benchmarks.kernel_tables import KERNELS
 from whisper_triton.benchmarks.plots import NAMES, named, values
 
 OURS, STOCK, DYNAMIC = "accelerate", "stock static+compile", "stock dynamic"
 README_GPU = "NVIDIA H200"  # whose rows README shows where it shows one GPU's, if there are any
 
-MODEL, BATCH = Column("model", ("model",)), Column("batch", ("B",))
 VARIANT = Column("variant", ("variant",), lambda variant: variant.replace(OURS, NAMES[OURS]))
-TIMESTAMPS = Column("timestamps", ("timestamps",), lambda value: "with" if value else "without")
-STOCK_OVER_OURS = measured("stock / ours", "stock/ours")
-BEST_OVER_OURS = measured("best of these / ours", "best/ours")
-ALTERNATIVES = [
-    measured("SDPA cuDNN", "cudnn_us", optional=True),
-    measured("SDPA flash", "flash_us", optional=True),
-    measured("SDPA efficient", "efficient_us", optional=True),
-    measured("SDPA math", "math_us", optional=True),
-    measured("FlexAttention", "flex_us", optional=True),
-]
-
-
-class Table(NamedTuple):
-    """How rows become a table: `select` says which are shown, `prepare` which are one line; `columns` may depend on them."""
-
-    columns: Sequence[Column] | Callable[[Sequence[Row]], list[Column]]
-    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
-    benchmark: str | None = None  # only these, where rows of a file say of which benchmark they are
-    file: str | None = None  # that the rows are in, where the table has another name
-    select: Callable[[Sequence[Row]], Sequence[Row]] | None = None
 
 
 def pivot(key: str, *same: str) -> Callable[[Sequence[Row]], list[Row]]:
@@ -182,19 +173,8 @@ PROCESSORS = Table(
     ],
     pivot("how", "model", "B", "timestamps", "what"),
 )
-# Of what stands between the encoder's products: add_layer_norm and bias_gelu, whose rows are in one file.
-BETWEEN = [
-    BATCH,
-    measured("floor", "floor_us"),
-    measured("ours", "ours_us", "spread_us"),
-    measured("eager", "eager_us"),
-    measured("compiled", "compiled_us"),
-    measured("ours, hot", "ours_hot_us"),
-    measured("eager, hot", "eager_hot_us"),
-    measured("compiled, hot", "compiled_hot_us"),
-    BEST_OVER_OURS,
-]
 TABLES = {
+    **KERNELS,
     "calls": Table(generate_columns, BY_VARIANT, file="generate", select=only(variant=(OURS, STOCK, DYNAMIC))),
     "generate": Table(generate_details, BY_VARIANT),
     "steps": Table(
@@ -277,97 +257,6 @@ TABLES = {
             measured("more tokens, s", "longer_s"),
         ],
     ),
-    "select_token": Table(
-        [
-            BATCH,
-            TIMESTAMPS,
-            measured("ours, us", "ours_us", "spread_us"),
-            measured("ours sampling, us", "ours_sampling_us"),
-            measured("ours top-k, us", "ours_top_k_us", optional=True),
-            measured("compiled reference, us", "compiled_us", optional=True),
-            measured("stock eager, us", "stock_eager_us"),
-            measured("stock in a graph, us", "stock_graph_us", optional=True),
-            Column("stock's launches", ("stock_launches",), optional=True),
-        ],
-    ),
-    "decode_attention": Table(
-        [
-            BATCH,
-            measured("floor", "floor_us"),
-            measured("ours", "ours_us", "spread_us"),
-            measured("ours, joined in the launch", "joined_us", "joined_spread_us", optional=True),
-            *ALTERNATIVES,
-            measured("compiled reference", "compiled_us", optional=True),
-            measured("best SDPA / ours", "best_sdpa/ours"),
-        ],
-    ),
-    "cross_attention": Table(
-        [
-            BATCH,
-            measured("floor", "floor_us"),
-            measured("ours", "ours_us", "spread_us"),
-            measured("ours, apart", "apart_us", "apart_spread_us"),
-            *ALTERNATIVES,
-            measured("compiled", "compiled_us", optional=True),
-            BEST_OVER_OURS,
-        ],
-    ),
-    "append_attention": Table(
-        [
-            BATCH,
-            Column("length", ("length",)),
-            measured("ours", "ours_us", "spread_us"),
-            measured("stock", "stock_us"),
-            measured("stock compiled", "compiled_us", optional=True),
-            *ALTERNATIVES,
-            STOCK_OVER_OURS,
-        ],
-    ),
-    "update_kv_cache": Table(
-        [
-            BATCH,
-            Column("tokens", ("T",)),
-            measured("floor", "floor_us"),
-            measured("ours", "ours_us", "spread_us"),
-            measured("stock", "stock_us"),
-            measured("stock compiled", "compiled_us", optional=True),
-            STOCK_OVER_OURS,
-        ],
-    ),
-    "skinny_linear": Table(
-        [
-            BATCH,
-            Column("link", ("link",)),
-            measured("floor", "floor_us"),
-            measured("ours", "ours_us", "spread_us"),
-            measured("eager", "eager_us"),
-            measured("compiled", "compiled_us"),
-            BEST_OVER_OURS,
-        ],
-    ),
-    "project_cross_kv": Table(
-        [
-            BATCH,
-            measured("ours, ms", "ours_ms", "spread_ms"),
-            measured("layer by layer, ms", "layers_ms", "layers_spread_ms"),
-            measured("compiled, ms", "compiled_ms", "compiled_spread_ms"),
-            measured("products alone, ms", "cublas_ms", "cublas_spread_ms"),
-            measured("ours, TFLOP/s", "ours_TFLOP/s"),
-            measured("products alone, TFLOP/s", "cublas_TFLOP/s"),
-            measured("layer by layer / ours", "layers/ours"),
-        ],
-    ),
-    "embed_tokens": Table(
-        [
-            BATCH,
-            measured("ours", "ours_us", "spread_us"),
-            measured("eager", "eager_us"),
-            measured("compiled", "compiled_us"),
-            BEST_OVER_OURS,
-        ],
-    ),
-    "add_layer_norm": Table(BETWEEN, benchmark="add_layer_norm", file="encoder_kernels"),
-    "bias_gelu": Table(BETWEEN, benchmark="bias_gelu", file="encoder_kernels"),
     "reshape_free": RESHAPING,
     "reshape_free_stack": RESHAPING._replace(
         file="reshape_free", select=only(part=("stack",), T=(1,), model=("large-v3",), how=("graph", "compiled"))

@@ -27,6 +27,7 @@ from whisper_triton.benchmarks import (
     embed_tokens,
     encoder_kernels,
     harness,
+    kernel_tables,
     plots,
     project_cross_kv,
     select_token,
@@ -345,7 +346,7 @@ def test_out_of_memory(command: Callable[..., Result], monkeypatch: pytest.Monke
 
 
 def test_every_kernel_is_measured() -> None:
-    assert set(bench.KERNELS) == set(doctor.KERNELS)
+    assert set(bench.KERNELS) == set(doctor.KERNELS) == set(kernel_tables.KERNELS)
 
 
 @pytest.mark.gpu
