@@ -112,7 +112,7 @@ def test_bad_arguments(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--positions", "5,20000"], "the last position whose surroundings the cache holds is 432, got 20000"),
+        (["--positions", "5,20000"], "the last position whose surroundings the cache holds is 433, got 20000"),
         (["--model", "./nowhere"], "./nowhere: no such directory"),
     ],
 )
