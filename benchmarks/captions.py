@@ -9,13 +9,13 @@ from itertools import pairwise
 from whisper_triton.benchmarks.plots import Row, named, values
 from whisper_triton.benchmarks.record import parts_of
 
-MOST_COMMANDS = 2  # that a caption lists for a GPU, where record.py measures the same
+MOST_COMMANDS = 2  # that a caption lists for a GPU, where record.py can measure the same again
 
 
 def commands(rows: Sequence[Row], name: str) -> list[str]:
     """By which the rows were measured; of commands that differ in models and batches alone the one that measures as much.
 
-    Batches of which there is no row, as of a run that was ended, are left out.
+    Models that have no row, and batches of which a model has none, as of a run that was ended, are left out.
     """
     found: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for said in values(rows, "command") or [f"python benchmarks/{name}.py"]:
@@ -23,11 +23,12 @@ def commands(rows: Sequence[Row], name: str) -> list[str]:
         for i, word in enumerate(words[:-1]):
             if word in given:
                 given[word], words[i + 1] = words[i + 1], word
-        measured_batches = {str(row["B"]) for row in rows if row.get("command") == said and "B" in row}
-        batches = [B for B in given["--batch"].split(",") if B in measured_batches] or given["--batch"].split(",")
-        batches_of = found.setdefault(tuple(words), {})
+        batches_of, batches = found.setdefault(tuple(words), {}), given["--batch"].split(",")
+        own = [row for row in rows if row.get("command") == said and "B" in row]
         for model in given["--model"].split(","):
-            batches_of.setdefault(model, []).extend(batches)
+            there = {str(row["B"]) for row in own if row.get("model", model) == model or not model}
+            if there or not own:
+                batches_of.setdefault(model, []).extend([B for B in batches if B in there] or batches)
     lines = []
     for words, batches_of in found.items():
         models_of: dict[str, list[str]] = {}
@@ -41,14 +42,20 @@ def commands(rows: Sequence[Row], name: str) -> list[str]:
     return lines
 
 
-def recorded(rows: Sequence[Row], name: str) -> str | None:
-    """The command of record.py that measures all these rows anew; None where it measures no such."""
-    models, batches = values(rows, "model"), sorted(values(rows, "B"))
-    measured = {(part.model, B) for part in parts_of("cuda", [name], models, batches) for B in part.batches}
+def recorded(rows: Sequence[Row], name: str) -> list[str]:
+    """The commands of record.py that measure these rows anew, and no other models and batches; none where it does not."""
+    measured = {(part.model, B) for part in parts_of("cuda", [name], None, None) for B in part.batches}
     if not measured.issuperset((row.get("model"), row.get("B")) for row in rows):
-        return None
-    chosen = ["--models", ",".join(models), "--batch", ",".join(map(str, batches))]
-    return shlex.join(["python", "benchmarks/record.py", "--output", "new", "--only", name, *chosen])
+        return []
+    models_of: dict[tuple[int, ...], list[str]] = {}
+    for model in values(rows, "model"):
+        batches = sorted({row["B"] for row in rows if row["model"] == model})
+        models_of.setdefault(tuple(batches), []).append(model)
+    record = ("python", "benchmarks/record.py", "--output", "new", "--only", name)
+    return [
+        shlex.join([*record, "--models", ",".join(models), "--batch", ",".join(map(str, batches))])
+        for batches, models in models_of.items()
+    ]
 
 
 def caption(rows: Sequence[Row], name: str) -> str:
@@ -57,10 +64,11 @@ def caption(rows: Sequence[Row], name: str) -> str:
     for gpu in values(rows, "gpu"):
         own = [row for row in rows if row["gpu"] == gpu]
         listed = commands(own, name)
-        if len(listed) > MOST_COMMANDS and (command := recorded(own, name)):
-            listed = [command]
+        again = recorded(own, name) if len(listed) > MOST_COMMANDS else []
+        by = ", ".join(f"`{command}`" for command in again or listed)
+        by = f"several commands (measured again by {by})" if again else by
         when = f"{', '.join(sorted(values(own, 'date')))} at revision {', '.join(values(own, 'revision'))}"
-        places.setdefault(", ".join(f"`{command}`" for command in listed), []).append(f"on {gpu}, {when}")
+        places.setdefault(by, []).append(f"on {gpu}, {when}")
     said = [f"{by} {' and '.join(where)}" for by, where in places.items()]
     with_what = [", ".join(named("dtype", dtype) for dtype in values(rows, "dtype"))]
     versions = ("driver", "torch", "triton", "transformers")

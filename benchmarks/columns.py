@@ -1,4 +1,4 @@
-"""The columns of the tables in README and RESULTS.md, and how their numbers read.
+"""What the tables in README and RESULTS.md are made of: columns, and how their numbers read.
 
 After "±" stands a time's spread, rounded up.
 """
@@ -6,7 +6,7 @@ After "±" stands a time's spread, rounded up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from whisper_triton.benchmarks.plots import Row
@@ -21,8 +21,10 @@ def number(value: float, spread: float | None = None) -> str:
     """Three figures; with a spread those that it leaves, four at most, and its one figure, or two from 1 on, rounded up."""
     if not spread:
         return f"{value:.{decimals(value, 3)}f}"
-    places = min(decimals(value, 4), decimals(spread, 2 if f"{spread:e}".startswith("1") else 1))
-    return f"{value:.{places}f} ± {math.ceil(spread * 10**places - 1e-9) / 10**places:.{places}f}"
+    places = decimals(spread, 2 if f"{spread:e}".startswith("1") else 1)
+    if abs(value) > spread:  # else it is about zero, and has no figures of its own
+        places = min(places, decimals(value, 4))
+    return f"{round(value, places) + 0.0:.{places}f} ± {math.ceil(spread * 10**places - 1e-9) / 10**places:.{places}f}"
 
 
 class Column(NamedTuple):
@@ -52,3 +54,18 @@ def percent(share: float) -> str:
 
 def numbers(*found: float) -> str:
     return ", ".join(map(number, found))
+
+
+# Of several tables.
+MODEL, BATCH = Column("model", ("model",)), Column("batch", ("B",))
+TIMESTAMPS = Column("timestamps", ("timestamps",), lambda value: "with" if value else "without")
+
+
+class Table(NamedTuple):
+    """How rows become a table: `select` says which are shown, `prepare` which are one line; `columns` may depend on them."""
+
+    columns: Sequence[Column] | Callable[[Sequence[Row]], list[Column]]
+    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
+    benchmark: str | None = None  # only these, where rows of a file say of which benchmark they are
+    file: str | None = None  # that the rows are in, where the table has another name
+    select: Callable[[Sequence[Row]], Sequence[Row]] | None = None

@@ -4,8 +4,9 @@
 
 Rows are matched by what identifies them: all columns that both files have and that hold neither a measurement nor where it was
 made. Where both files hold rows of a GPU, only rows of the same GPU are compared, else those of each with those of each other.
-Of each pair the main time and the tokens per second are set against each other, b / a. A time is `faster` or `slower`
-where the ranges of the two, spread or least to greatest, do not touch; the rest may be noise.
+Of each pair the main time and the tokens per second are set against each other, b / a; of rows that hold seconds alone, as of
+first calls, each of them. A time is `faster` or `slower` where the ranges of the two, spread or least to greatest, do not
+touch; the rest may be noise. A link's time is a difference, which may be about zero or below: it has no ratio then.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,20 +70,29 @@ def by_identity(rows: Sequence[Row], columns: Sequence[str], path: Path) -> dict
     return found
 
 
-def main_time(a: Row, b: Row) -> str | None:
-    """The time that a benchmark is about: one of MAIN_TIMES, or else the first column of times that both rows have."""
-    others = [column for column in a if re.search("_(ms|us)$", column) and not re.search("spread|floor|min|max|first", column)]
-    return next((c for c in (*MAIN_TIMES, *others) if a.get(c) is not None and b.get(c) is not None), None)
+def main_times(a: Row, b: Row) -> list[str]:
+    """The time that a benchmark is about: one of MAIN_TIMES, or else the first column of times that both rows have.
+
+    Of rows that have none but seconds all of these.
+    """
+    both = [column for column in a if a[column] is not None and b.get(column) is not None]
+    named = [column for column in MAIN_TIMES if column in both]
+    others = [c for c in both if re.search("_(ms|us)$", c) and not re.search("spread|floor|min|max|first", c)]
+    return [*named, *others][:1] or [column for column in both if column.endswith("_s")]
+
+
+def unit_of(column: str) -> str:
+    return column.rpartition("_")[2]
 
 
 def time_range(row: Row, column: str) -> tuple[float, float] | None:
     """Between what a time lay: least and greatest where the row has them, else the time and its spread about it."""
-    unit = column[-2:]
+    unit = unit_of(column)
     least, greatest, spread = (row.get(f"{name}_{unit}") for name in ("min", "max", "spread"))
-    spread = row.get(f"{column[:-2]}spread_{unit}", spread)  # a time's own, where it has one
+    spread = row.get(f"{column.removesuffix(unit)}spread_{unit}", spread)  # a time's own, where it has one
     if least is not None and greatest is not None:
         return least, greatest
-    return None if spread is None else (max(0.0, row[column] - spread), row[column] + spread)
+    return None if spread is None else (row[column] - spread, row[column] + spread)
 
 
 def verdict(a: tuple[float, float] | None, b: tuple[float, float] | None) -> str:
@@ -92,17 +103,22 @@ def verdict(a: tuple[float, float] | None, b: tuple[float, float] | None) -> str
 
 def time_text(row: Row, column: str) -> str:
     limits = time_range(row, column)
-    return f"{row[column]:.4g} {column[-2:]}" + (f" ({limits[0]:.4g}-{limits[1]:.4g})" if limits else "")
+    return f"{row[column]:.4g} {unit_of(column)}" + (f" ({limits[0]:.4g} to {limits[1]:.4g})" if limits else "")
 
 
-def compare_rows(name: str, a: Row, b: Row) -> list[str]:
-    """A line of the table, the verdict last."""
-    column = main_time(a, b)
+def compare_rows(name: str, a: Row, b: Row) -> list[list[str]]:
+    """Lines of the table, one a time, the verdict last."""
+    columns = main_times(a, b)
     rates = f"{b['tok/s'] / a['tok/s']:.3f}" if a.get("tok/s") and b.get("tok/s") else "-"
-    if column is None:
-        return [name, "-", "-", "-", rates, "no spread" if rates != "-" else "no time"]
-    times = [time_text(row, column) for row in (a, b)]
-    return [name, *times, f"{b[column] / a[column]:.3f}", rates, verdict(time_range(a, column), time_range(b, column))]
+    if not columns:
+        return [[name, "-", "-", "-", rates, "no spread" if rates != "-" else "no time"]]
+    lines = []
+    for column in columns:
+        label = name if len(columns) == 1 else f"{name}: {column.removesuffix('_s').replace('_', ' ')}"
+        ratio = f"{b[column] / a[column]:.3f}" if min(a[column], b[column]) > 0 else "-"
+        judged = verdict(time_range(a, column), time_range(b, column))
+        lines.append([label, *(time_text(row, column) for row in (a, b)), ratio, rates, judged])
+    return lines
 
 
 def environment(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, list[str]]:
@@ -142,14 +158,16 @@ def compare(a: Path, b: Path) -> str:
             texts = (", ".join(side[column]) or "unknown" for side in where)
             lines.append(f"warning: {column} differs: {' in a, '.join(texts)} in b")
 
-    pairs, alone = [], []
+    count, pairs, alone = 0, [], []
     for pair in meeting:
         parts = [own[gpu] for own, gpu in zip(gpus, pair, strict=True)]
         shared = [column for column in identifying(parts[0]) if column in identifying(parts[1])]
         before, after = (by_identity(part, shared, path) for part, path in zip(parts, (a, b), strict=True))
         # Only where there are several is a GPU named, for it takes half a line.
         on = "" if len(meeting) == 1 else f"{' / '.join(map(str, dict.fromkeys(pair)))}: "
-        pairs += [compare_rows(on + name, before[name], after[name]) for name in before if name in after]
+        for name in [name for name in before if name in after]:
+            count += 1
+            pairs += compare_rows(on + name, before[name], after[name])
         alone += [f"only in a: {on}{name}" for name in before if name not in after]
         alone += [f"only in b: {on}{name}" for name in after if name not in before]
     for letter, own in zip("ab", gpus, strict=True):
@@ -159,9 +177,11 @@ def compare(a: Path, b: Path) -> str:
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines.append("")
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-        counts = {word: sum(line[-1] == word for line in pairs) for word in ("faster", "slower", "", "no spread", "no time")}
-        said = [f"{count} {word or 'within the spread'}" for word, count in counts.items() if count]
-        lines += ["", f"{len(pairs)} row{'s' * (len(pairs) != 1)} of both: {', '.join(said)}"]
+        words = Counter(line[-1] for line in pairs)
+        order = ("faster", "slower", "", "no spread", "no time")
+        said = [f"{words[word]} {word or 'within the spread'}" for word in order if words[word]]
+        of_each = f", {len(pairs)} times" if len(pairs) > count else ""
+        lines += ["", f"{count} row{'s' * (count != 1)} of both{of_each}: {', '.join(said)}"]
     else:
         lines += ["", "no row of a is in b"]
     return "\n".join([*lines, *alone])

@@ -12,24 +12,26 @@ device; `compiled`, reduce-overhead; `generate`, a whole call of 64 new tokens f
 cache, compiled on a GPU; microseconds all. `--layers` cuts deeper decoders, and their encoders by the same factor, since
 compiling takes long and layers are alike: only the LM head is out of proportion then, which makes the ratio a little too small.
 
-A step's logits are checked first: at most twice as far from float64 as stock's without any cache. Of `generate` the tokens are
-compared: with random weights rounding may turn a near tie, so their share is reported.
+A step's logits are checked first: at most twice as far from float64 as stock's without any cache. The tokens of `generate` are
+checked as benchmarks/generate.py checks them, before and after it is timed; with random weights rounding may turn a near tie,
+so the share that is equal in both ways is reported.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from transformers import EncoderDecoderCache, StaticCache, WhisperForConditionalGeneration
 from transformers.cache_utils import Cache, CacheLayerMixin
-from whisper_triton.benchmarks.generate import NEW_TOKENS, settings
+from whisper_triton.benchmarks.generate import NEW_TOKENS, TokenCheck, settings
 from whisper_triton.benchmarks.harness import Place, Row, check, time_calls
 from whisper_triton.benchmarks.models import get_model, in_float64
 from whisper_triton.benchmarks.questions import compiled, keep_still, side_by_side
 from whisper_triton.benchmarks.select_token import waits
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, number_to, parser_for
 
 POSITION = 64
 
@@ -117,7 +119,9 @@ def bench_step(place: Place, model: WhisperForConditionalGeneration, B: int) -> 
 def bench_generate(place: Place, model: WhisperForConditionalGeneration, B: int) -> Row:
     """A whole call. `prepare_inputs_for_generation` runs before each step, outside what is compiled."""
     features = place.randn(B, model.config.num_mel_bins, 2 * model.config.max_source_positions)
-    kwargs = settings(model, NEW_TOKENS if place.is_gpu else 3) | {"cache_implementation": "static"}
+    told = settings(model, NEW_TOKENS if place.is_gpu else 3)
+    check_tokens = TokenCheck(model, copy.deepcopy(model).double(), features, told)
+    kwargs = told | {"cache_implementation": "static"}
     stock_prepare = model.prepare_inputs_for_generation
 
     def prepare(*args: object, **kwargs: object) -> dict[str, object]:
@@ -125,17 +129,23 @@ def bench_generate(place: Place, model: WhisperForConditionalGeneration, B: int)
         forget(inputs["past_key_values"])
         return inputs
 
-    def generate() -> torch.Tensor:
-        return model.generate(features, **kwargs)
+    def timed(way: str) -> tuple[torch.Tensor, tuple[float, float]]:
+        found: list[torch.Tensor] = []
 
-    def timed() -> tuple[torch.Tensor, tuple[float, float]]:
+        def generate() -> None:
+            found[:] = [model.generate(features, **kwargs)]
+
         torch._dynamo.reset()
+        generate()
+        check_tokens(f"{way}, generate", *found)
         rounds, warm_up = (5, 2) if place.is_gpu else (1, 0)
-        return generate(), time_calls([generate], rounds, warm_up)
+        time = time_calls([generate], rounds, warm_up)
+        check_tokens(f"{way}, the last call of generate", *found)
+        return found[0], time
 
-    tokens, reuse = timed()
+    tokens, reuse = timed("reuse")
     model.prepare_inputs_for_generation = prepare
-    again, recompute = timed()
+    again, recompute = timed("recompute")
     del model.prepare_inputs_for_generation
     equal = (tokens == again).float().mean().item()
     return {"how": "generate"} | side_by_side(recompute=recompute, reuse=reuse) | {"equal_tokens": equal}
@@ -148,7 +158,7 @@ def bench(place: Place, model: WhisperForConditionalGeneration, B: int) -> list[
 
 def main() -> None:
     parser = parser_for(__doc__, model="large-v3,distil-large-v3")
-    parser.add_argument("--layers", type=int, default=8, help="of the decoder, at most")
+    parser.add_argument("--layers", type=number_to(), default=8, help="of the decoder, at most")
     args = parser.parse_args()
 
     def loader(place: Place) -> Callable[[str], WhisperForConditionalGeneration]:

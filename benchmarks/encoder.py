@@ -24,21 +24,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from whisper_triton.benchmarks.harness import Place, Row, check, measure, relative_error, time_graph
+from whisper_triton.benchmarks.alternatives import BACKENDS, Attention, time_alternatives
+from whisper_triton.benchmarks.harness import Place, Row, check, relative_error, time_graph
 from whisper_triton.benchmarks.models import models_on
 from whisper_triton.benchmarks.questions import compiled
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, numbers, parser_for
 
 import whisper_triton
 from whisper_triton import fused_encoder
 from whisper_triton.encoder import CapturedEncoder
 
 MODES = ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "none")
-BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+SHOWN = ("cudnn", "flash", "efficient")
 Encode = Callable[[torch.Tensor], torch.Tensor]  # (B, mel bins, frames) to (B, frames / 2, C)
 CHECKED = 2  # sequences: a float64 run of more takes its time
 
@@ -60,23 +57,27 @@ def tera_operations(encoder: WhisperEncoder, B: int) -> float:
     return B * (convolutions + config.encoder_layers * layer) / 1e12
 
 
-def sdpa_times(encoder: WhisperEncoder, B: int) -> dict[str, float | None]:
-    """Microseconds of one layer's attention, by backend; None where it does not take such views."""
+def sdpa_times(encoder: WhisperEncoder, B: int, place: Place) -> dict[str, float | None]:
+    """Microseconds of one layer's attention, by backend; None where it does not take such views, or is wrong."""
     config = encoder.config
     heads = config.encoder_attention_heads
-    times: dict[str, float | None] = {}
-    for name, backend in BACKENDS.items():
-        qkv = [
-            torch.randn(B, config.max_source_positions, 3, heads, config.d_model // heads, device="cuda", dtype=encoder.dtype)
-            for _ in range(4)
-        ]
-        calls = [lambda t=t: scaled_dot_product_attention(*t.permute(2, 0, 3, 1, 4).unbind(0)) for t in qkv]
-        try:
+    shape = (B, config.max_source_positions, 3, heads, config.d_model // heads)
+    inputs = [[place.randn(*shape)] for _ in range(4)]
+
+    def attend(qkv: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+
+    def by(backend: SDPBackend) -> Attention:
+        def attend_by(qkv: torch.Tensor) -> torch.Tensor:
             with sdpa_kernel(backend):
-                times[f"sdpa_{name}_us"] = measure(calls)[0]
-        except RuntimeError:
-            times[f"sdpa_{name}_us"] = None
-    return times
+                return attend(qkv)
+
+        return attend_by
+
+    some = inputs[0][0][:CHECKED]
+    return time_alternatives(
+        place, {f"sdpa_{name}": by(BACKENDS[name]) for name in SHOWN}, inputs, attend(some.double()), attend(some)
+    )
 
 
 def print_profile(graph: torch.cuda.CUDAGraph, lines: int = 16) -> None:
@@ -128,8 +129,7 @@ def bench(
         traced = compiled(stock, place, fullgraph=False, mode=mode)
         check("stock's compiled encoder", traced(features).last_hidden_state[:CHECKED], exact, plain)
         beside |= time_call("compiled", lambda: traced(features), place) | {"mode": mode}
-    if place.is_gpu:
-        beside |= sdpa_times(encoder, B)
+    beside |= sdpa_times(encoder, B, place)
     choose, rows = fused_encoder.sequences_at_once, []
     for count in dict.fromkeys(min(B, count) for count in at_once or [choose(encoder)]):
         row: Row = {"benchmark": "encoder", "B": B, "at_once": count, "floor_ms": floor}
@@ -173,11 +173,12 @@ def time_ours(encode: Encode, encoder: WhisperEncoder, features: torch.Tensor, p
 def main() -> None:
     parser = parser_for(__doc__, "large-v3")
     parser.add_argument("--compile", default="reduce-overhead", choices=MODES, help="mode of stock's torch.compile, or none")
-    parser.add_argument("--at-once", help="sequences at once, separated by commas; by default the package's choice")
+    parser.add_argument("--at-once", type=numbers, help="sequences, separated by commas; by default the package's choice")
     parser.add_argument("--profile", action="store_true", help="print the time by kernel")
     args = parser.parse_args()
-    at_once = args.at_once and [int(count) for count in args.at_once.split(",")]
-    chosen = functools.partial(bench, mode=args.compile, at_once=at_once, has_profile=args.profile)
+    if args.profile and args.device == "cpu":
+        parser.error("--profile needs a GPU: without one there is no replay to look into")
+    chosen = functools.partial(bench, mode=args.compile, at_once=args.at_once, has_profile=args.profile)
     measure_named(args, "encoder", {"encoder": chosen}, models_on)
 
 

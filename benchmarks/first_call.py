@@ -29,7 +29,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from whisper_triton.benchmarks.generate import NEW_TOKENS, TokenCheck, settings, synchronize
 from whisper_triton.benchmarks.harness import Place, Row
 from whisper_triton.benchmarks.models import get_model
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, names_of, parser_for
 from whisper_triton.kernels._dispatch import failed_gpus, why_reference
 
 import whisper_triton
@@ -132,11 +132,10 @@ def bench(place: Place, models: Checked, B: int, *, variants: Sequence[str] = tu
 
 def main() -> None:
     parser = parser_for(__doc__, "large-v3", batch="1")
-    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons; all by default")
+    told = "separated by semicolons; all by default"
+    parser.add_argument("--variants", type=names_of(VARIANTS), default=tuple(VARIANTS), help=told)
     args = parser.parse_args()
-    variants = args.variants.split(";")
-    if unknown := set(variants).difference(VARIANTS):
-        parser.error(f"--variants takes {'; '.join(VARIANTS)}, got {'; '.join(sorted(unknown))}")
+    variants = args.variants
     if CACHED in variants and FILLS not in variants[: variants.index(CACHED)]:
         parser.error(f"what {CACHED!r} finds is what {FILLS!r} before it leaves")
     chosen = functools.partial(bench, variants=variants)

@@ -7,7 +7,8 @@ Random weights in the published shapes (no download) or a real checkpoint, greed
 noise, encoder included. RTFx is seconds of audio a second, `extra_GB` the most memory that two calls took beyond the models,
 `first_s` the first call, which holds what compiling costs. What is timed is checked first: a step's logits against a float64
 run, and each variant's tokens by the float64 logits along their own path, in which each must be the greatest but for what
-stock's rounding in this dtype can turn. With random weights rounding turns near ties, after which tokens differ for good,
+stock's rounding in this dtype can turn: those of the first call, and of the last that was timed, for what is captured may
+run from the second on. With random weights rounding turns near ties, after which tokens differ for good,
 stock's own too, so the share that equals the first variant's is only reported.
 """
 
@@ -16,14 +17,16 @@ from __future__ import annotations
 import copy
 import functools
 import time
+from collections.abc import Sequence
 
 import torch
 from transformers import LogitsProcessor, WhisperForConditionalGeneration
 from whisper_triton.benchmarks.harness import Place, Row, median_and_spread
 from whisper_triton.benchmarks.models import check, get_model
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, names_of, number_to, parser_for
 
 import whisper_triton
+from whisper_triton.bench import MOST_NEW_TOKENS
 
 NEW_TOKENS = 64
 BY_NAME = "attention by name, static+compile"
@@ -69,7 +72,7 @@ class Variant:
 
     def time_once(self) -> None:
         start = time.perf_counter()
-        self.generate()
+        self.tokens = self.generate()
         synchronize(self.place)
         self.times.append(time.perf_counter() - start)
 
@@ -155,6 +158,23 @@ class Models:
         self.runners = dict(zip(VARIANTS, (self.stock, by_name, self.stock, self.ours), strict=True))
 
 
+def time_variants(
+    names: Sequence[str], models: Models, features: torch.Tensor, new_tokens: int, calls: int, place: Place
+) -> tuple[list[Variant], TokenCheck]:
+    """The variants, called in turns, and what their tokens were checked by: those of the first call and of the last."""
+    check_tokens = TokenCheck(models.stock, models.exact, features, settings(models.stock, new_tokens))
+    torch.compiler.reset()
+    running = [Variant(name, models.runners[name], features, new_tokens, place) for name in names]
+    for variant in running:
+        check_tokens(variant.name, variant.tokens)
+    for _ in range(calls):
+        for variant in running:
+            variant.time_once()
+    for variant in running:
+        check_tokens(f"{variant.name}'s last call", variant.tokens)
+    return running, check_tokens
+
+
 def bench(
     place: Place,
     models: Models,
@@ -172,26 +192,18 @@ def bench(
     whisper_triton.accelerate(models.ours)
     config = models.stock.config
     features = place.randn(B, config.num_mel_bins, 2 * config.max_source_positions)
-    check_tokens = TokenCheck(models.stock, models.exact, features, settings(models.stock, new_tokens))
-    torch.compiler.reset()
-    running = [Variant(name, models.runners[name], features, new_tokens, place) for name in variants]
-    for variant in running:
-        check_tokens(variant.name, variant.tokens)
-    for _ in range(calls):
-        for variant in running:
-            variant.time_once()
+    running, _ = time_variants(variants, models, features, new_tokens, calls, place)
     return [{"benchmark": "generate", **variant.row(running[0].tokens)} for variant in running]
 
 
 def main() -> None:
     parser = parser_for(__doc__, "large-v3")
-    parser.add_argument(
-        "--variants", default=";".join(VARIANTS), help="separated by semicolons; tokens are compared to the first's"
-    )
-    parser.add_argument("--calls", type=int, help="timed calls a variant, taken in turns; 10 unless given, on a CPU 2")
-    parser.add_argument("--new-tokens", type=int, help=f"tokens a call; {NEW_TOKENS} unless given, on a CPU 8")
+    told = "separated by semicolons; tokens are compared to the first's"
+    parser.add_argument("--variants", type=names_of(VARIANTS), default=VARIANTS, help=told)
+    parser.add_argument("--calls", type=number_to(), help="timed calls a variant, taken in turns; 10 unless given, on a CPU 2")
+    parser.add_argument("--new-tokens", type=number_to(MOST_NEW_TOKENS), help=f"a call; {NEW_TOKENS} unless given, on a CPU 8")
     args = parser.parse_args()
-    chosen = functools.partial(bench, variants=tuple(args.variants.split(";")), calls=args.calls, new_tokens=args.new_tokens)
+    chosen = functools.partial(bench, variants=args.variants, calls=args.calls, new_tokens=args.new_tokens)
     measure_named(args, "generate", {"generate": chosen}, lambda place: functools.partial(Models, place=place))
 
 

@@ -14,7 +14,7 @@ Together they are `around_ms`: configuration copies, processor building, checks,
 stock prepares while the encoder's graph runs beside it counts only as far as it outlasts the encoder, in `between_ms`. On a
 CPU only these four are measured, by the clock, around the model's own passes: nothing is captured there.
 
-Tokens are checked first as benchmarks/generate.py checks them.
+Tokens are checked as benchmarks/generate.py checks them, those of the last call of each kind too.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from unittest import mock
 
 import torch
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel
-from whisper_triton.benchmarks.generate import NEW_TOKENS, Models, TokenCheck, Variant, settings, synchronize
+from whisper_triton.benchmarks.generate import NEW_TOKENS, Models, Variant, synchronize, time_variants
 from whisper_triton.benchmarks.harness import Place, Row, median_and_spread
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, number_to, parser_for
 
 from whisper_triton.decoder import DecoderStep
 from whisper_triton.encoder import CapturedEncoder
@@ -157,7 +157,7 @@ def measure(variant: Variant, calls: int) -> Row:
         with stages.marking():
             synchronize(place)
             start = clock.mark()
-            variant.generate()
+            variant.tokens = variant.generate()
             end = clock.mark()
         splits.append(split_of(clock, start, stages.found, end))
     is_launched_at_once = all(stage.is_one_launch for stage in stages.found)
@@ -178,19 +178,16 @@ def bench(place: Place, models: Models, B: int, *, calls: int | None = None, new
     new_tokens = new_tokens or (NEW_TOKENS if place.is_gpu else 4)
     config = models.stock.config
     features = place.randn(B, config.num_mel_bins, 2 * config.max_source_positions)
-    check_tokens = TokenCheck(models.stock, models.exact, features, settings(models.stock, new_tokens))
-    running = [Variant(name, models.runners[name], features, new_tokens, place) for name in VARIANTS]
+    running, check_tokens = time_variants(VARIANTS, models, features, new_tokens, calls, place)
+    rows = [{"benchmark": "host_overhead", "B": B, **measure(variant, calls)} for variant in running]
     for variant in running:
-        check_tokens(variant.name, variant.tokens)
-    for _ in range(calls):
-        for variant in running:
-            variant.time_once()
-    return [{"benchmark": "host_overhead", "B": B, **measure(variant, calls)} for variant in running]
+        check_tokens(f"{variant.name}'s last call with marks", variant.tokens)
+    return rows
 
 
 def main() -> None:
     parser = parser_for(__doc__, "large-v3")
-    parser.add_argument("--calls", type=int, help="calls a variant and kind; 10 unless given, on a CPU 2")
+    parser.add_argument("--calls", type=number_to(), help="calls a variant and kind; 10 unless given, on a CPU 2")
     args = parser.parse_args()
     chosen = functools.partial(bench, calls=args.calls)
     measure_named(args, "host_overhead", {"host_overhead": chosen}, lambda place: functools.partial(Models, place=place))

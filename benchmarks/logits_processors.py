@@ -135,7 +135,7 @@ def bench(place: Place, shape: Shape, B: int, *, grows: bool = True) -> list[Row
 
 def main() -> None:
     args = parser_for(__doc__, model="large-v3").parse_args()
-    first = int(args.batch.split(",")[0])
+    first = args.batch[0]
     benches = {"logits_processors": lambda place, shape, B: bench(place, shape, B, grows=first == B)}
     measure_named(args, "logits_processors", benches, shapes_on)
 

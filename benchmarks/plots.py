@@ -2,7 +2,7 @@
 
 | rows with | figure |
 |---|---|
-| `link`, `us`, `floor_us` | a bar a link of a decoder step, its floor marked |
+| `link`, `us`, `floor_us` | a bar a link of a decoder step, its spread as a whisker, its floor marked |
 | `tok/s`, `ms`, `variant`, `B` | bars by batch, one a variant, its calls' range as a whisker |
 | `length`, or `position` | time by position; a line a `variant`, or a column of times (`ours_us`) |
 | `share_%`, or `floor_us` beside times, and `B` | share of the bandwidth by batch; a line a model, or a column of times |
@@ -238,15 +238,18 @@ def draw_tokens(ax: Axes, rows: Sequence[Row], kind: Kind, places: dict[str, int
 
 def draw_links(ax: Axes, rows: Sequence[Row], kind: Kind, places: dict[str, int]) -> None:
     ax.barh(range(len(rows)), [row["us"] for row in rows], 0.6, color=PALETTE[0])
-    for y, row in enumerate(rows):
+    whiskers = [[row["us"] + sign * row.get("spread_us", 0.0) for sign in (-1, 1)] for row in rows]
+    for y, (row, whisker) in enumerate(zip(rows, whiskers, strict=True)):
         ax.plot([row["floor_us"]] * 2, [y - 0.42, y + 0.42], color=PALETTE[1], linewidth=2.5)
-        text, end = f"{row['us']:.1f}, floor {row['floor_us']:.1f}", max(row["us"], row["floor_us"])
+        ax.plot(whisker, [y, y], color=TEXT, linewidth=1)
+        text, end = f"{row['us']:.1f}, floor {row['floor_us']:.1f}", max(whisker[1], row["floor_us"])
         ax.annotate(text, (end, y), (5, 0), textcoords="offset points", va="center", fontsize=7.5)
     ax.set_yticks(range(len(rows)), [str(row["link"]) for row in rows])
     ax.invert_yaxis()
     # A link's time may be a difference, and noise make that negative.
-    ax.set_xlim(min(0, *(row["us"] for row in rows)), 1.45 * max(max(row["us"], row["floor_us"]) for row in rows))
-    ax.set_xlabel("time of a link, us: bar; its floor: line")
+    most = max(max(whisker[1], row["floor_us"]) for row, whisker in zip(rows, whiskers, strict=True))
+    ax.set_xlim(min(0, *(whisker[0] for whisker in whiskers)), 1.45 * most)
+    ax.set_xlabel("us: bar; its spread: whisker; its floor: line")
 
 
 def shorten(svg: str) -> str:

@@ -20,9 +20,10 @@ import torch
 from transformers import WhisperForConditionalGeneration
 from whisper_triton.benchmarks.harness import Place, Row, relative_error, time_calls, time_graph
 from whisper_triton.benchmarks.models import in_float64, models_on
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, number_to, parser_for
 
 import whisper_triton
+from whisper_triton.bench import MOST_NEW_TOKENS
 from whisper_triton.decoder import DecoderStep
 from whisper_triton.kernels import project_cross_kv
 
@@ -76,8 +77,8 @@ def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, T: in
 
 def main() -> None:
     parser = parser_for(__doc__, "large-v3")
-    parser.add_argument("--tokens", type=int, default=4, help="of the prompt")
-    parser.add_argument("--calls", type=int, default=20, help="timed calls a variant")
+    parser.add_argument("--tokens", type=number_to(MOST_NEW_TOKENS), default=4, help="of the prompt")
+    parser.add_argument("--calls", type=number_to(), default=20, help="timed calls a variant")
     args = parser.parse_args()
     measure_named(args, "prefill", {"prefill": functools.partial(bench, T=args.tokens, calls=args.calls)}, models_on)
 

@@ -4,14 +4,17 @@
     python benchmarks/project_cross_kv.py --tune
 
 By default the shapes of large-v3: 32 layers, 20 heads of 64, 1500 frames. Milliseconds a window in a CUDA graph; a window
-touches more than the L2 holds. `layers_ms` is F.linear twice and `update_kv_cache` a layer, `cublas_ms` the F.linear alone,
-whose results are not where attention reads them. `--tune` times tiles instead, for `choose_tiles` of the kernel's file.
+touches more than the L2 holds. `layers_ms` is F.linear twice and `update_kv_cache` a layer, `compiled_ms` F.linear and a copy
+into the cache under torch.compile, `cublas_ms` the F.linear alone, whose results are not where attention reads them. `--tune`
+times tiles instead, for `choose_tiles` of the kernel's file.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,16 +35,19 @@ def inputs(place: Place, shape: Shape, B: int) -> tuple[torch.Tensor, CrossTable
     return place.randn(B, shape.frames, C), cross_table(*weights, biases, *caches)
 
 
-def check_layers(states: torch.Tensor, table: CrossTable) -> None:
-    """Refuses a result that is further from float64 than twice what PyTorch's is, in the first and in the last layer."""
+def check_layers(name: str, call: Callable[[], object], states: torch.Tensor, table: CrossTable) -> None:
+    """Refuses a call that leaves keys or values of the first or last layer further from float64 than twice PyTorch's."""
+    for cache in (*table.key_caches, *table.value_caches):
+        cache.fill_(torch.nan)
+    call()
     for i in (0, len(table.key_weights) - 1):
-        for name, weight, bias, cache in (
+        for part, weight, bias, cache in (
             ("keys", table.key_weights[i], None, table.key_caches[i]),
             ("values", table.value_weights[i], table.value_biases[i], table.value_caches[i]),
         ):
             exact = F.linear(states[-1:].double(), weight.double(), None if bias is None else bias.double())
-            ours = cache[-1:].transpose(1, 2).reshape(exact.shape)
-            check(f"project_cross_kv's {name} of layer {i}", ours, exact, F.linear(states[-1:], weight, bias))
+            result = cache[-1:].transpose(1, 2).reshape(exact.shape)
+            check(f"{name}: {part} of layer {i}", result, exact, F.linear(states[-1:], weight, bias))
 
 
 def linear(states: torch.Tensor, table: CrossTable, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,6 +61,14 @@ def layer_by_layer(states: torch.Tensor, table: CrossTable, position: torch.Tens
         update_kv_cache(key, value, table.key_caches[i], table.value_caches[i], position)
 
 
+def copied(states: torch.Tensor, table: CrossTable) -> None:
+    """The same in what PyTorch has of its own."""
+    _, H, _, D = table.key_caches[0].shape
+    for i, caches in enumerate(zip(table.key_caches, table.value_caches, strict=True)):
+        for x, cache in zip(linear(states, table, i), caches, strict=True):
+            cache.copy_(x.view(*states.shape[:2], H, D).transpose(1, 2))
+
+
 def cublas(states: torch.Tensor, table: CrossTable) -> None:
     for i in range(len(table.key_weights)):
         linear(states, table, i)
@@ -62,26 +76,22 @@ def cublas(states: torch.Tensor, table: CrossTable) -> None:
 
 def bench(place: Place, shape: Shape, B: int) -> list[Row]:
     states, table = inputs(place, shape, B)
-    project_cross_kv(states, table)
-    check_layers(states, table)
     position = torch.tensor(0, device=place.device)
-    ours, spread = (us / 1000 for us in place.measure([lambda: project_cross_kv(states, table)]))
-    layers = place.measure([lambda: layer_by_layer(states, table, position)])[0] / 1000
-    bare = place.measure([lambda: cublas(states, table)])[0] / 1000
+    calls = {
+        "ours": partial(project_cross_kv, states, table),
+        "layers": partial(layer_by_layer, states, table, position),
+        "compiled": partial(place.compile(copied), states, table),
+    }
+    for name, call in calls.items():
+        check_layers(f"project_cross_kv, {name}", call, states, table)
+    calls["cublas"] = partial(cublas, states, table)  # whose products are those of `layers`
+    times = {name: place.measure([call]) for name, call in calls.items()}
+    row: Row = {"benchmark": "project_cross_kv", "B": B}
+    for name, (median, spread) in times.items():
+        row |= {f"{name}_ms": median / 1000, f"{'' if name == 'ours' else name + '_'}spread_ms": spread / 1000}
     tera = 4 * shape.decoder_layers * B * shape.frames * shape.d_model**2 / 1e12
-    return [
-        {
-            "benchmark": "project_cross_kv",
-            "B": B,
-            "ours_ms": ours,
-            "spread_ms": spread,
-            "layers_ms": layers,
-            "cublas_ms": bare,
-            "ours_TFLOP/s": 1000 * tera / ours,
-            "cublas_TFLOP/s": 1000 * tera / bare,
-            "layers/ours": layers / ours,
-        }
-    ]
+    row |= {f"{name}_TFLOP/s": 1000 * tera / row[f"{name}_ms"] for name in ("ours", "cublas")}
+    return [row | {"layers/ours": row["layers_ms"] / row["ours_ms"]}]
 
 
 def tune(place: Place, shape: Shape, B: int) -> list[Row]:
@@ -99,9 +109,9 @@ def tune(place: Place, shape: Shape, B: int) -> list[Row]:
         if not (16 if dtype == torch.float32 else 64) <= registers <= 128 or stage * tiles.num_stages > 227 << 10:
             continue
         try:
-            project._launch(states, *table, tiles=tiles)
-            check_layers(states, table)
-            ms = measure([lambda tiles=tiles: project._launch(states, *table, tiles=tiles)], replays=10)[0] / 1000
+            call = partial(project._launch, states, *table, tiles=tiles)
+            check_layers("project_cross_kv", call, states, table)
+            ms = measure([call], replays=10)[0] / 1000
         except Exception as error:  # a tile that does not fit is not a candidate
             print(f"  {tuple(tiles)}: {type(error).__name__}", flush=True)
             continue
@@ -116,6 +126,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--tune", action="store_true", help="time tiles instead")
     args = parser.parse_args()
+    if args.tune and args.device == "cpu":
+        parser.error("--tune needs a GPU: without one there are no tiles to time")
     name, chosen = ("tune_project_cross_kv", tune) if args.tune else ("project_cross_kv", bench)
     measure_named(args, name, {name: chosen}, shapes_on, dtype=getattr(torch, args.dtype))
 

@@ -55,7 +55,7 @@ def load(root: Path, name: str) -> list[Row]:
     rows = read_rows(root / "benchmarks" / "rows" / f"{file}.jsonl")
     if table and table.benchmark:
         # Before rows said their benchmark, a file held those of one.
-        own = TABLES[file].benchmark
+        own = TABLES[file].benchmark if file in TABLES else None
         rows = [row for row in rows if row.get("benchmark", own) == table.benchmark]
         if not rows:
             raise ValueError(f"{file}.jsonl: no rows of the benchmark {table.benchmark}")

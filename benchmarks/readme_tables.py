@@ -7,36 +7,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Sequence
-from typing import NamedTuple
 
 from whisper_triton.benchmarks.captions import caption
-from whisper_triton.benchmarks.columns import Column, Row, decimals, measured, number, numbers, percent
+from whisper_triton.benchmarks.columns import (
+    BATCH,
+    MODEL,
+    TIMESTAMPS,
+    Column,
+    Row,
+    Table,
+    decimals,
+    measured,
+    number,
+    numbers,
+    percent,
+)
+from whisper_triton.benchmarks.kernel_tables import KERNELS
 from whisper_triton.benchmarks.plots import NAMES, named, values
 
 OURS, STOCK, DYNAMIC = "accelerate", "stock static+compile", "stock dynamic"
 README_GPU = "NVIDIA H200"  # whose rows README shows where it shows one GPU's, if there are any
 
-MODEL, BATCH = Column("model", ("model",)), Column("batch", ("B",))
 VARIANT = Column("variant", ("variant",), lambda variant: variant.replace(OURS, NAMES[OURS]))
-TIMESTAMPS = Column("timestamps", ("timestamps",), lambda value: "with" if value else "without")
-STOCK_OVER_OURS = measured("stock / ours", "stock/ours")
-ALTERNATIVES = [
-    measured("SDPA cuDNN", "cudnn_us", optional=True),
-    measured("SDPA flash", "flash_us", optional=True),
-    measured("SDPA efficient", "efficient_us", optional=True),
-    measured("SDPA math", "math_us", optional=True),
-    measured("FlexAttention", "flex_us", optional=True),
-]
-
-
-class Table(NamedTuple):
-    """How rows become a table: `select` says which are shown, `prepare` which are one line; `columns` may depend on them."""
-
-    columns: Sequence[Column] | Callable[[Sequence[Row]], list[Column]]
-    prepare: Callable[[Sequence[Row]], Sequence[Row]] = lambda rows: rows
-    benchmark: str | None = None  # only these, where rows of a file say of which benchmark they are
-    file: str | None = None  # that the rows are in, where the table has another name
-    select: Callable[[Sequence[Row]], Sequence[Row]] | None = None
 
 
 def pivot(key: str, *same: str) -> Callable[[Sequence[Row]], list[Row]]:
@@ -91,21 +83,23 @@ def generate_details(rows: Sequence[Row]) -> list[Column]:
 
 
 def link_columns(rows: Sequence[Row]) -> list[Column]:
-    def text(time: float, floor: float) -> str:
-        return f"{number(time)} ({number(floor)})"
+    def text(time: float, floor: float, spread: float | None) -> str:
+        return f"{number(time, spread)} ({number(floor)})"
 
-    links = values(rows, "link")
-    return [MODEL, BATCH, *(Column(f"{link}, us (floor)", (f"{link}: us", f"{link}: floor_us"), text) for link in links)]
+    columns = [
+        Column(f"{link}, us (floor)", (f"{link}: us", f"{link}: floor_us"), text, spread=f"{link}: spread_us")
+        for link in values(rows, "link")
+    ]
+    return [MODEL, BATCH, *columns]
 
 
 def reshaping_columns(rows: Sequence[Row]) -> list[Column]:
-    def text(older: float, newer: float) -> str:
-        return f"{number(older)} / {number(newer)} = {number(older / newer)}"
+    def text(older: float, older_spread: float, newer: float, newer_spread: float) -> str:
+        return f"{number(older, older_spread)} / {number(newer, newer_spread)} = {number(older / newer)}"
 
+    forms = ("reshaping_us", "reshaping_spread_us", "reshape_free_us", "reshape_free_spread_us")
     times = [
-        Column(
-            f"{how}, us: reshaping / reshape-free", tuple(f"{how}: {form}_us" for form in ("reshaping", "reshape_free")), text
-        )
+        Column(f"{how}, us: reshaping / reshape-free", tuple(f"{how}: {form}" for form in forms), text)
         for how in values(rows, "how")
     ]
     return [MODEL, BATCH, Column("tokens", ("T",)), Column("part", ("part",)), *times]
@@ -180,6 +174,7 @@ PROCESSORS = Table(
     pivot("how", "model", "B", "timestamps", "what"),
 )
 TABLES = {
+    **KERNELS,
     "calls": Table(generate_columns, BY_VARIANT, file="generate", select=only(variant=(OURS, STOCK, DYNAMIC))),
     "generate": Table(generate_details, BY_VARIANT),
     "steps": Table(
@@ -260,62 +255,6 @@ TABLES = {
             measured("second, s", "second_s"),
             measured("another prompt, s", "other_prompt_s"),
             measured("more tokens, s", "longer_s"),
-        ],
-    ),
-    "select_token": Table(
-        [
-            BATCH,
-            TIMESTAMPS,
-            measured("ours, us", "ours_us", "spread_us"),
-            measured("ours sampling, us", "ours_sampling_us"),
-            measured("ours top-k, us", "ours_top_k_us", optional=True),
-            measured("stock eager, us", "stock_eager_us"),
-            measured("stock in a graph, us", "stock_graph_us", optional=True),
-            Column("stock's launches", ("stock_launches",)),
-        ],
-    ),
-    "decode_attention": Table(
-        [
-            BATCH,
-            measured("floor", "floor_us"),
-            measured("ours", "ours_us", "spread_us"),
-            measured("ours, joined in the launch", "joined_us", "joined_spread_us", optional=True),
-            *ALTERNATIVES,
-            measured("compiled reference", "compiled_us", optional=True),
-            measured("best SDPA / ours", "best_sdpa/ours"),
-        ],
-    ),
-    "cross_attention": Table(
-        [
-            BATCH,
-            measured("floor", "floor_us"),
-            measured("ours", "ours_us", "spread_us"),
-            measured("ours, apart", "apart_us", "apart_spread_us"),
-            *ALTERNATIVES,
-            measured("compiled", "compiled_us", optional=True),
-            measured("best of these / ours", "best/ours"),
-        ],
-    ),
-    "append_attention": Table(
-        [
-            BATCH,
-            Column("length", ("length",)),
-            measured("ours", "ours_us", "spread_us"),
-            measured("stock", "stock_us"),
-            measured("stock compiled", "compiled_us", optional=True),
-            *ALTERNATIVES,
-            STOCK_OVER_OURS,
-        ],
-    ),
-    "update_kv_cache": Table(
-        [
-            BATCH,
-            Column("tokens", ("T",)),
-            measured("floor", "floor_us"),
-            measured("ours", "ours_us", "spread_us"),
-            measured("stock", "stock_us"),
-            measured("stock compiled", "compiled_us", optional=True),
-            STOCK_OVER_OURS,
         ],
     ),
     "reshape_free": RESHAPING,

@@ -15,11 +15,12 @@ from transformers import WhisperForConditionalGeneration
 from whisper_triton.benchmarks.decoder_step import MODES, prepare, time_compiled, time_step
 from whisper_triton.benchmarks.harness import Place, Row
 from whisper_triton.benchmarks.models import check, models_on
-from whisper_triton.benchmarks.tasks import measure_named, parser_for
+from whisper_triton.benchmarks.tasks import measure_named, numbers, parser_for
 
 import whisper_triton
 
 POSITIONS = (20, 100, 200, 300, 420)
+AFTER = 14  # positions that the timed steps go on to
 OURS, COMPILED = "accelerate", "stock compiled"
 
 
@@ -32,6 +33,9 @@ def bench(
     mode: str = "reduce-overhead",
 ) -> list[Row]:
     """A row a variant and position."""
+    last = model.config.max_target_positions - 1 - AFTER
+    if max(positions) > last:
+        raise SystemExit(f"the last position whose surroundings the cache holds is {last}, got {max(positions)}")
     check(model, B)
     found = {COMPILED: time_compiled(model, B, place, mode, positions)}
     with whisper_triton.accelerated(model):
@@ -46,11 +50,10 @@ def bench(
 
 def main() -> None:
     parser = parser_for(__doc__, "large-v3")
-    parser.add_argument("--positions", default=",".join(map(str, POSITIONS)), help="slots in use, separated by commas")
+    parser.add_argument("--positions", type=numbers, default=POSITIONS, help="slots in use, separated by commas")
     parser.add_argument("--compile", default="reduce-overhead", choices=MODES[:2], help="mode of stock's torch.compile")
     args = parser.parse_args()
-    positions = [int(position) for position in args.positions.split(",")]
-    chosen = functools.partial(bench, positions=positions, mode=args.compile)
+    chosen = functools.partial(bench, positions=args.positions, mode=args.compile)
     measure_named(args, "step_position", {"step_position": chosen}, models_on)
 
 

@@ -11,7 +11,7 @@ import argparse
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from tqdm import tqdm
 from whisper_triton.benchmarks.harness import Place, Row, print_table, write_rows
 from whisper_triton.benchmarks.models import SHAPES
 from whisper_triton.kernels._dispatch import failed_gpus, why_reference
+
+from whisper_triton.bench import MOST_ROWS, read_numbers
+from whisper_triton.checkpoints import CheckpointError
 
 Bench = Callable[[Place, Any, int], list[Row]]  # of a shape or a model, and a batch size
 Task = tuple[str, Callable[[], list[Row]]]
@@ -65,14 +68,53 @@ def run(tasks: Sequence[Task], output: Path | None, command: str | None = None, 
     return rows
 
 
+def numbers(text: str) -> list[int]:
+    """The type of an argument that takes several, separated by commas."""
+    try:
+        return read_numbers(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def number_to(most: int = MOST_ROWS) -> Callable[[str], int]:
+    """The type of an argument that takes one from 1 to `most`."""
+
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and 0 < int(text) <= most):
+            raise argparse.ArgumentTypeError(f"takes a number from 1 to {most}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def names_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """The type of an argument that takes some of these, separated by semicolons."""
+
+    def names(text: str) -> tuple[str, ...]:
+        if not set(chosen := text.split(";")) <= set(known):
+            raise argparse.ArgumentTypeError(f"takes {'; '.join(known)}, got {text!r}")
+        return tuple(chosen)
+
+    return names
+
+
+def device(text: str) -> str:
+    """The type of `--device`."""
+    if text not in ("cuda", "cpu"):
+        raise argparse.ArgumentTypeError(f"takes cuda or cpu, got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("there is nothing to measure without a GPU, and torch finds none")
+    return text
+
+
 def parser_for(description: str, model: str, batch: str = "1,8") -> argparse.ArgumentParser:
     """What the benchmarks' command lines share; `model` and `batch` are defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     named = f"of {', '.join(SHAPES)}, or a checkpoint; several separated by commas (on a CPU: toy)"
     parser.add_argument("--model", help=f"{named}; {model} unless given")
-    parser.add_argument("--batch", default=batch, help="batch sizes, separated by commas")
+    parser.add_argument("--batch", type=numbers, default=batch, help="batch sizes, separated by commas")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, choices=("cuda", "cpu"), help="cpu: only to see that it runs")
+    parser.add_argument("--device", type=device, default=default, help="cuda, or cpu: only to see that it runs")
     parser.add_argument("--output", type=Path, help="row file to write; by default one in benchmarks/rows/, none on a CPU")
     parser.set_defaults(default_model=model)
     return parser
@@ -98,5 +140,7 @@ def measure_named(
     place = Place.on(args.device, torch.float32 if is_cpu else dtype)
     models = (args.model or ("toy" if is_cpu else args.default_model)).split(",")
     output = args.output or (None if is_cpu else Path(__file__).parent / "rows" / f"{name}.jsonl")
-    batches = [int(B) for B in args.batch.split(",")]
-    return run(sweep(benches, place, loader(place), models, batches), output, device=args.device)
+    try:
+        return run(sweep(benches, place, loader(place), models, args.batch), output, device=args.device)
+    except CheckpointError as error:
+        raise SystemExit(str(error)) from error

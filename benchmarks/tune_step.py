@@ -26,6 +26,7 @@ from transformers import WhisperForConditionalGeneration
 from whisper_triton.benchmarks.decoder_step import POSITION
 from whisper_triton.benchmarks.harness import parse, time_graph, write_rows
 from whisper_triton.benchmarks.models import SHAPES, build_model
+from whisper_triton.benchmarks.tasks import numbers
 from whisper_triton.kernels._clustered_cross import CrossTiles, clustered_cross
 from whisper_triton.kernels._linear_call import LinearCall
 from whisper_triton.kernels._linear_tiles import MANY_OUTPUTS, Tiles
@@ -225,20 +226,19 @@ def tune(model: WhisperForConditionalGeneration, name: str, B: int, names: list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="large-v3", help=f"of {', '.join(SHAPES)}; several separated by commas")
-    parser.add_argument("--batch", default="1", help="batch sizes, separated by commas")
+    parser.add_argument("--batch", type=numbers, default="1", help="batch sizes, separated by commas")
     parser.add_argument("--links", default=",".join(LINKS), help="separated by commas; all by default")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "rows" / "tune_step.jsonl")
     args = parse(parser)
     links = args.links.split(",")
     if unknown := set(links).difference(LINKS):
         parser.error(f"--links takes {', '.join(LINKS)}, got {', '.join(sorted(unknown))}")
-    batches = [int(B) for B in args.batch.split(",")]
     tasks, has_copies = [], has_paced_copies(torch.device("cuda", 0), torch.float16)
     for name in args.model.split(","):
         C, vocabulary = SHAPES[name][0], SHAPES[name][5]
         shapes = [(C, C, 3, True), (C, C, 1, False), (C, C, 1, True), (4 * C, C, 1, True), (C, 4 * C, 1, False)]
         linear = [("linear", *shape, has_copies) for shape in (*shapes, (vocabulary, C, 1, True))]
-        for B, link in itertools.product(batches, [*linear, ("append",), ("clustered cross",)]):
+        for B, link in itertools.product(args.batch, [*linear, ("append",), ("clustered cross",)]):
             tasks += [(name, B, link, tiles) for tiles in candidates(link, B) if name_of(link) in links]
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count())) as pool:
         pool.map(compile_link, tasks, chunksize=2)
@@ -251,7 +251,7 @@ def main() -> None:
     rows = []
     for name in args.model.split(","):
         model = whisper_triton.accelerate(build_model(name))
-        for B in batches:
+        for B in args.batch:
             rows += tune(model, name, B, links)
         del model
     write_rows(args.output, rows)

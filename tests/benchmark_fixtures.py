@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,23 +19,29 @@ Run = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs a file's `main` in the small mode and returns the rows it wrote, of which README's table can be made."""
+    """Runs a file's `main` in the small mode and returns the rows it wrote, of which README's tables can be made.
 
-    def run(module: ModuleType, *words: str) -> list[dict[str, Any]]:
+    They are of one benchmark, which has the file's name, or of those named, and of batch `B`.
+    """
+
+    def run(module: ModuleType, *words: str, benchmarks: Sequence[str] = (), B: int = 2) -> list[dict[str, Any]]:
         name, output = module.__name__.rpartition(".")[2], tmp_path / "rows.jsonl"
-        words = ("--device", "cpu", "--batch", "2", *words)
+        words = ("--device", "cpu", "--batch", str(B), *words)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, "--output", str(output)])
         try:
             module.main()
         finally:
             torch._dynamo.reset()
         rows = [json.loads(line) for line in output.read_text().splitlines()]
+        assert list(dict.fromkeys(row["benchmark"] for row in rows)) == list(benchmarks or [name])
         for row in rows:
-            told = [row[column] for column in ("benchmark", "model", "dtype", "B", "gpu")]
-            assert told == [name, "toy", "float32", 2, "none"]
+            told = [row[column] for column in ("model", "dtype", "B", "gpu")]
+            assert told == ["toy", "float32", B, "none"]
             assert row["command"] == f"python benchmarks/{name}.py {' '.join(words)}"
-        if name in readme_tables.TABLES:
-            assert readme_tables.render_table(name, rows).startswith("`python benchmarks/")
+        for table in benchmarks or [name]:
+            if table in readme_tables.TABLES:
+                own = [row for row in rows if row["benchmark"] == table]
+                assert readme_tables.render_table(table, own).startswith(f"`python benchmarks/{name}.py")
         return rows
 
     return run

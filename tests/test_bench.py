@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from whisper_triton.benchmarks import (
     embed_tokens,
     encoder_kernels,
     harness,
+    kernel_tables,
     plots,
     project_cross_kv,
+    select_token,
     skinny_linear,
     step_position,
     update_kv_cache,
@@ -135,6 +138,7 @@ def test_kernels(measured: Callable[..., list[dict[str, Any]]]) -> None:
     by_name = {row["benchmark"]: row for row in rows}
     assert by_name["decode_attention"].keys() >= {f"{name}_us" for name in ("flash", "cudnn", "math", "flex", "compiled")}
     assert by_name["decode_attention"]["cudnn_us"] is None  # there is none on a CPU
+    assert by_name["select_token"]["compiled_us"] > 0
     assert by_name["append_attention"].keys() >= {"stock_us", "flex_us", "compiled_us", "length"}
     for row in rows:
         ours = "ours_ms" if row["benchmark"] == "project_cross_kv" else "ours_us"
@@ -182,6 +186,42 @@ def test_a_wrong_kernel_is_not_timed(
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+def wrong_where(choose: Callable[..., None], condition: Callable[..., bool]) -> Callable[..., None]:
+    """A choice of the next tokens, each one too many where the condition holds."""
+
+    def call(logits: torch.Tensor, rules: Any, state: Any, **kwargs: Any) -> None:
+        choose(logits, rules, state, **kwargs)
+        state.next_ids.add_(condition(rules, **kwargs))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "condition"),
+    [
+        ("blocks of 2048", lambda rules, block_size, **_: block_size == 2048),
+        ("sampling", lambda rules, **_: rules.temperature.item() > 0),
+        ("top-k", lambda rules, top_k, **_: top_k),
+    ],
+)
+def test_no_wrong_way_to_choose_is_timed(
+    name: str, condition: Callable[..., bool], command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select_token, "select_token", wrong_where(select_token.select_token, condition))
+    monkeypatch.setattr(harness, "measure_on_cpu", lambda calls: (1.0, 0.0))
+    result = command("kernels", "--only", "select_token", "--batch", 1)
+    refuses(result, 1, f"select_token, {name} is wrong: 100.0 % of the tokens are not the reference's")
+
+
+def test_a_compiled_choice_that_is_wrong_is_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        harness.Place, "compile", lambda self, choose, **kwargs: wrong_where(choose, lambda rules: rules.limits.numel() > 0)
+    )
+    result = command("kernels", "--only", "select_token", "--batch", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("compiled is wrong and not timed: relative error") == 2
+
+
 def test_a_wrong_alternative_is_not_timed(command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.Place, "compile", lambda self, function, **kwargs: function)
     monkeypatch.setattr(decode_attention, "flex", lambda *args: lambda q, k, v, scale: torch.zeros_like(q))
@@ -227,6 +267,22 @@ def test_wrong_tokens_of_the_last_row_are_not_timed(command: Callable[..., Resul
     monkeypatch.setattr(benchmark_of_generate.Variant, "generate", others)
     arguments = ("generate", "--batch", 4, "--new-tokens", 4, "--calls", 1)
     refuses(command(*arguments), 1, "accelerate is wrong: a token's logit is")
+
+
+def test_wrong_tokens_from_a_later_call_on_are_no_row(
+    command: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As of what is captured in the first call, or the second, and only replayed in those that are timed."""
+    generate, calls = benchmark_of_generate.Variant.generate, Counter()
+
+    def others(self: benchmark_of_generate.Variant) -> torch.Tensor:
+        calls[self.name] += 1
+        return generate(self) + (self.name == "accelerate" and calls[self.name] > 2)
+
+    monkeypatch.setattr(benchmark_of_generate.Variant, "generate", others)
+    arguments = ("generate", "--batch", 1, "--new-tokens", 4, "--calls", 1, "--output", tmp_path / "rows.jsonl")
+    refuses(command(*arguments), 1, "accelerate's last call is wrong: a token's logit is")
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -290,7 +346,7 @@ def test_out_of_memory(command: Callable[..., Result], monkeypatch: pytest.Monke
 
 
 def test_every_kernel_is_measured() -> None:
-    assert set(bench.KERNELS) == set(doctor.KERNELS)
+    assert set(bench.KERNELS) == set(doctor.KERNELS) == set(kernel_tables.KERNELS)
 
 
 @pytest.mark.gpu

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain, repeat
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from whisper_models import mel, tiny_whisper
-from whisper_triton.benchmarks.models import build_model
+from whisper_triton.benchmarks.models import SHAPES, build_model
 
 import whisper_triton
 from whisper_triton import fused_encoder
-from whisper_triton.benchmarks import encoder, first_call, harness, host_overhead, prefill
+from whisper_triton.benchmarks import (
+    embed_tokens,
+    encoder,
+    encoder_kernels,
+    first_call,
+    harness,
+    host_overhead,
+    prefill,
+    project_cross_kv,
+    readme,
+    readme_tables,
+    select_token,
+    skinny_linear,
+    step_position,
+)
 from whisper_triton.encoder import CapturedEncoder
 
 if TYPE_CHECKING:
@@ -58,9 +74,52 @@ def test_command_lines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--model", "tiny,base", "--batch", "3"])
     module.main()
     assert swept[0][0] == name
-    assert re.fullmatch(r"[\d,]+", swept[0][1])
+    assert all(isinstance(B, int) for B in swept[0][1])
     assert "large-v3" in swept[0][2]
-    assert swept[1] == (name, "3", "tiny,base", True)
+    assert swept[1] == (name, [3], "tiny,base", True)
+
+
+NUMBERS = "takes numbers from 1 to 2147483647, separated by commas, got"
+BAD_ARGUMENTS = [
+    ("generate", "--batch 0", f"--batch: {NUMBERS} '0'"),
+    ("generate", "--variants nonsense", "--variants: takes stock static+compile; attention by name, static+compile; "),
+    ("generate", "--calls 0", "--calls: takes a number from 1 to 2147483647, got '0'"),
+    ("generate", "--new-tokens 441", "--new-tokens: takes a number from 1 to 440, got '441'"),
+    ("first_call", "--variants 'stock dynamic;x'", "--variants: takes accelerate, nothing cached; "),
+    ("host_overhead", "--calls=-1", "--calls: takes a number from 1 to 2147483647, got '-1'"),
+    ("reshape_free", "--batch x", f"--batch: {NUMBERS} 'x'"),
+    ("step_position", "--positions a", f"--positions: {NUMBERS} 'a'"),
+    ("encoder", "--at-once 1,,2", f"--at-once: {NUMBERS} '1,,2'"),
+    ("cross_kv_reuse", "--layers 0", "--layers: takes a number from 1 to 2147483647, got '0'"),
+    ("prefill", "--tokens 0", "--tokens: takes a number from 1 to 440, got '0'"),
+    ("tune_step", "--batch x", f"--batch: {NUMBERS} 'x'"),
+    ("encoder", "--device cuda", "--device: there is nothing to measure without a GPU, and torch finds none"),
+    ("encoder", "--device tpu", "--device: takes cuda or cpu, got 'tpu'"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "said"), BAD_ARGUMENTS, ids=[" ".join(case[:2]) for case in BAD_ARGUMENTS])
+def test_bad_arguments(
+    name: str, words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(words)])
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"whisper_triton.benchmarks.{name}").main()
+    assert f"error: argument {said}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--positions", "5,20000"], "the last position whose surroundings the cache holds is 433, got 20000"),
+        (["--model", "./nowhere"], "./nowhere: no such directory"),
+    ],
+)
+def test_what_a_model_has_not(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["step_position.py", "--device", "cpu", *words])
+    with pytest.raises(SystemExit, match=said):
+        step_position.main()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -72,6 +131,24 @@ def test_there_is_nothing_to_tune_without_a_gpu(
     with pytest.raises(SystemExit, match="2"):
         importlib.import_module(f"whisper_triton.benchmarks.{name}").main()
     assert "there is nothing to measure without a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "option"), [(encoder, "--profile"), (project_cross_kv, "--tune")])
+def test_what_needs_a_gpu_says_so(
+    module: ModuleType, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", option, "--device", "cpu"])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert f"error: {option} needs a GPU" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "way"), [("layer_by_layer", "layers"), ("copied", "compiled")])
+def test_no_wrong_alternative_of_the_projection_is_timed(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness.Place, "compile", lambda self, function: function)
+    monkeypatch.setattr(project_cross_kv, name, lambda *args: None)
+    with torch.no_grad(), pytest.raises(SystemExit, match=f"project_cross_kv, {way}: keys of layer 0 is wrong"):
+        project_cross_kv.bench(PLACE, SHAPES["toy"], 1)
 
 
 class TestEncoder:
@@ -89,6 +166,18 @@ class TestEncoder:
             (row,) = encoder.bench(PLACE, build_model("toy", torch.float32, "cpu"), 1)
         assert (row["compiled_ms"], row["compiled/ours"], row["mode"]) == (2.0, 1.0, "reduce-overhead")
 
+    def test_attention_that_is_wrong_is_not_timed(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        right = torch.nn.functional.scaled_dot_product_attention
+        results = (lambda *qkv: right(*qkv), lambda *qkv: right(*qkv), lambda q, k, v: right(q, k, k))  # two to check by
+        monkeypatch.setattr(encoder, "SHOWN", ("flash",))
+        turns = chain(results, repeat(results[0]))
+        monkeypatch.setattr(encoder, "scaled_dot_product_attention", lambda *qkv: next(turns)(*qkv))
+        (row,) = run(encoder, "--compile", "none")
+        assert row["sdpa_flash_us"] is None
+        assert "sdpa_flash is wrong and not timed" in capsys.readouterr().err
+
     def test_a_wrong_one_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = fused_encoder.bias_gelu
         monkeypatch.setattr(fused_encoder, "bias_gelu", lambda x, bias: right(x, 1.01 * bias + 0.01))
@@ -102,6 +191,21 @@ def test_prefill(run: Run) -> None:
     assert min(row[f"{name}_ms"] for name in ("stock", "layer by layer", "now", "project")) > 0
 
 
+@pytest.mark.parametrize("module", [embed_tokens, project_cross_kv, select_token, skinny_linear])
+def test_kernels_that_have_a_table(module: ModuleType, run: Run) -> None:
+    assert {row["benchmark"] for row in run(module, B=1)} <= readme_tables.TABLES.keys()  # in fp32 chain and links take one row
+
+
+def test_two_kernels_of_one_file_have_tables_of_their_own(run: Run, tmp_path: Path) -> None:
+    names = ("add_layer_norm", "bias_gelu")
+    run(encoder_kernels, benchmarks=names)
+    rows = tmp_path / "benchmarks" / "rows"
+    rows.mkdir(parents=True)
+    (tmp_path / "rows.jsonl").rename(rows / "encoder_kernels.jsonl")
+    for name in names:
+        assert {row["benchmark"] for row in readme.load(tmp_path, name)} == {name}
+
+
 class TestHostOverhead:
     def test_rows(self, run: Run) -> None:
         rows = run(host_overhead, "--calls", "1")
@@ -111,6 +215,18 @@ class TestHostOverhead:
             assert min(parts) > 0
             assert row["around_ms"] == pytest.approx(sum(parts))
             assert "busy_ms" not in row  # there is no GPU to be at work
+
+    @pytest.mark.parametrize(("right", "call"), [(2, "last call"), (3, "last call with marks")])
+    def test_wrong_tokens_of_a_later_call_are_refused(self, right: int, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        generate, calls = host_overhead.Variant.generate, Counter()
+
+        def others(self: host_overhead.Variant) -> torch.Tensor:
+            calls[self.name] += 1
+            return generate(self) + (calls[self.name] > right)
+
+        monkeypatch.setattr(host_overhead.Variant, "generate", others)
+        with pytest.raises(SystemExit, match=f"stock dynamic's {call} is wrong: a token's logit is"):
+            host_overhead.bench(PLACE, host_overhead.Models("toy", PLACE), 1, calls=1)
 
     def test_what_lies_where(self) -> None:
         """A call from 0 to 100 ms."""

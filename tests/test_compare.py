@@ -79,8 +79,33 @@ def test_files_of_two_benchmarks(tmp_path: Path) -> None:
         lines(tmp_path, [step(1, 1.0, benchmark="step")], [step(1, 1.0, benchmark="encoder")])
 
 
-def test_a_spread_beyond_the_time_ends_at_zero(tmp_path: Path) -> None:
-    assert "1 ms (0-3)" in lines(tmp_path, [step(1, 1.0, spread=2.0)], [step(1, 1.0)])["model=turbo B=1"]
+def link(us: float, spread: float = 0.2) -> dict:
+    return {"benchmark": "step_links", "B": 1, "link": "fc1", "us": us, "spread_us": spread, "floor_us": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (link(-1.0), link(-1.0), "-1 us (-1.2 to -0.8)  -1 us (-1.2 to -0.8)  -      -"),
+        (link(0.0), link(0.1), "0 us (-0.2 to 0.2)  0.1 us (-0.1 to 0.3)  -      -"),
+        (link(0.1, 0.5), link(-0.3), "0.1 us (-0.4 to 0.6)  -0.3 us (-0.5 to -0.1)  -      -"),
+        (link(-1.0), link(1.0), "-1 us (-1.2 to -0.8)  1 us (0.8 to 1.2)  -      -            slower"),
+    ],
+)
+def test_differences_about_zero_and_below(tmp_path: Path, before: dict, after: dict, said: str) -> None:
+    (line,) = (line for line in lines(tmp_path, [before], [after]).values() if "link=fc1" in line)
+    assert line == f"benchmark=step_links B=1 link=fc1  {said}"
+
+
+def test_each_of_the_seconds_of_first_calls(tmp_path: Path) -> None:
+    def calls(first: float, other_prompt: float, variant: str = "ours") -> dict:
+        return {"B": 1, "variant": variant, "first_s": first, "other_prompt_s": other_prompt, "new_tokens": 64}
+
+    found = lines(tmp_path, [calls(4.0, 1.0), calls(9.0, 2.0, "stock")], [calls(2.0, 3.0)])
+    assert "4 s" in found["B=1 variant=ours new_tokens=64: first"]
+    assert "0.500" in found["B=1 variant=ours new_tokens=64: first"]
+    assert "3.000" in found["B=1 variant=ours new_tokens=64: other prompt"]
+    assert "1 row of both, 2 times: 2 no spread" in found
 
 
 def test_warns_of_another_gpu_and_versions(tmp_path: Path) -> None:
@@ -115,8 +140,8 @@ def test_rows_of_a_gpu_are_compared_with_its_own(tmp_path: Path) -> None:
 def test_every_committed_file_is_as_fast_as_itself(path: Path) -> None:
     said = compare.compare(path, path)
     rows = len(compare.read_rows(path))
-    assert f"\n{rows} rows of both: " in said
-    for word in ("faster", "slower", "warning", "only in"):
+    assert f"\n{rows} rows of both" in said
+    for word in ("faster", "slower", "warning", "only in", "no time"):
         assert word not in said
 
 

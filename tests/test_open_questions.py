@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,21 @@ class TestCrossKvReuse:
         monkeypatch.setattr(cross_kv_reuse, "forget", lambda cache: None)
         with pytest.raises(SystemExit, match="recompute, eager is wrong"):
             bench(cross_kv_reuse, build_model("toy", torch.float32, "cpu"))
+
+    @pytest.mark.parametrize(
+        ("right", "call"), [(1, "reuse, generate"), (2, "reuse, the last call of generate"), (3, "recompute, generate")]
+    )
+    def test_other_tokens_of_generate_are_refused(self, right, call, bench, monkeypatch):
+        model = build_model("toy", torch.float32, "cpu")
+        generate, calls = model.generate, itertools.count(1)  # the first call's rules and prompt are what is checked by
+
+        def others(features, **kwargs):
+            return generate(features, **kwargs) + (next(calls) > right)
+
+        monkeypatch.setattr(model, "generate", others)
+        monkeypatch.setattr(cross_kv_reuse, "bench_step", lambda *args: [])
+        with pytest.raises(SystemExit, match=f"{call} is wrong: a token's logit is"):
+            bench(cross_kv_reuse, model)
 
 
 class TestLogitsProcessors:

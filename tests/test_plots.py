@@ -25,7 +25,7 @@ ROWS = {
     ],
     "share": [{"B": B, "ours_us": 8.0, "spread_us": 1.0, "cudnn_us": 10.0, "floor_us": 4.0, **WHERE} for B in (1, 3, 4)],
     "links": [
-        {"model": "turbo", "B": 1, "link": link, "us": 3.0, "floor_us": floor, **WHERE}
+        {"model": "turbo", "B": 1, "link": link, "us": 3.0, "spread_us": 0.5, "floor_us": floor, **WHERE}
         for link, floor in (("fc1", 3.2), ("fc2", 1.0))
     ],
     "position": [
@@ -124,7 +124,7 @@ def test_bars_are_as_long_as_what_was_measured() -> None:
     links, tokens = plots.KINDS["links"], plots.KINDS["tokens"]
     links.draw(axes[0], ROWS["links"], links, {})
     assert list(axes[0].containers[0].datavalues) == [3.0, 3.0]
-    assert [line.get_xdata()[0] for line in axes[0].lines] == [3.2, 1.0]
+    assert [list(line.get_xdata()) for line in axes[0].lines] == [[3.2, 3.2], [2.5, 3.5], [1.0, 1.0], [2.5, 3.5]]
     tokens.draw(axes[1], ROWS["tokens"][:9], tokens, plots.looks(VARIANTS))
     assert {bars.get_label(): list(bars.datavalues) for bars in axes[1].containers} == {
         variant: [90.0, 180.0, 720.0] for variant in VARIANTS

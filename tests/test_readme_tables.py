@@ -147,6 +147,7 @@ def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
         {"benchmark": "step_links", "model": "turbo", "B": 1, "link": link, "us": us, "floor_us": 2.0, **WHERE}
         for link, us in (("fc1", 3.0), ("fc2", 2.51))
     ]
+    links[1]["spread_us"] = 0.2
     write(root, "decoder_step", STEP, {**STEP, "B": 8, "ms": 0.27, "odd": [1], "benchmark": "step"}, *links)
     # What there are rows of must be shown; the rows of steps are as they were.
     marks = [f"<!-- {kind}: step_links --> is on none of README.md and benchmarks/RESULTS.md" for kind in ("rows", "plot")]
@@ -158,7 +159,7 @@ def test_rows_of_two_benchmarks_in_one_file(root: Path) -> None:
     assert readme.differences(root) == []
     text = (root / "README.md").read_text()
     assert "| model | batch | fc1, us (floor) | fc2, us (floor) |" in text
-    assert "| turbo | 1 | 3.00 (2.00) | 2.51 (2.00) |" in text
+    assert "| turbo | 1 | 3.00 (2.00) | 2.5 ± 0.2 (2.00) |" in text
     assert plots.read_digest(root / "benchmarks" / "plots" / "step_links.svg")
 
 
@@ -226,6 +227,11 @@ def test_commands_that_differ_in_models_and_batches_are_one() -> None:
     assert captions.commands([{}], "y") == ["python benchmarks/y.py"]
     ended = [{"command": f"{script} --batch 1,8,32", "B": B} for B in (1, 8)]
     assert captions.commands(ended, "y") == [f"{script} --batch 1,8"]
+    ended = [
+        {"command": f"{script} --model turbo,tiny,medium --batch 1,8", "model": model, "B": B}
+        for model, B in (("turbo", 1), ("turbo", 8), ("tiny", 1))
+    ]
+    assert captions.commands(ended, "y") == [f"{script} --model turbo --batch 1,8", f"{script} --model tiny --batch 1"]
 
 
 def test_captions_go_gpu_by_gpu_and_name_few_commands() -> None:
@@ -237,10 +243,15 @@ def test_captions_go_gpu_by_gpu_and_name_few_commands() -> None:
     both = "on GPU X, 2026-01-01 at revision abc and on GPU Y, 2026-01-01, 2026-01-02 at revision def, abc"
     listed = "`python x.py --calls 1`, `python x.py --calls 2`"
     assert captions.caption(two + other, "generate") == f"{listed} {both}; {VERSIONS}"
-    # Of more the one that measures as much, where there is one.
+    # Of more those that measure as much, where there are such: not that they made the rows, and no model's batch without one.
     three = [*two, row(4, "--calls 3")]
-    command = "python benchmarks/record.py --output new --only generate --models turbo --batch 1,4,8"
-    assert captions.caption(three, "generate") == f"`{command}` {CAPTION}"
+    command = "python benchmarks/record.py --output new --only generate --models"
+    assert (
+        captions.caption(three, "generate") == f"several commands (measured again by `{command} turbo --batch 1,4,8`) {CAPTION}"
+    )
+    medium = [row(B, f"--calls {B}", model="medium") for B in (1, 8)]
+    again = f"`{command} turbo --batch 1,4,8`, `{command} medium --batch 1,8`"
+    assert captions.caption(three + medium, "generate") == f"several commands (measured again by {again}) {CAPTION}"
     unheard = [*two, row(3, "--calls 3")]
     for rows, name in ((unheard, "generate"), (three, "y"), (three, "select_token")):
         assert captions.caption(rows, name).count("`python x.py --calls ") == 3
@@ -303,7 +314,10 @@ CHOICE = {"timestamps": True, "what": "choice"}
                 for T, h in ((1, "eager"), (1, "graph"), (4, "eager"))
             ],
             "model | batch | tokens | part | eager, us: reshaping / reshape-free | graph, us: reshaping / reshape-free",
-            ["tiny | 1 | 1 | self | 3.00 / 2.00 = 1.50 | 3.00 / 2.00 = 1.50", "tiny | 1 | 4 | self | 3.00 / 2.00 = 1.50 | -"],
+            [
+                "tiny | 1 | 1 | self | 3.00 ± 0.10 / 2.00 ± 0.02 = 1.50 | 3.00 ± 0.10 / 2.00 ± 0.02 = 1.50",
+                "tiny | 1 | 4 | self | 3.00 ± 0.10 / 2.00 ± 0.02 = 1.50 | -",
+            ],
         ),
         (
             "flash_layout",
@@ -387,6 +401,10 @@ def test_a_column_that_is_missing(root: Path) -> None:
         (16013.47, None, "16013"),
         (0.0760, None, "0.0760"),
         (0.0, 0.0, "0"),
+        (0.0, 0.2, "0.0 ± 0.2"),
+        (0.075, 0.4505, "0.1 ± 0.5"),
+        (-0.04, 0.3, "0.0 ± 0.3"),
+        (-1.23, 0.3, "-1.2 ± 0.3"),
     ],
 )
 def test_number(value: float, spread: float | None, text: str) -> None:

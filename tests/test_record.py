@@ -46,7 +46,10 @@ def test_all_that_readme_shows_is_recorded() -> None:
 def test_what_is_measured_and_in_which_order() -> None:
     every = names_of(None, None, None)
     assert every[:2] == ["generate.large-v3.1", "generate.large-v3.8"]
-    assert every[-1] == "generate.medium.4"
+    assert every[2:4] == ["generate.turbo.1", "generate.turbo.8"]  # attention by name among what each measures
+    assert len({part.benchmark.words for part in record.parts_of("cuda", ["generate"], None, None)}) == 1
+    assert every[-5:-3] == ["generate.medium.4", "skinny_linear.large-v3.1-8-2-4-16-32"]
+    assert every[-1] == "embed_tokens.large-v3.1-8-32"
     assert "decoder_step.turbo.1-8-32-2-4-16-64" in every
     assert len(set(every)) == len(every)
     assert names_of(["generate", "encoder"], ["large-v3"], [2, 8]) == [
@@ -68,7 +71,7 @@ def test_the_commands_are_such_as_the_files_take(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(sys, "argv", [script, *words, "--output", "rows.jsonl"])
         module.main()
         (args,) = swept
-        assert (args.model, args.batch, args.output) == (part.model, ",".join(map(str, part.batches)), Path("rows.jsonl"))
+        assert (args.model, tuple(args.batch), args.output) == (part.model, part.batches, Path("rows.jsonl"))
 
 
 @pytest.fixture
@@ -158,7 +161,9 @@ def test_a_process_of_its_own_on_a_gpu(tmp_path: Path) -> None:
     assert (ended["end"], ended["rows"]) == ("done", 3), (tmp_path / f"{part.name}.log").read_text()
 
 
-@pytest.mark.parametrize("words", [["--only", "nothing"], ["--models", "nobody"], ["--batch", "1000"], ["--device", "cuda"]])
+@pytest.mark.parametrize(
+    "words", [["--only", "nothing"], ["--models", "nobody"], ["--batch", "1000"], ["--batch", "x"], ["--device", "cuda"]]
+)
 def test_what_is_not_recorded(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(record.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["record.py", "--output", str(tmp_path / "new"), *words])

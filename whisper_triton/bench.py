@@ -36,6 +36,7 @@ KERNELS = {  # where each is measured: file and function
 TOY = "toy"
 PLOT_FORMATS = (".svg", ".png", ".pdf")  # what matplotlib writes by itself: others of its formats want TeX, say
 MOST_ROWS = 2**31 - 1  # of a batch: no GPU takes as many, and torch cannot even count many times more
+MOST_NEW_TOKENS = 440  # of 448 slots, after a prompt
 CPU_NOTE = "On a CPU these are timings of PyTorch references: they prove that the benchmarks run, and say nothing of kernels."
 WHERE_TO = ("output", "plot")  # not part of the command that a row names: they change nothing of what is measured
 
@@ -70,10 +71,17 @@ def parse_kernels(ctx: click.Context, parameter: click.Parameter, value: str | N
 
 
 def parse_batches(_: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    words = [word.strip() for word in value.split(",")]
+    try:
+        return read_numbers(value)
+    except ValueError as error:
+        raise Failure(f"{parameter.opts[0]} {error}", exit_code=2) from None
+
+
+def read_numbers(text: str) -> list[int]:
+    """Those of "1,2,8"; ValueError, which goes on after the option's name, for what is not all from 1 to MOST_ROWS."""
+    words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdecimal() and 0 < int(word) <= MOST_ROWS for word in words):
-        said = f"{parameter.opts[0]} takes numbers from 1 to {MOST_ROWS}, separated by commas, got {value!r}"
-        raise Failure(said, exit_code=2)
+        raise ValueError(f"takes numbers from 1 to {MOST_ROWS}, separated by commas, got {text!r}")
     return [int(word) for word in words]
 
 
@@ -124,7 +132,7 @@ def bench(ctx: click.Context) -> None:
 
 @bench.command()
 @shared_options
-@click.option("--new-tokens", type=click.IntRange(1, 440), help="Tokens a call. [default: 64, on a CPU 8]")
+@click.option("--new-tokens", type=click.IntRange(1, MOST_NEW_TOKENS), help="Tokens a call. [default: 64, on a CPU 8]")
 @click.option("--calls", type=click.IntRange(min=1), help="Timed calls a variant, in turns. [default: 10, on a CPU 2]")
 @click.pass_context
 def generate(ctx: click.Context, new_tokens: int | None, calls: int | None, **shared: Any) -> None:
