@@ -42,20 +42,12 @@ def commands(rows: Sequence[Row], name: str) -> list[str]:
     return lines
 
 
-def recorded(rows: Sequence[Row], name: str) -> list[str]:
-    """The commands of record.py that measure these rows anew, and no other models and batches; none where it does not."""
+def recorded(rows: Sequence[Row], name: str) -> str | None:
+    """The command of record.py that measures these rows anew, others perhaps too; None where it does not."""
     measured = {(part.model, B) for part in parts_of("cuda", [name], None, None) for B in part.batches}
     if not measured.issuperset((row.get("model"), row.get("B")) for row in rows):
-        return []
-    models_of: dict[tuple[int, ...], list[str]] = {}
-    for model in values(rows, "model"):
-        batches = sorted({row["B"] for row in rows if row["model"] == model})
-        models_of.setdefault(tuple(batches), []).append(model)
-    record = ("python", "benchmarks/record.py", "--output", "new", "--only", name)
-    return [
-        shlex.join([*record, "--models", ",".join(models), "--batch", ",".join(map(str, batches))])
-        for batches, models in models_of.items()
-    ]
+        return None
+    return shlex.join(["python", "benchmarks/record.py", "--output", "new", "--only", name])
 
 
 def caption(rows: Sequence[Row], name: str) -> str:
@@ -64,9 +56,8 @@ def caption(rows: Sequence[Row], name: str) -> str:
     for gpu in values(rows, "gpu"):
         own = [row for row in rows if row["gpu"] == gpu]
         listed = commands(own, name)
-        again = recorded(own, name) if len(listed) > MOST_COMMANDS else []
-        by = ", ".join(f"`{command}`" for command in again or listed)
-        by = f"several commands (measured again by {by})" if again else by
+        again = recorded(own, name) if len(listed) > MOST_COMMANDS else None
+        by = f"several commands, which `{again}` runs again," if again else ", ".join(f"`{command}`" for command in listed)
         when = f"{', '.join(sorted(values(own, 'date')))} at revision {', '.join(values(own, 'revision'))}"
         places.setdefault(by, []).append(f"on {gpu}, {when}")
     said = [f"{by} {' and '.join(where)}" for by, where in places.items()]
@@ -74,4 +65,5 @@ def caption(rows: Sequence[Row], name: str) -> str:
     versions = ("driver", "torch", "triton", "transformers")
     with_what += [f"{column} {', '.join(map(str, found))}" for column in versions if (found := values(rows, column))]
     notes = "".join(f" ({source})" for source in values(rows, "source"))
-    return f"{'; '.join([*said, ', '.join(with_what)])}{notes}:"
+    line = f"{'; '.join([*said, ', '.join(with_what)])}{notes}:"
+    return line[0].upper() + line[1:]

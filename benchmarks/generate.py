@@ -40,9 +40,13 @@ def synchronize(place: Place) -> None:
         torch.cuda.synchronize()
 
 
-def settings(model: WhisperForConditionalGeneration, new_tokens: int) -> dict[str, object]:
-    """The arguments of every `generate` here: a multilingual model is told the language, which would cost an encoder's run."""
-    told = {"language": "en", "task": "transcribe"} if model.generation_config.is_multilingual else {}
+def settings(model: WhisperForConditionalGeneration, new_tokens: int, detects: bool = False) -> dict[str, object]:
+    """The arguments of every `generate` here. A multilingual model is told the language, unless it `detects` it, which costs
+    stock a run of the encoder, and any a pass of the decoder.
+    """
+    told: dict[str, object] = {}
+    if model.generation_config.is_multilingual:
+        told = {"task": "transcribe"} | ({} if detects else {"language": "en"})
     return {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False, **told}
 
 
@@ -50,10 +54,16 @@ class Variant:
     """One way to generate: a model of its own, so that what it has compiled stays while others are timed."""
 
     def __init__(
-        self, name: str, model: WhisperForConditionalGeneration, features: torch.Tensor, new_tokens: int, place: Place
+        self,
+        name: str,
+        model: WhisperForConditionalGeneration,
+        features: torch.Tensor,
+        new_tokens: int,
+        place: Place,
+        detects: bool = False,
     ) -> None:
         self.name, self.model, self.features, self.new_tokens, self.place = name, model, features, new_tokens, place
-        self.kwargs = settings(model, new_tokens) | ({"cache_implementation": "static"} if "static" in name else {})
+        self.kwargs = settings(model, new_tokens, detects) | ({"cache_implementation": "static"} if "static" in name else {})
         self.extra_GB = None
         if place.is_gpu:
             torch.cuda.reset_peak_memory_stats()

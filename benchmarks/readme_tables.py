@@ -246,6 +246,16 @@ TABLES = {
             measured("these three, ms", "around_ms", "around_spread_ms"),
         ],
     ),
+    "detect_language": Table(
+        [
+            MODEL,
+            BATCH,
+            VARIANT,
+            measured("language told, ms", "told_ms", "told_spread_ms"),
+            measured("language detected, ms", "detected_ms", "detected_spread_ms"),
+            measured("difference, ms", "detection_ms"),
+        ],
+    ),
     "first_call": Table(
         [
             MODEL,

@@ -54,6 +54,7 @@ RECORDED = (
     Benchmark("generate", GENERATE, MODELS, (1, 8), GENERATE_SECONDS),
     Benchmark("decoder_step", "decoder_step.py --compile reduce-overhead", MODELS, (1, 8, 32, 2, 4, 16, 64)),
     Benchmark("host_overhead", "host_overhead.py", MODELS, (1, 8)),
+    Benchmark("detect_language", "detect_language.py", ("large-v3", "turbo"), (1, 8)),
     Benchmark("first_call", "first_call.py", LARGE, (1,)),
     Benchmark("encoder", "encoder.py", LARGE, (1, 8)),
     Benchmark("decode_attention", "decode_attention.py", LARGE, CROSS_BATCHES),

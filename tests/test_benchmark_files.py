@@ -21,6 +21,7 @@ from whisper_triton.benchmarks.models import SHAPES, build_model
 import whisper_triton
 from whisper_triton import fused_encoder
 from whisper_triton.benchmarks import (
+    detect_language,
     embed_tokens,
     encoder,
     encoder_kernels,
@@ -204,6 +205,21 @@ def test_two_kernels_of_one_file_have_tables_of_their_own(run: Run, tmp_path: Pa
     (tmp_path / "rows.jsonl").rename(rows / "encoder_kernels.jsonl")
     for name in names:
         assert {row["benchmark"] for row in readme.load(tmp_path, name)} == {name}
+
+
+class TestDetectLanguage:
+    def test_rows(self, run: Run) -> None:
+        rows = run(detect_language, "--calls", "1")
+        assert [row["variant"] for row in rows] == list(detect_language.VARIANTS)
+        for row in rows:
+            assert min(row["told_ms"], row["detected_ms"]) > 0
+            assert row["detection_ms"] == row["detected_ms"] - row["told_ms"]
+
+    def test_another_language_than_stocks_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        models = detect_language.Models("toy", PLACE)
+        monkeypatch.setattr(models.ours, "detect_language", lambda *args, **kwargs: torch.full((2,), 50300))
+        with pytest.raises(SystemExit, match="accelerate is wrong: a token's logit is"):
+            detect_language.bench(PLACE, models, 2, calls=1)
 
 
 class TestHostOverhead:
