@@ -156,7 +156,8 @@ def append_attention(
     Args:
         query, key, value: (B, T, H, D), T from 1 to 16, D one of 32, 64, 80, 96, 128; fp32, fp16 or bf16; any strides
             with a dense last dimension, as all tensors here.
-        key_cache, value_cache: (B, H, S, D), the query's dtype. Mutated: slots cache_position .. cache_position + T - 1.
+        key_cache, value_cache: (B, H, S, D), the query's dtype, without a common element. Mutated: slots cache_position ..
+            cache_position + T - 1.
         cache_position: int64 or int32 on the same device, 0-dim or (B,): the slot of the first new token.
         scale: multiplies the scores, in fp32. Whisper scales its query in the model's dtype and passes 1.0.
         read_ahead: promises that between what wrote cache_position, the slots before it and `ended` and this call there is a

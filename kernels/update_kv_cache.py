@@ -143,7 +143,7 @@ def update_kv_cache(
 
     Args:
         key, value: (B, T, H, D), any T >= 1, fp32, fp16 or bf16, any strides with a dense last dimension.
-        key_cache, value_cache: (B, H, S, D) of the same dtype, same condition on the strides. Mutated.
+        key_cache, value_cache: (B, H, S, D) of the same dtype, the same condition on strides, no common element. Mutated.
         cache_position: int64 or int32 on the same device, 0-dim or (B,): the slot of the first new token.
 
     A token that falls outside the S slots is dropped, so a position that ran away cannot corrupt memory: the value is on
