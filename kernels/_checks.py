@@ -92,6 +92,21 @@ def do_meet(distance: int, shape: tuple[int, ...], low: tuple[int, ...], high: t
     return is_sum(distance, 0)
 
 
+def need_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether what is computed of these now would be part of a graph of autograd's."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def check_gradients(op: str, *tensors: torch.Tensor | None) -> None:
+    """None are wanted: of kernels there are none, and a result without them looks like any other."""
+    if need_gradients(*tensors):
+        raise ValueError(f"{op} has no backward pass: call it under torch.no_grad(), or {op}_reference")
+
+
 def check_states(*, is_reference: bool = False, **tensors: torch.Tensor) -> None:
     """All tensors 4-d, one dtype and device, dense in the last dimension; the dtype one that the kernels take."""
     check_tensors(**tensors)

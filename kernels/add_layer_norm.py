@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_dtype, check_tensors
+from ._checks import check_dtype, check_gradients, check_tensors
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
@@ -129,9 +129,10 @@ def add_layer_norm(
         The sum and the normalised sum, both (M, C) and contiguous.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients.
     """
     _check(x, residual, weight, bias)
+    check_gradients("add_layer_norm", x, residual, weight, bias)
     return _op(x, residual, weight, bias, eps, limit)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check_apart, check_attention, check_caches, check_ended, check_positions, check_states
+from ._checks import check_apart, check_attention, check_caches, check_ended, check_gradients, check_positions, check_states
 from ._dispatch import register, triton
 from ._paced import MIN_WIDTH, PACED_HEAD_DIMS, are_aligned, give_up, has_paced_copies
 from ._paced_append import PacedTiles, choose_append_tiles, paced_append
@@ -172,9 +172,11 @@ def append_attention(
         (B, T, H, D), contiguous, the query's dtype: what `out_proj` reads as (B, T, H * D).
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit; the caches are then untouched.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients; the caches are then
+            untouched.
     """
     _check(query, key, value, key_cache, value_cache, cache_position, ended)
+    check_gradients("append_attention", query, key, value, key_cache, value_cache)
     out = query.new_empty(query.shape)
     _op(query, key, value, key_cache, value_cache, cache_position, out, scale, read_ahead, ended)
     return out

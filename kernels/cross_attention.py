@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_attention, check_caches, check_counters, check_ended, check_states
+from ._checks import check_attention, check_caches, check_counters, check_ended, check_gradients, check_states
 from ._clustered_cross import clustered_cross, covers_cross
 from ._dispatch import register
 from ._linear_call import LinearCall
@@ -134,10 +134,11 @@ def cross_attention(
         (B, T, H, D), contiguous, x's dtype: what `out_proj` reads as (B, T, H * D).
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients.
     """
     _check(x, weight, bias, key_cache, value_cache, layer_norm, counters, ended)
     norm_weight, norm_bias, eps = layer_norm
+    check_gradients("cross_attention", x, weight, bias, key_cache, value_cache, norm_weight, norm_bias)
     return _op(x, weight, bias, key_cache, value_cache, norm_weight, norm_bias, eps, scale, counters, ended)
 
 

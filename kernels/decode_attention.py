@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check_attention, check_caches, check_counters, check_ended, check_positions, check_states
+from ._checks import check_attention, check_caches, check_counters, check_ended, check_gradients, check_positions, check_states
 from ._clustered_attention import clustered_attention, covers_clusters
 from ._dispatch import register, triton
 from ._paced import give_up
@@ -238,9 +238,10 @@ def decode_attention(
         gives 0, and so may one whose scores are all -inf, where PyTorch gives NaN.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients.
     """
     _check(query, key_cache, value_cache, kv_length, counters, ended)
+    check_gradients("decode_attention", query, key_cache, value_cache)
     return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters, ended)
 
 

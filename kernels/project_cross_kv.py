@@ -13,11 +13,12 @@ Work: 4 * L * M * H * D * C floating-point operations, for 2 * L * M * H * D ele
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
-from ._checks import check_dtype, check_tensors
+from ._checks import check_dtype, check_gradients, check_tensors
 from ._cross_table import CrossTable, addresses_of, cross_table
 from ._dispatch import capability, pdl_handover, pdl_options, register, tl, triton
 
@@ -210,9 +211,10 @@ def project_cross_kv(encoder_states: torch.Tensor, table: CrossTable) -> None:
         table: what `cross_table` made of the layers' weights and caches. The caches are mutated, all S slots of them.
 
     Raises:
-        ValueError: encoder states that do not fit; the caches are then untouched.
+        ValueError: encoder states that do not fit, or inputs that need gradients; the caches are then untouched.
     """
     _check(encoder_states, table)
+    check_gradients("project_cross_kv", encoder_states, *chain(*table[:5]))
     _op(encoder_states, *table)
 
 

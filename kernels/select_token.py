@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_dtype, check_tensors
+from ._checks import check_dtype, check_gradients, check_tensors
 from ._choose_token import _pick_token_kernel, _reduce_chunks_kernel
 from ._dispatch import backend, fall_back, launched_on, pdl_options, triton
 from ._rules import ENDS, TokenLimits, TokenRules, TokenState, apply_rules
@@ -81,9 +81,10 @@ def select_token(
         block_size: tokens a program, a power of two, at least 32.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients.
     """
     _check(logits, rules, state)
+    check_gradients("select_token", logits, rules.temperature, state.logprobs)
     if block_size < GROUP or block_size & (block_size - 1):
         raise ValueError(f"block_size must be a power of two from {GROUP} on, got {block_size}")
     if backend(logits.device) != "reference":

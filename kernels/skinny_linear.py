@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check_dtype, check_tensors
+from ._checks import check_dtype, check_gradients, check_tensors
 from ._dispatch import register
 from ._linear_call import LinearCall
 from ._linear_tiles import MANY_OUTPUTS, Tiles, check_tiles, choose_tiles, covers
@@ -167,10 +167,11 @@ def skinny_linear(
         (B, N), or (B, 3 N) for three weights, in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices, strides or tiles that do not fit.
+        ValueError: shapes, dtypes, devices, strides or tiles that do not fit, or inputs that need gradients.
     """
     norm = (None, None, 0.0) if layer_norm is None else layer_norm
     check_linear(x, weights, biases, layer_norm, residual)
+    check_gradients("skinny_linear", x, *weights, *biases, *norm[:2], residual)
     (B, K), N = x.shape, weights[0].shape[0]
     has_copies = has_paced_copies(x.device, x.dtype)
     has_norm, is_plain = layer_norm is not None, not (gelu or scale != 1.0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from ._arguments import cache_arguments, position_arguments
-from ._checks import check_apart, check_caches, check_positions, check_states
+from ._checks import check_apart, check_caches, check_gradients, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
@@ -150,9 +150,11 @@ def update_kv_cache(
     the device, where nothing can be raised.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit; the caches are then untouched.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients; the caches are then
+            untouched.
     """
     _check(key, value, key_cache, value_cache, cache_position)
+    check_gradients("update_kv_cache", key, value, key_cache, value_cache)
     _op(key, value, key_cache, value_cache, cache_position)
 
 

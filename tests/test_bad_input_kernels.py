@@ -354,3 +354,42 @@ def test_the_reference_takes_what_is_good(launcher: str, device: torch.device, m
     call, make = LAUNCHERS[launcher]
     with torch.device(device):
         (reference if call is kernel else call)(**make())
+
+
+def floats(launcher: str) -> list[str]:
+    """Of the good arguments, the tensors that may need gradients; in a table it is a weight."""
+    good = LAUNCHERS[launcher][1]()
+    return [
+        name for name, t in good.items() if isinstance(t, kernels.CrossTable) or (torch.is_tensor(t) and t.is_floating_point())
+    ]
+
+
+def needing(value: torch.Tensor | kernels.CrossTable) -> object:
+    return (value.value_weights[-1] if isinstance(value, kernels.CrossTable) else value).requires_grad_()
+
+
+@pytest.mark.bad_input
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of -inf - -inf and log(0), which are not used
+@pytest.mark.parametrize(("launcher", "name"), [(launcher, name) for launcher in WITH_REFERENCES for name in floats(launcher)])
+def test_what_needs_gradients_is_refused_while_they_are_recorded(launcher: str, name: str, device: torch.device) -> None:
+    call, make = LAUNCHERS[launcher]
+    refusal = rf"^{launcher} has no backward pass: call it under torch\.no_grad\(\), or {launcher}_reference$"
+    with torch.device(device):
+        given = make()
+        assert_refused(call, given, Bad("", lambda given: needing(given[name]), refusal))
+        with torch.no_grad():
+            call(**given)
+
+
+@pytest.mark.parametrize(
+    "launcher", ["append_attention", "cross_attention", "decode_attention", "embed_tokens", "skinny_linear"]
+)
+def test_the_reference_gives_gradients(launcher: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, reference = getattr(kernels, launcher), getattr(kernels, f"{launcher}_reference")
+    monkeypatch.setattr(kernels, launcher, reference)
+    call, make = LAUNCHERS[launcher]
+    with torch.device(device):
+        given = make()
+        states = [given[name].requires_grad_() for name in floats(launcher) if name not in MUTATED.get(launcher, ())]
+        (reference if call is kernel else call)(**given).sum().backward()
+    assert all(tensor.grad is not None for tensor in states)

@@ -16,6 +16,7 @@ from transformers import WhisperForConditionalGeneration
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 
 from .kernels import update_kv_cache
+from .kernels._checks import need_gradients
 
 
 class SelfAttentionLayer(StaticLayer):
@@ -122,7 +123,7 @@ class CrossAttentionLayer(StaticLayer):
 
 
 def _write(layer: StaticLayer, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+    if need_gradients(key_states, value_states, layer.keys, layer.values):
         # The kernel has no backward pass: gradients would get lost without a word.
         slots = layer.cumulative_length + torch.arange(key_states.shape[2], device=key_states.device)
         layer.keys.index_copy_(2, slots, key_states)
