@@ -5,6 +5,7 @@ device memory.
 from __future__ import annotations
 
 import functools
+import math
 from operator import mul
 
 import torch
@@ -24,6 +25,27 @@ def check_tensors(**tensors: object) -> None:
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} must be a tensor, got one in the layout {tensor.layout}")
+
+
+def check_numbers(**numbers: object) -> None:
+    """All finite numbers of the host's: a NaN would come out of a reference and be lost in a kernel's comparisons."""
+    for name, number in numbers.items():
+        if not (isinstance(number, (int, float)) and -math.inf < number < math.inf):
+            raise ValueError(f"{name} must be a finite number, got {number!r:.50}")
+
+
+def check_flags(**flags: object) -> None:
+    """All True or False: another thing's truth is a matter of the path it takes."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r:.50}")
+
+
+def check_kinds(kind: type, **values: object) -> None:
+    """All of this class."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r:.50}")
 
 
 def check_dtype(tensor: torch.Tensor, is_reference: bool = False) -> None:

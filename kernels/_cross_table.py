@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import HEAD_DIMS, check_mutated, check_states, check_tensors, share_memory
+from ._checks import HEAD_DIMS, check_kinds, check_mutated, check_states, check_tensors, share_memory
 
 
 class CrossTable(NamedTuple):
@@ -46,6 +46,8 @@ def cross_table(
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
+    given = {"key_weights": key_weights, "value_weights": value_weights, "key_caches": key_caches, "value_caches": value_caches}
+    check_kinds(Sequence, **given, **({} if value_biases is None else {"value_biases": value_biases}))
     biases = list(value_biases or ())
     lists = [list(key_weights), list(value_weights), biases, list(key_caches), list(value_caches)]
     L = len(lists[0])

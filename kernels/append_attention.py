@@ -18,7 +18,17 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check_apart, check_attention, check_caches, check_ended, check_gradients, check_positions, check_states
+from ._checks import (
+    check_apart,
+    check_attention,
+    check_caches,
+    check_ended,
+    check_flags,
+    check_gradients,
+    check_numbers,
+    check_positions,
+    check_states,
+)
 from ._dispatch import register, triton
 from ._paced import MIN_WIDTH, PACED_HEAD_DIMS, are_aligned, give_up, has_paced_copies
 from ._paced_append import PacedTiles, choose_append_tiles, paced_append
@@ -40,7 +50,7 @@ def append_attention_reference(
     ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `append_attention` computes, in PyTorch: `update_kv_cache`, then causal `decode_attention`."""
-    _check(query, key, value, key_cache, value_cache, cache_position, ended, is_reference=True)
+    _check(query, key, value, key_cache, value_cache, cache_position, scale, read_ahead, ended, is_reference=True)
     update_kv_cache_reference(key, value, key_cache, value_cache, cache_position)
     B, T = query.shape[:2]
     limit = (cache_position.reshape(-1, 1) + torch.arange(1, T + 1, device=query.device)).expand(B, -1)
@@ -175,7 +185,7 @@ def append_attention(
         ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients; the caches are then
             untouched.
     """
-    _check(query, key, value, key_cache, value_cache, cache_position, ended)
+    _check(query, key, value, key_cache, value_cache, cache_position, scale, read_ahead, ended)
     check_gradients("append_attention", query, key, value, key_cache, value_cache)
     out = query.new_empty(query.shape)
     _op(query, key, value, key_cache, value_cache, cache_position, out, scale, read_ahead, ended)
@@ -189,6 +199,8 @@ def _check(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     cache_position: torch.Tensor,
+    scale: float,
+    read_ahead: bool,
     ended: torch.Tensor | None,
     is_reference: bool = False,
 ) -> None:
@@ -202,3 +214,5 @@ def _check(
         )
     check_positions("cache_position", cache_position, query.shape[0], query.device)
     check_ended(ended, query.shape[0], query.device)
+    check_numbers(scale=scale)
+    check_flags(read_ahead=read_ahead)

@@ -220,7 +220,7 @@ def project_cross_kv(encoder_states: torch.Tensor, table: CrossTable) -> None:
 
 def _check(encoder_states: torch.Tensor, table: CrossTable, is_reference: bool = False) -> None:
     if not isinstance(table, CrossTable):
-        raise ValueError(f"table must be what cross_table returns, got {type(table).__name__}")
+        raise ValueError(f"table must be what cross_table returns, got {type(table).__name__} {table!r:.50}")
     check_tensors(encoder_states=encoder_states)
     check_dtype(encoder_states, is_reference)
     cache, weight = table.key_caches[0], table.key_weights[0]
