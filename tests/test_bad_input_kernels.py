@@ -23,6 +23,7 @@ from bad_inputs import (
     wrong_kinds,
     wrong_shapes,
 )
+from counts import REFUSED_BY_REFERENCES, count
 from whisper_triton.kernels._linear_tiles import Tiles as LinearTiles
 from whisper_triton.kernels._rules import TokenLimits, TokenRules, TokenState
 from whisper_triton.kernels.skinny_linear import LayerNorm
@@ -371,6 +372,18 @@ def test_it_is_refused_with_a_reason_and_changes_nothing(launcher: str, bad: Bad
         assert_refused(call, make(), bad)
 
 
+@pytest.mark.gpu
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [(name, one) for name, (_, make, _) in LAUNCHERS.items() for one, t in make().items() if isinstance(t, torch.Tensor)],
+)
+def test_a_tensor_of_the_host_among_those_of_the_gpu(launcher: str, name: str, device: torch.device) -> None:
+    call, make, _ = LAUNCHERS[launcher]
+    with torch.device(device):
+        assert_refused(call, make(), replaced("on the host", name, torch.Tensor.cpu, "cpu"))
+
+
 def test_no_function_and_no_argument_is_left_out() -> None:
     others = {"CrossTable", "backend"}
     assert set(LAUNCHERS) == {name for name in kernels.__all__ if not name.endswith("_reference")} - others
@@ -386,7 +399,6 @@ ONLY_OF_LAUNCHES = {
 WITH_REFERENCES = [name for name in LAUNCHERS if name != "cross_table"]
 
 
-@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("launcher", "bad"),
     [
@@ -402,6 +414,7 @@ def test_the_reference_refuses_it_too(launcher: str, bad: Bad, device: torch.dev
     call, make, _ = LAUNCHERS[launcher]
     with torch.device(device):
         assert_refused(reference if call is kernel else call, make(), bad)
+    count(REFUSED_BY_REFERENCES)  # the input itself is counted above
 
 
 @pytest.mark.parametrize("launcher", WITH_REFERENCES)
