@@ -30,10 +30,11 @@ PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 INSTALLED = $(VENV)/.installed
 OLDEST_VENV = $(VENV)-oldest
 # What could come out otherwise with another transformers, or beside that package: its Whisper's modules, caches, generation and
-# pipeline beside ours, what hangs on its models from outside, and who gets which `kernels`. Our kernels, the parsers and the
-# benchmarks are the same with any, and real speech takes its time.
-WITH_OLDEST = $(patsubst %,tests/test_%.py,attention bad_input_model cache checkpoints compile concurrency decode_loop decoder \
-  early encoded encoder faults odd_calls parity patching prefill stand_ins thresholds token_rules transcription undo) \
+# pipeline beside ours, the command, what becomes of a checkpoint that it loads, what hangs on its models from outside, and who
+# gets which `kernels`. Our kernels, the parsers and the benchmarks are the same with any, and real speech takes its time.
+WITH_OLDEST = $(patsubst %,tests/test_%.py,attention bad_input_cache bad_input_checkpoints bad_input_damaged bad_input_model \
+  cache checkpoints cli compile concurrency ctranslate2 decode_loop decoder early encoded encoder faults language long_runs \
+  odd_calls parity patching prefill stand_ins thresholds token_rules transcription undo) \
   --deselect tests/test_parity.py::TestTinyEn \
   tests/test_packaging.py::test_kernels_are_ours_and_transformers_keeps_its_own
 

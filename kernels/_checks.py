@@ -4,6 +4,10 @@ device memory.
 
 from __future__ import annotations
 
+import functools
+import math
+from operator import mul
+
 import torch
 
 from ._dispatch import backend
@@ -21,6 +25,27 @@ def check_tensors(**tensors: object) -> None:
             raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} must be a tensor, got one in the layout {tensor.layout}")
+
+
+def check_numbers(**numbers: object) -> None:
+    """All finite numbers of the host's: a NaN would come out of a reference and be lost in a kernel's comparisons."""
+    for name, number in numbers.items():
+        if not (isinstance(number, (int, float)) and -math.inf < number < math.inf):
+            raise ValueError(f"{name} must be a finite number, got {number!r:.50}")
+
+
+def check_flags(**flags: object) -> None:
+    """All True or False: another thing's truth is a matter of the path it takes."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r:.50}")
+
+
+def check_kinds(kind: type, **values: object) -> None:
+    """All of this class."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r:.50}")
 
 
 def check_dtype(tensor: torch.Tensor, is_reference: bool = False) -> None:
@@ -43,9 +68,65 @@ def check_mutated(**tensors: torch.Tensor) -> None:
 
 
 def check_apart(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
-    """Two places in memory; for where an op runs, since `torch.compile` knows no addresses."""
-    if key_cache.data_ptr() == value_cache.data_ptr() and not key_cache.is_meta:
-        raise ValueError("key_cache and value_cache lie in one place")
+    """They share no memory; for where an op runs, since `torch.compile` knows no addresses."""
+    if share_memory(key_cache, value_cache):
+        raise ValueError(
+            f"key_cache and value_cache share memory: strides {key_cache.stride()} and {value_cache.stride()},"
+            f" {value_cache.data_ptr() - key_cache.data_ptr()} bytes from the one to the other"
+        )
+
+
+def share_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold an element in common; False for those on meta."""
+    distance = second.data_ptr() - first.data_ptr()
+    if distance < 0:
+        return share_memory(second, first)
+    shape, strides, itemsize = first.shape, first.stride(), first.element_size()
+    if distance >= (1 + sum(map(mul, shape, strides))) * itemsize:  # more than the first one reaches
+        return False
+    return not first.is_meta and do_meet(distance, tuple(shape), strides, second.stride(), itemsize)
+
+
+@functools.lru_cache(maxsize=4096)  # a step asks of the same caches for each token
+def do_meet(distance: int, shape: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...], itemsize: int) -> bool:
+    """Whether two tensors of one shape, the second `distance` bytes behind the first, share a byte.
+
+    They do if `distance` is a sum of strides, the first tensor's taken 0 to size - 1 times and the second's as often, but
+    subtracted. Tried from the longest stride on, each so often that the shorter ones can still make up for what is left.
+    """
+    times = {1: (1 - itemsize, itemsize - 1)}  # by the stride in bytes: the least and the most
+    for size, *strides in zip(shape, low, high, strict=True):
+        if size > 1:
+            for stride, least, most in zip(strides, (0, 1 - size), (size - 1, 0), strict=True):
+                before = times.get(stride * itemsize, (0, 0))
+                times[stride * itemsize] = before[0] + least, before[1] + most
+    places = sorted(times.items(), reverse=True)
+
+    @functools.cache
+    def is_sum(left: int, i: int) -> bool:
+        if i == len(places):
+            return left == 0
+        stride, (least, most) = places[i]
+        below, above = (sum(stride * ends[k] for stride, ends in places[i + 1 :]) for k in (0, 1))
+        possible = range(max(least, -((above - left) // stride)), min(most, (left - below) // stride) + 1)
+        return any(is_sum(left - n * stride, i + 1) for n in possible)
+
+    return is_sum(distance, 0)
+
+
+def need_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether what is computed of these now would be part of a graph of autograd's."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def check_gradients(op: str, *tensors: torch.Tensor | None) -> None:
+    """None are wanted: of kernels there are none, and a result without them looks like any other."""
+    if need_gradients(*tensors):
+        raise ValueError(f"{op} has no backward pass: call it under torch.no_grad(), or {op}_reference")
 
 
 def check_states(*, is_reference: bool = False, **tensors: torch.Tensor) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
 
-from ._checks import HEAD_DIMS, check_mutated, check_states, check_tensors
+from ._checks import HEAD_DIMS, check_kinds, check_mutated, check_states, check_tensors, share_memory
 
 
 class CrossTable(NamedTuple):
@@ -39,12 +40,14 @@ def cross_table(
     Args:
         key_weights, value_weights: a contiguous (H * D, C) for each layer. value_biases: a contiguous (H * D,) for each, or
             None. Whisper's keys have none.
-        key_caches, value_caches: a (B, H, S, D) for each layer, all of the same strides, dense in the last dimension; D one of
-            32, 64, 80, 96, 128. What `project_cross_kv` mutates.
+        key_caches, value_caches: a (B, H, S, D) for each layer, all of the same strides, dense in the last dimension, no two
+            with a common element; D one of 32, 64, 80, 96, 128. What `project_cross_kv` mutates.
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit.
     """
+    given = {"key_weights": key_weights, "value_weights": value_weights, "key_caches": key_caches, "value_caches": value_caches}
+    check_kinds(Sequence, **given, **({} if value_biases is None else {"value_biases": value_biases}))
     biases = list(value_biases or ())
     lists = [list(key_weights), list(value_weights), biases, list(key_caches), list(value_caches)]
     L = len(lists[0])
@@ -73,8 +76,10 @@ def cross_table(
                 raise ValueError(f"{shape} is wanted, contiguous, got {tuple(tensor.shape)}, strides {tensor.stride()}")
             if tensor.dtype != first.dtype or tensor.device != first.device:
                 raise ValueError(f"{tensor.dtype} on {tensor.device} does not go with caches {first.dtype} on {first.device}")
-    if len({cache.data_ptr() for cache in caches}) < len(caches) and not first.is_meta:
-        raise ValueError("two caches lie in one place")
+    for (a, one), (b, other) in combinations((named[3] | named[4]).items(), 2):
+        if share_memory(one, other):
+            distance = other.data_ptr() - one.data_ptr()
+            raise ValueError(f"{a} and {b} share memory: strides {one.stride()}, {distance} bytes from the one to the other")
     addresses = addresses_of(*lists)
     return CrossTable(*lists, addresses.to(first.device), addresses)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_dtype, check_tensors
+from ._checks import check_dtype, check_gradients, check_numbers, check_tensors
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
@@ -26,7 +26,7 @@ def add_layer_norm_reference(
     limit: float = float("inf"),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `add_layer_norm` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
-    _check(x, residual, weight, bias, is_reference=True)
+    _check(x, residual, weight, bias, eps, limit, is_reference=True)
     dtype = torch.promote_types(x.dtype, torch.float32)
     total = x.view(-1, *residual.shape).to(dtype) + residual.to(dtype)
     total = total.view(x.shape).to(x.dtype).clamp(-limit, limit)
@@ -123,22 +123,33 @@ def add_layer_norm(
 
     Args:
         x: (M, C), contiguous; fp32, fp16 or bf16, as all others. residual: (R, C), contiguous, M a multiple of R.
-        weight, bias: (C,), and eps, of the layer norm. limit: the sum is cut off there, as stock does in fp16.
+        weight, bias: (C,), and eps, of the layer norm. limit: the sum is cut off there, as stock does in fp16; from 0
+            on, infinity too.
 
     Returns:
         The sum and the normalised sum, both (M, C) and contiguous.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit.
+        ValueError: shapes, dtypes, devices, strides or numbers that do not fit, or inputs that need gradients.
     """
-    _check(x, residual, weight, bias)
+    _check(x, residual, weight, bias, eps, limit)
+    check_gradients("add_layer_norm", x, residual, weight, bias)
     return _op(x, residual, weight, bias, eps, limit)
 
 
 def _check(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, is_reference: bool = False
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    limit: float,
+    is_reference: bool = False,
 ) -> None:
     check_tensors(x=x, residual=residual, weight=weight, bias=bias)
+    check_numbers(eps=eps)
+    if not (isinstance(limit, (int, float)) and limit >= 0):
+        raise ValueError(f"limit must be a number from 0 on, got {limit!r:.50}")
     check_dtype(x, is_reference)
     if x.dim() != 2 or residual.dim() != 2 or x.shape[1] != residual.shape[1] or min(*x.shape, len(residual)) == 0:
         raise ValueError(f"x must be (M, C) and residual (R, C), got {tuple(x.shape)} and {tuple(residual.shape)}")

@@ -18,7 +18,17 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check_apart, check_attention, check_caches, check_ended, check_positions, check_states
+from ._checks import (
+    check_apart,
+    check_attention,
+    check_caches,
+    check_ended,
+    check_flags,
+    check_gradients,
+    check_numbers,
+    check_positions,
+    check_states,
+)
 from ._dispatch import register, triton
 from ._paced import MIN_WIDTH, PACED_HEAD_DIMS, are_aligned, give_up, has_paced_copies
 from ._paced_append import PacedTiles, choose_append_tiles, paced_append
@@ -40,7 +50,7 @@ def append_attention_reference(
     ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `append_attention` computes, in PyTorch: `update_kv_cache`, then causal `decode_attention`."""
-    _check(query, key, value, key_cache, value_cache, cache_position, ended, is_reference=True)
+    _check(query, key, value, key_cache, value_cache, cache_position, scale, read_ahead, ended, is_reference=True)
     update_kv_cache_reference(key, value, key_cache, value_cache, cache_position)
     B, T = query.shape[:2]
     limit = (cache_position.reshape(-1, 1) + torch.arange(1, T + 1, device=query.device)).expand(B, -1)
@@ -156,7 +166,8 @@ def append_attention(
     Args:
         query, key, value: (B, T, H, D), T from 1 to 16, D one of 32, 64, 80, 96, 128; fp32, fp16 or bf16; any strides
             with a dense last dimension, as all tensors here.
-        key_cache, value_cache: (B, H, S, D), the query's dtype. Mutated: slots cache_position .. cache_position + T - 1.
+        key_cache, value_cache: (B, H, S, D), the query's dtype, without a common element. Mutated: slots cache_position ..
+            cache_position + T - 1.
         cache_position: int64 or int32 on the same device, 0-dim or (B,): the slot of the first new token.
         scale: multiplies the scores, in fp32. Whisper scales its query in the model's dtype and passes 1.0.
         read_ahead: promises that between what wrote cache_position, the slots before it and `ended` and this call there is a
@@ -171,9 +182,11 @@ def append_attention(
         (B, T, H, D), contiguous, the query's dtype: what `out_proj` reads as (B, T, H * D).
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit; the caches are then untouched.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients; the caches are then
+            untouched.
     """
-    _check(query, key, value, key_cache, value_cache, cache_position, ended)
+    _check(query, key, value, key_cache, value_cache, cache_position, scale, read_ahead, ended)
+    check_gradients("append_attention", query, key, value, key_cache, value_cache)
     out = query.new_empty(query.shape)
     _op(query, key, value, key_cache, value_cache, cache_position, out, scale, read_ahead, ended)
     return out
@@ -186,6 +199,8 @@ def _check(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     cache_position: torch.Tensor,
+    scale: float,
+    read_ahead: bool,
     ended: torch.Tensor | None,
     is_reference: bool = False,
 ) -> None:
@@ -199,3 +214,5 @@ def _check(
         )
     check_positions("cache_position", cache_position, query.shape[0], query.device)
     check_ended(ended, query.shape[0], query.device)
+    check_numbers(scale=scale)
+    check_flags(read_ahead=read_ahead)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_dtype, check_tensors
+from ._checks import check_dtype, check_gradients, check_tensors
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
@@ -81,9 +81,10 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> None:
         x: (M, N), contiguous; fp32, fp16 or bf16. Mutated. bias: (N,), contiguous, of the same dtype and device.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit; x is then untouched.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients; x is then untouched.
     """
     _check(x, bias)
+    check_gradients("bias_gelu", x, bias)
     _op(x, bias)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_attention, check_caches, check_counters, check_ended, check_states
+from ._checks import check_attention, check_caches, check_counters, check_ended, check_gradients, check_states
 from ._clustered_cross import clustered_cross, covers_cross
 from ._dispatch import register
 from ._linear_call import LinearCall
@@ -35,7 +35,7 @@ def cross_attention_reference(
     ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `cross_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
-    _check(x, weight, bias, key_cache, value_cache, layer_norm, counters, ended, is_reference=True)
+    _check(x, weight, bias, key_cache, value_cache, layer_norm, scale, counters, ended, is_reference=True)
     B, H, _, D = key_cache.shape
     query = skinny_linear_reference(x, (weight,), (bias,), layer_norm=layer_norm, scale=scale).view(B, -1, H, D)
     return decode_attention_reference(query, key_cache, value_cache, scale=1.0, is_causal=False, ended=ended)
@@ -134,10 +134,11 @@ def cross_attention(
         (B, T, H, D), contiguous, x's dtype: what `out_proj` reads as (B, T, H * D).
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients.
     """
-    _check(x, weight, bias, key_cache, value_cache, layer_norm, counters, ended)
+    _check(x, weight, bias, key_cache, value_cache, layer_norm, scale, counters, ended)
     norm_weight, norm_bias, eps = layer_norm
+    check_gradients("cross_attention", x, weight, bias, key_cache, value_cache, norm_weight, norm_bias)
     return _op(x, weight, bias, key_cache, value_cache, norm_weight, norm_bias, eps, scale, counters, ended)
 
 
@@ -148,13 +149,14 @@ def _check(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     layer_norm: LayerNorm,
+    scale: float,
     counters: torch.Tensor | None,
     ended: torch.Tensor | None,
     is_reference: bool = False,
 ) -> None:
     if layer_norm is None:
         raise ValueError("a layer norm is wanted, got None")
-    check_linear(x, (weight,), (bias,), layer_norm, None, is_reference)
+    check_linear(x, (weight,), (bias,), layer_norm, scale, False, None, is_reference)
     check_states(key_cache=key_cache, value_cache=value_cache, is_reference=is_reference)
     B, H, _, D = key_cache.shape
     if B == 0 or x.shape[0] % B or weight.shape[0] != H * D or (x.dtype, x.device) != (key_cache.dtype, key_cache.device):

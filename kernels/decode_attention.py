@@ -22,7 +22,17 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check_attention, check_caches, check_counters, check_ended, check_positions, check_states
+from ._checks import (
+    check_attention,
+    check_caches,
+    check_counters,
+    check_ended,
+    check_flags,
+    check_gradients,
+    check_numbers,
+    check_positions,
+    check_states,
+)
 from ._clustered_attention import clustered_attention, covers_clusters
 from ._dispatch import register, triton
 from ._paced import give_up
@@ -46,7 +56,7 @@ def decode_attention_reference(
     ended: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `decode_attention` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
-    _check(query, key_cache, value_cache, kv_length, counters, ended, is_reference=True)
+    _check(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters, ended, is_reference=True)
     B, T, _, _ = query.shape
     S = key_cache.shape[2]
     if kv_length is None and ended is None and (T == 1 or not is_causal):
@@ -238,9 +248,10 @@ def decode_attention(
         gives 0, and so may one whose scores are all -inf, where PyTorch gives NaN.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients.
     """
-    _check(query, key_cache, value_cache, kv_length, counters, ended)
+    _check(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters, ended)
+    check_gradients("decode_attention", query, key_cache, value_cache)
     return _op(query, key_cache, value_cache, kv_length, scale, is_causal, read_ahead, counters, ended)
 
 
@@ -249,6 +260,9 @@ def _check(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     kv_length: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    read_ahead: bool,
     counters: torch.Tensor | None,
     ended: torch.Tensor | None,
     is_reference: bool = False,
@@ -261,3 +275,5 @@ def _check(
     if counters is not None:
         check_counters(counters, query.shape[0] * query.shape[2], query.device)
     check_ended(ended, query.shape[0], query.device)
+    check_numbers(scale=scale)
+    check_flags(is_causal=is_causal, read_ahead=read_ahead)

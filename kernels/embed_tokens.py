@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_dtype, check_positions, check_tensors
+from ._checks import check_dtype, check_gradients, check_positions, check_tensors
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
@@ -110,9 +110,10 @@ def embed_tokens(
         (B * T, K), contiguous, the embeddings' dtype; 0 for an id or a position out of range.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, or inputs that need gradients.
     """
     _check(input_ids, token_embedding, position_embedding, cache_position)
+    check_gradients("embed_tokens", token_embedding, position_embedding)
     return _op(input_ids, token_embedding, position_embedding, cache_position)
 
 

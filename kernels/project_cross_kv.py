@@ -13,11 +13,12 @@ Work: 4 * L * M * H * D * C floating-point operations, for 2 * L * M * H * D ele
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
-from ._checks import check_dtype, check_tensors
+from ._checks import check_dtype, check_gradients, check_tensors
 from ._cross_table import CrossTable, addresses_of, cross_table
 from ._dispatch import capability, pdl_handover, pdl_options, register, tl, triton
 
@@ -210,15 +211,16 @@ def project_cross_kv(encoder_states: torch.Tensor, table: CrossTable) -> None:
         table: what `cross_table` made of the layers' weights and caches. The caches are mutated, all S slots of them.
 
     Raises:
-        ValueError: encoder states that do not fit; the caches are then untouched.
+        ValueError: encoder states that do not fit, or inputs that need gradients; the caches are then untouched.
     """
     _check(encoder_states, table)
+    check_gradients("project_cross_kv", encoder_states, *chain(*table[:5]))
     _op(encoder_states, *table)
 
 
 def _check(encoder_states: torch.Tensor, table: CrossTable, is_reference: bool = False) -> None:
     if not isinstance(table, CrossTable):
-        raise ValueError(f"table must be what cross_table returns, got {type(table).__name__}")
+        raise ValueError(f"table must be what cross_table returns, got {type(table).__name__} {table!r:.50}")
     check_tensors(encoder_states=encoder_states)
     check_dtype(encoder_states, is_reference)
     cache, weight = table.key_caches[0], table.key_weights[0]

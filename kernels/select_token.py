@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import check_dtype, check_tensors
+from ._checks import check_dtype, check_flags, check_gradients, check_kinds, check_tensors
 from ._choose_token import _pick_token_kernel, _reduce_chunks_kernel
 from ._dispatch import backend, fall_back, launched_on, pdl_options, triton
 from ._rules import ENDS, TokenLimits, TokenRules, TokenState, apply_rules
@@ -36,7 +36,7 @@ BLOCK_V = 1024
 
 def select_token_reference(logits: torch.Tensor, rules: TokenRules, state: TokenState, *, top_k: bool = False) -> None:
     """What `select_token` does, in PyTorch."""
-    _check(logits, rules, state, is_reference=True)
+    _check(logits, rules, state, top_k, is_reference=True)
     B, V = logits.shape
     limits = TokenLimits(*rules.limits.unbind())
     tokens, rows = torch.arange(V, device=logits.device), torch.arange(B, device=logits.device)
@@ -81,11 +81,12 @@ def select_token(
         block_size: tokens a program, a power of two, at least 32.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients.
     """
-    _check(logits, rules, state)
-    if block_size < GROUP or block_size & (block_size - 1):
-        raise ValueError(f"block_size must be a power of two from {GROUP} on, got {block_size}")
+    _check(logits, rules, state, top_k)
+    check_gradients("select_token", logits, rules.temperature, state.logprobs)
+    if not isinstance(block_size, int) or block_size < GROUP or block_size & (block_size - 1):
+        raise ValueError(f"block_size must be a power of two from {GROUP} on, got {block_size!r:.50}")
     if backend(logits.device) != "reference":
         try:
             with launched_on(logits.device):
@@ -147,7 +148,10 @@ def _launch(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: b
     )
 
 
-def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState, is_reference: bool = False) -> None:
+def _check(logits: torch.Tensor, rules: TokenRules, state: TokenState, top_k: bool, is_reference: bool = False) -> None:
+    check_kinds(TokenRules, rules=rules)
+    check_kinds(TokenState, state=state)
+    check_flags(top_k=top_k)
     check_tensors(logits=logits, **rules._asdict(), **state._asdict())
     check_dtype(logits, is_reference)
     if state.ids.dim() != 2 or state.ids.numel() == 0:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check_dtype, check_tensors
+from ._checks import check_dtype, check_flags, check_gradients, check_kinds, check_numbers, check_tensors
 from ._dispatch import register
 from ._linear_call import LinearCall
 from ._linear_tiles import MANY_OUTPUTS, Tiles, check_tiles, choose_tiles, covers
@@ -54,7 +54,7 @@ def skinny_linear_reference(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `skinny_linear` computes, in PyTorch: fp32 inside, float64 throughout for float64 inputs."""
-    check_linear(x, weights, biases, layer_norm, residual, is_reference=True)
+    check_linear(x, weights, biases, layer_norm, scale, gelu, residual, is_reference=True)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
     if layer_norm is not None:
@@ -167,15 +167,20 @@ def skinny_linear(
         (B, N), or (B, 3 N) for three weights, in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, devices, strides or tiles that do not fit.
+        ValueError: shapes, dtypes, devices, strides or tiles that do not fit, or inputs that need gradients.
     """
+    check_linear(x, weights, biases, layer_norm, scale, gelu, residual)
     norm = (None, None, 0.0) if layer_norm is None else layer_norm
-    check_linear(x, weights, biases, layer_norm, residual)
+    check_gradients("skinny_linear", x, *weights, *biases, *norm[:2], residual)
     (B, K), N = x.shape, weights[0].shape[0]
     has_copies = has_paced_copies(x.device, x.dtype)
     has_norm, is_plain = layer_norm is not None, not (gelu or scale != 1.0)
     is_bare = len(weights) == 1 and biases[0] is None and residual is None and not gelu
-    tiles = tiles or choose_tiles(B, N, K, len(weights), has_norm, has_copies and (is_bare or N <= MANY_OUTPUTS))
+    if tiles is None:
+        tiles = choose_tiles(B, N, K, len(weights), has_norm, has_copies and (is_bare or N <= MANY_OUTPUTS))
+    else:
+        check_kinds(Tiles, tiles=tiles)
+        check_kinds(int, **tiles._asdict())
     check_tiles(tiles, x, can_split=is_plain and not has_norm and len(weights) == 1, is_bare=is_bare)
     if tiles.PACE > 0 and not (has_copies and (B == 1 or tiles.USE_DOT) and covers(tiles, B, N, K, has_norm)):
         raise ValueError(
@@ -190,9 +195,13 @@ def check_linear(
     weights: tuple[torch.Tensor, ...],
     biases: tuple[torch.Tensor | None, ...],
     layer_norm: LayerNorm | None,
+    scale: float,
+    gelu: bool,
     residual: torch.Tensor | None,
     is_reference: bool = False,
 ) -> None:
+    if not isinstance(weights, (tuple, list)) or not isinstance(biases, (tuple, list)):
+        raise ValueError(f"weights and biases must be tuples, got {weights!r:.50} and {biases!r:.50}")
     if len(weights) not in (1, 3) or len(biases) != len(weights):
         raise ValueError(f"one or three weights are wanted and a bias or None for each, got {len(weights)} and {len(biases)}")
     check_tensors(x=x)
@@ -200,7 +209,11 @@ def check_linear(
         check_tensors(weight=weight, **({} if bias is None else {"bias": bias}))
     check_tensors(**({} if residual is None else {"residual": residual}))
     if layer_norm is not None:
-        check_tensors(norm_weight=layer_norm[0], norm_bias=layer_norm[1])
+        check_kinds(LayerNorm, layer_norm=layer_norm)
+        check_tensors(norm_weight=layer_norm.weight, norm_bias=layer_norm.bias)
+        check_numbers(eps=layer_norm.eps)
+    check_numbers(scale=scale)
+    check_flags(gelu=gelu)
     check_dtype(x, is_reference)
     if x.dim() != 2 or any(w.dim() != 2 or 0 in w.shape for w in weights):
         raise ValueError(f"x must be (B, K) and weights (N, K), got {tuple(x.shape)} and {[tuple(w.shape) for w in weights]}")

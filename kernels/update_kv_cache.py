@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from ._arguments import cache_arguments, position_arguments
-from ._checks import check_apart, check_caches, check_positions, check_states
+from ._checks import check_apart, check_caches, check_gradients, check_positions, check_states
 from ._dispatch import pdl_handover, pdl_options, register, tl, triton
 
 
@@ -143,16 +143,18 @@ def update_kv_cache(
 
     Args:
         key, value: (B, T, H, D), any T >= 1, fp32, fp16 or bf16, any strides with a dense last dimension.
-        key_cache, value_cache: (B, H, S, D) of the same dtype, same condition on the strides. Mutated.
+        key_cache, value_cache: (B, H, S, D) of the same dtype, the same condition on strides, no common element. Mutated.
         cache_position: int64 or int32 on the same device, 0-dim or (B,): the slot of the first new token.
 
     A token that falls outside the S slots is dropped, so a position that ran away cannot corrupt memory: the value is on
     the device, where nothing can be raised.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit; the caches are then untouched.
+        ValueError: shapes, dtypes, devices or strides that do not fit, or inputs that need gradients; the caches are then
+            untouched.
     """
     _check(key, value, key_cache, value_cache, cache_position)
+    check_gradients("update_kv_cache", key, value, key_cache, value_cache)
     _op(key, value, key_cache, value_cache, cache_position)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 LEAST_BAD_INPUTS = 300  # of a whole run
 # What is counted.
+REFUSED_BY_REFERENCES = "of the bad inputs, refused by references too"
 KERNEL_CALLS = "calls of kernels drawn by hypothesis"
 CHANGED_FILES = "changed checkpoint files, each refused in one line or harmless"
 SEQUENCES = "sequences of what is done to a model, each undone"

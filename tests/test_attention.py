@@ -416,6 +416,23 @@ class TestTraining:
         assert all(name in wanted for name, parameter in model.named_parameters() if parameter.requires_grad)
         assert_same(run(ours, our_cache(ours, 1)), wanted, run(exact, stock_static_cache(exact, 1)))
 
+    @torch.enable_grad()
+    def test_a_cache_may_need_gradients_where_nothing_else_does(self, device: torch.device) -> None:
+        def run(model: WhisperForConditionalGeneration, cache: Cache) -> torch.Tensor:
+            encoded = model.model.encoder(mel(1, device).to(model.dtype))
+            for i, ids in enumerate((TOKENS[:3], TOKENS[3:4])):
+                model.requires_grad_(i == 0)
+                ids = torch.tensor([ids], device=device)
+                encoded.last_hidden_state = encoded.last_hidden_state.detach()
+                out = model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=cache)
+            assert out.logits.requires_grad
+            return out.logits.detach()
+
+        model = tiny_whisper(device)
+        ours, exact = accelerate(copy.deepcopy(model)), copy.deepcopy(model).double()
+        caches = our_cache(ours, 1), stock_static_cache(model, 1), stock_static_cache(exact, 1)
+        assert_same(run(ours, caches[0]), run(model, caches[1]), run(exact, caches[2]))
+
     def test_dropout_in_a_model_without_gradients(self, device: torch.device) -> None:
         def run(model: WhisperForConditionalGeneration) -> torch.Tensor:
             model.train()

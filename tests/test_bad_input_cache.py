@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,22 @@ def test_a_cache_of_no_size_is_refused(arguments: dict[str, Any], error: type[Ex
 def test_a_cache_made_by_hand_needs_sizes_too(sizes: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1, got num_layers="):
         StaticEncoderDecoderCache(*sizes, torch.device("cpu"))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("size", [8.5, 8.0, "8", None, True, torch.tensor(8)], ids=repr)
+@pytest.mark.parametrize("name", ["num_layers", "max_cache_len", "num_frames"])
+def test_its_sizes_are_whole_numbers(name: str, size: Any) -> None:
+    sizes = {"num_layers": 2, "max_cache_len": 8, "num_frames": 8, name: size}
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be a whole number, got {type(size).__name__} {size!r}")):
+        StaticEncoderDecoderCache(**sizes, device=torch.device("cpu"))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("slots", [8.5, "8", None], ids=repr)
+def test_so_are_those_of_a_copy(cache: StaticEncoderDecoderCache, slots: Any) -> None:
+    with pytest.raises(ValueError, match=f"max_cache_len must be a whole number, got .* {slots!r}"):
+        StaticEncoderDecoderCache.from_legacy_cache(cache.to_legacy_cache(), slots)
 
 
 @pytest.mark.bad_input

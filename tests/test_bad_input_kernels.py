@@ -4,8 +4,10 @@ has changed.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from bad_inputs import (
     wrong_kinds,
     wrong_shapes,
 )
+from counts import REFUSED_BY_REFERENCES, count
 from whisper_triton.kernels._linear_tiles import Tiles as LinearTiles
 from whisper_triton.kernels._rules import TokenLimits, TokenRules, TokenState
 from whisper_triton.kernels.skinny_linear import LayerNorm
@@ -54,8 +57,8 @@ def linear() -> Arguments:
 def skinny_linear(weight: Any, bias: Any, norm_weight: Any, norm_bias: Any, **given: Any) -> torch.Tensor:
     """With one weight, or as many as are given in a tuple."""
     weights, biases = (one if isinstance(one, tuple) else (one,) for one in (weight, bias))
-    layer_norm = given.pop("layer_norm", LayerNorm(norm_weight, norm_bias, 1e-5))
-    return kernels.skinny_linear(weights=weights, biases=biases, layer_norm=layer_norm, **given)
+    made = {"weights": weights, "biases": biases, "layer_norm": LayerNorm(norm_weight, norm_bias, 1e-5)}
+    return kernels.skinny_linear(**(made | given))
 
 
 def cross() -> Arguments:
@@ -74,7 +77,8 @@ def cross() -> Arguments:
 
 
 def cross_attention(norm_weight: Any, norm_bias: Any, **given: Any) -> torch.Tensor:
-    return kernels.cross_attention(**given, layer_norm=LayerNorm(norm_weight, norm_bias, 1e-5), scale=1.0)
+    made = {"layer_norm": LayerNorm(norm_weight, norm_bias, 1e-5), "scale": 1.0}
+    return kernels.cross_attention(**(made | given))
 
 
 def table() -> Arguments:
@@ -89,7 +93,10 @@ def table() -> Arguments:
 
 
 def cross_table(**second: Any) -> kernels.CrossTable:
-    return kernels.cross_table(*([first, second[name]] for name, first in table().items()))
+    """Of one tensor of each kind, given as a layer's, or of lists of them, given as such."""
+    parameters = inspect.signature(kernels.cross_table).parameters
+    made = [[first, second.pop(name)] for name, first in table().items()]
+    return kernels.cross_table(**(dict(zip(parameters, made, strict=True)) | second))
 
 
 def project(encoder_states: Any, table: Any) -> None:
@@ -109,20 +116,42 @@ def choice() -> Arguments:
 
 def select_token(logits: Any, **given: Any) -> None:
     rules, state = (kind(*(given.pop(name) for name in kind._fields)) for kind in (TokenRules, TokenState))
-    kernels.select_token(logits, rules, state, **given)
+    kernels.select_token(logits, **({"rules": rules, "state": state} | given))
 
 
-Launcher = tuple[Callable[..., Any], Callable[[], Arguments]]
-LAUNCHERS: dict[str, Launcher] = {
-    "update_kv_cache": (
+# Of what is no tensor: what it must be, as a refusal says it, and values that are not.
+Other = tuple[str, tuple[Any, ...]]
+NUMBER: Other = ("a finite number", (None, "x", torch.nan, torch.inf, -torch.inf, torch.tensor(1.0), (1.0,)))
+LIMIT: Other = ("a number from 0 on", (None, "x", torch.nan, -1.0, torch.tensor(1.0)))
+FLAG: Other = ("True or False", (None, "x", 1, torch.tensor(True)))
+TUPLE: Other = ("tuples", (None, 3, torch.zeros(1, C), {}))
+LIST: Other = ("of type Sequence", (None, 3, torch.zeros(L, 4), iter(())))
+NORM: Other = ("of type LayerNorm", (3, (torch.zeros(C), torch.zeros(C)), (torch.zeros(C), torch.zeros(C), 1e-5)))
+TILES: Other = ("of type Tiles", (3, (16,), (16, 1, 4, False, 0, 0), ()))
+RULES: Other = ("of type TokenRules", (None, 3, ()))
+STATE: Other = ("of type TokenState", (None, 3, ()))
+BLOCK: Other = ("a power of two from 32 on", (None, "x", 64.0, 100, 16, 0, -32))
+TABLE: Other = ("what cross_table returns", (None, 3, ()))
+
+
+class Launcher(NamedTuple):
+    call: Callable[..., Any]
+    make: Callable[[], Arguments]
+    others: dict[str, Other]  # arguments that are no tensors
+
+
+LAUNCHERS = {
+    "update_kv_cache": Launcher(
         kernels.update_kv_cache,
         lambda: {k: v for k, v in attention(cache_position=torch.tensor([3, 5])).items() if k != "query"},
+        {},
     ),
-    "append_attention": (
+    "append_attention": Launcher(
         kernels.append_attention,
         lambda: attention(cache_position=torch.tensor([3, 5]), scale=1.0, ended=torch.zeros(B, dtype=torch.int64)),
+        {"scale": NUMBER, "read_ahead": FLAG},
     ),
-    "decode_attention": (
+    "decode_attention": Launcher(
         kernels.decode_attention,
         lambda: {
             name: value
@@ -134,10 +163,15 @@ LAUNCHERS: dict[str, Launcher] = {
             ).items()
             if name not in ("key", "value")
         },
+        {"scale": NUMBER, "is_causal": FLAG, "read_ahead": FLAG},
     ),
-    "cross_attention": (cross_attention, cross),
-    "skinny_linear": (skinny_linear, linear),
-    "embed_tokens": (
+    "cross_attention": Launcher(cross_attention, cross, {"scale": NUMBER, "layer_norm": NORM}),
+    "skinny_linear": Launcher(
+        skinny_linear,
+        linear,
+        {"weights": TUPLE, "biases": TUPLE, "layer_norm": NORM, "scale": NUMBER, "gelu": FLAG, "tiles": TILES},
+    ),
+    "embed_tokens": Launcher(
         kernels.embed_tokens,
         lambda: {
             "input_ids": torch.zeros(B, T, dtype=torch.int64),
@@ -145,10 +179,20 @@ LAUNCHERS: dict[str, Launcher] = {
             "position_embedding": torch.randn(7, C),
             "cache_position": torch.tensor(3),
         },
+        {},
     ),
-    "cross_table": (cross_table, table),
-    "project_cross_kv": (project, lambda: {"encoder_states": torch.randn(B, S, C), "table": cross_table(**table())}),
-    "add_layer_norm": (
+    "cross_table": Launcher(
+        cross_table,
+        table,
+        {
+            **dict.fromkeys(("key_weights", "value_weights", "key_caches", "value_caches"), LIST),
+            "value_biases": (LIST[0], LIST[1][1:]),  # may be None
+        },
+    ),
+    "project_cross_kv": Launcher(
+        project, lambda: {"encoder_states": torch.randn(B, S, C), "table": cross_table(**table())}, {"table": TABLE}
+    ),
+    "add_layer_norm": Launcher(
         kernels.add_layer_norm,
         lambda: {
             "x": torch.randn(ROWS, C),
@@ -157,9 +201,10 @@ LAUNCHERS: dict[str, Launcher] = {
             "bias": torch.randn(C),
             "eps": 1e-5,
         },
+        {"eps": NUMBER, "limit": LIMIT},
     ),
-    "bias_gelu": (kernels.bias_gelu, lambda: {"x": torch.randn(ROWS, C), "bias": torch.randn(C)}),
-    "select_token": (select_token, choice),
+    "bias_gelu": Launcher(kernels.bias_gelu, lambda: {"x": torch.randn(ROWS, C), "bias": torch.randn(C)}, {}),
+    "select_token": Launcher(select_token, choice, {"rules": RULES, "state": STATE, "top_k": FLAG, "block_size": BLOCK}),
 }
 # What of the changes below is allowed.
 FREE: dict[tuple[str, str], tuple[str, ...]] = {
@@ -193,7 +238,9 @@ MUTATED = {
 
 
 def systematic(launcher: str) -> list[Bad]:
-    """Each tensor as something else, in another dtype, of another shape, not dense, and what is written to seen twice."""
+    """Each tensor as something else, in another dtype, of another shape, not dense, and what is written to seen twice; and
+    what is no tensor as something else.
+    """
     bad: list[Bad] = []
     for name, tensor in LAUNCHERS[launcher][1]().items():
         if not isinstance(tensor, torch.Tensor):
@@ -207,6 +254,12 @@ def systematic(launcher: str) -> list[Bad]:
             bad.append(replaced("one row seen by all", name, expanded, rf"{name}.* overlap"))
             bad.append(replaced("slots that overlap", name, overlapping, rf"{name}.* overlap"))
     allowed = [f"{name}: {what}" for (kernel, name), free in FREE.items() if kernel == launcher for what in free]
+    for name, (wanted, values) in LAUNCHERS[launcher].others.items():
+        for value in values:
+            # An object's address differs from process to process, and would from test to test.
+            what = "tensor" if isinstance(value, torch.Tensor) else repr(value).split(" at ")[0]
+            message = rf"{name}.* must be {wanted}, got .*{re.escape(repr(value)[:5])}"
+            bad.append(several(f"{name}: {what:.30}", {name: lambda _, value=value: value}, message))
     return [one for one in bad if one.name not in allowed]
 
 
@@ -235,15 +288,26 @@ ONE_TENSOR = Bad(
 ONE_PLACE = Bad(
     "one place for both caches",
     lambda given: given.update(value_cache=given["key_cache"].view_as(given["key_cache"])),
-    "key_cache and value_cache lie in one place",
+    "key_cache and value_cache share memory",
 )
+
+
+def moved_by_a_slot(given: Arguments) -> None:
+    """Both caches in one buffer, where what is a slot of the values is the next slot of the keys."""
+    cache = given["key_cache"]
+    both = cache.new_zeros(cache.numel() + D)
+    given.update(key_cache=both[:-D].view_as(cache), value_cache=both[D:].view_as(cache))
+
+
+PARTLY = Bad("caches that overlap", moved_by_a_slot, "key_cache( 1)? and value_cache( 1)? share memory")
 ALL = dict.fromkeys(("query", "key", "value"), lambda t: t[:, :0])
 SPECIAL: dict[str, list[Bad]] = {
-    "update_kv_cache": [*OTHER_CACHES, ONE_TENSOR, ONE_PLACE],
+    "update_kv_cache": [*OTHER_CACHES, ONE_TENSOR, ONE_PLACE, PARTLY],
     "append_attention": [
         *OTHER_CACHES,
         ONE_TENSOR,
         ONE_PLACE,
+        PARTLY,
         several("no tokens", ALL, r"\(2, 0, 3, 32\)"),
         several("17 tokens", dict.fromkeys(ALL, lambda t: t[:, :1].expand(B, 17, H, D)), "at most 16 query tokens, got 17"),
         several("a head dim of 24", dict.fromkeys((*ALL, "key_cache", "value_cache"), lambda t: t[..., :24]), "got 24"),
@@ -277,7 +341,8 @@ SPECIAL: dict[str, list[Bad]] = {
     "embed_tokens": [several("a position each", {"cache_position": lambda t: t.new_zeros(B)}, r"\(2,\)")],
     "cross_table": [
         Bad("key weights for a value cache", lambda g: g.update(key_weight=g["key_weight"].T), r"\(64, 96\)"),
-        Bad("one tensor for both caches", lambda g: g.update(value_cache=g["key_cache"]), "two caches lie in one place"),
+        Bad("one tensor for both caches", lambda g: g.update(value_cache=g["key_cache"]), "key_cache 1 and value_cache 1 "),
+        PARTLY,
     ],
     "project_cross_kv": [
         several("no table", {"table": lambda t: tuple(t)}, "must be what cross_table returns, got tuple"),
@@ -291,8 +356,6 @@ SPECIAL: dict[str, list[Bad]] = {
     "select_token": [
         several("no row", {"logits": lambda x: x[:0]}, r"\(0, 96\)"),
         several("no token", {"logits": lambda x: x[:, :0]}, r"\(2, 0\)"),
-        several("a block of 100", {"block_size": lambda _: 100}, "block_size must be a power of two .* got 100"),
-        several("a block of 16", {"block_size": lambda _: 16}, "block_size must be a power of two .* got 16"),
         several("a state of three rows", {n: lambda t: torch.cat([t, t[:1]]) for n in TokenState._fields}, r"\(3,"),
     ],
 }  # fmt: skip
@@ -304,41 +367,99 @@ SPECIAL: dict[str, list[Bad]] = {
     [pytest.param(name, bad, id=f"{name}-{bad.name}") for name in LAUNCHERS for bad in systematic(name) + SPECIAL[name]],
 )
 def test_it_is_refused_with_a_reason_and_changes_nothing(launcher: str, bad: Bad, device: torch.device) -> None:
-    call, make = LAUNCHERS[launcher]
+    call, make, _ = LAUNCHERS[launcher]
     with torch.device(device):
         assert_refused(call, make(), bad)
 
 
+@pytest.mark.gpu
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [(name, one) for name, (_, make, _) in LAUNCHERS.items() for one, t in make().items() if isinstance(t, torch.Tensor)],
+)
+def test_a_tensor_of_the_host_among_those_of_the_gpu(launcher: str, name: str, device: torch.device) -> None:
+    call, make, _ = LAUNCHERS[launcher]
+    with torch.device(device):
+        assert_refused(call, make(), replaced("on the host", name, torch.Tensor.cpu, "cpu"))
+
+
+def test_no_function_and_no_argument_is_left_out() -> None:
+    others = {"CrossTable", "backend"}
+    assert set(LAUNCHERS) == {name for name in kernels.__all__ if not name.endswith("_reference")} - others
+    for name, (_, make, other) in LAUNCHERS.items():
+        assert {*make(), *other} >= set(inspect.signature(getattr(kernels, name)).parameters)
+
+
 # What concerns launches alone.
 ONLY_OF_LAUNCHES = {
-    "skinny_linear": ("several rows in fp32", "off 16 bytes", "K split under a norm", "an odd tile", "no tile"),
-    "select_token": ("logits: float64", "a block of 100", "a block of 16"),
+    "skinny_linear": ("tiles: ", "several rows in fp32", "off 16 bytes", "K split under a norm", "an odd tile", "no tile"),
+    "select_token": ("logits: float64", "block_size: "),
 }
 WITH_REFERENCES = [name for name in LAUNCHERS if name != "cross_table"]
 
 
-@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("launcher", "bad"),
     [
         pytest.param(name, bad, id=f"{name}-{bad.name}")
         for name in WITH_REFERENCES
         for bad in systematic(name) + SPECIAL[name]
-        if bad.name not in ONLY_OF_LAUNCHES.get(name, ())
+        if not bad.name.startswith(ONLY_OF_LAUNCHES.get(name, ()))
     ],
 )
 def test_the_reference_refuses_it_too(launcher: str, bad: Bad, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, reference = getattr(kernels, launcher), getattr(kernels, f"{launcher}_reference")
     monkeypatch.setattr(kernels, launcher, reference)  # which the functions above call
-    call, make = LAUNCHERS[launcher]
+    call, make, _ = LAUNCHERS[launcher]
     with torch.device(device):
         assert_refused(reference if call is kernel else call, make(), bad)
+    count(REFUSED_BY_REFERENCES)  # the input itself is counted above
 
 
 @pytest.mark.parametrize("launcher", WITH_REFERENCES)
 def test_the_reference_takes_what_is_good(launcher: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, reference = getattr(kernels, launcher), getattr(kernels, f"{launcher}_reference")
     monkeypatch.setattr(kernels, launcher, reference)
-    call, make = LAUNCHERS[launcher]
+    call, make, _ = LAUNCHERS[launcher]
     with torch.device(device):
         (reference if call is kernel else call)(**make())
+
+
+def floats(launcher: str) -> list[str]:
+    """Of the good arguments, the tensors that may need gradients; in a table it is a weight."""
+    good = LAUNCHERS[launcher][1]()
+    return [
+        name for name, t in good.items() if isinstance(t, kernels.CrossTable) or (torch.is_tensor(t) and t.is_floating_point())
+    ]
+
+
+def needing(value: torch.Tensor | kernels.CrossTable) -> object:
+    return (value.value_weights[-1] if isinstance(value, kernels.CrossTable) else value).requires_grad_()
+
+
+@pytest.mark.bad_input
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of -inf - -inf and log(0), which are not used
+@pytest.mark.parametrize(("launcher", "name"), [(launcher, name) for launcher in WITH_REFERENCES for name in floats(launcher)])
+def test_what_needs_gradients_is_refused_while_they_are_recorded(launcher: str, name: str, device: torch.device) -> None:
+    call, make, _ = LAUNCHERS[launcher]
+    refusal = rf"^{launcher} has no backward pass: call it under torch\.no_grad\(\), or {launcher}_reference$"
+    with torch.device(device):
+        given = make()
+        assert_refused(call, given, Bad("", lambda given: needing(given[name]), refusal))
+        with torch.no_grad():
+            call(**given)
+
+
+@pytest.mark.parametrize(
+    "launcher", ["append_attention", "cross_attention", "decode_attention", "embed_tokens", "skinny_linear"]
+)
+def test_the_reference_gives_gradients(launcher: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, reference = getattr(kernels, launcher), getattr(kernels, f"{launcher}_reference")
+    monkeypatch.setattr(kernels, launcher, reference)
+    call, make, _ = LAUNCHERS[launcher]
+    with torch.device(device):
+        given = make()
+        states = [given[name].requires_grad_() for name in floats(launcher) if name not in MUTATED.get(launcher, ())]
+        (reference if call is kernel else call)(**given).sum().backward()
+    assert all(tensor.grad is not None for tensor in states)

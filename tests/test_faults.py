@@ -170,6 +170,19 @@ class TestTritonFails:
         assert "TRITON_CACHE_DIR" in no_folder[0]
         assert too_old[1] is no_folder[1] is True
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process")
+    def test_a_folder_that_takes_no_kernel(self, tmp_path: Path) -> None:
+        """The system refuses what Triton writes there, as on a full disk; with room again kernels are built."""
+        pytest.importorskip("triton")
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))), "TRITON_INTERPRET": "0"}
+        done = subprocess.run([sys.executable, "-c", NO_ROOM, tmp_path], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (said,), results, again = json.loads(done.stdout.splitlines()[-1])
+        assert said.startswith("Triton's kernels do not run on cuda:0, slow PyTorch references do: update_kv_cache: OSError")
+        assert "TRITON_CACHE_DIR" in said
+        assert results == [True, True]
+        assert again == [[], False]
+
     def test_no_graph_is_captured_of_references(self, failures: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
         model = accelerate(tiny_whisper())
         before = decoder.fingerprint(model), encoder.fingerprint(model.model.encoder)
@@ -207,8 +220,10 @@ class TestTritonFails:
         assert "replayed" not in "".join(lines)
 
 
-TRITONS_ERRORS = """
-import json, sys
+# Tensors on the CPU are taken for ones on a GPU, on which kernels are built and a launch does nothing: what is written, a
+# reference has written.
+PRETENDED = """
+import json, logging, sys
 import torch
 import cross_compile
 from cross_compile import CompileOnly, GPUTarget, driver, knobs
@@ -218,15 +233,40 @@ from whisper_triton.kernels import _dispatch, _paced
 torch.cuda.is_current_stream_capturing = lambda: False
 _dispatch._index = lambda device: 0
 _dispatch.backend = lambda device: "reference" if _dispatch._FAILURES else "triton"
+
+def is_written():
+    states, caches = torch.ones(1, 1, 1, 32), torch.zeros(2, 1, 1, 4, 32)
+    kernels.update_kv_cache(states, states, *caches, torch.tensor(2))
+    return caches.sum((0, 1, 2, 4)).tolist() == [0, 0, 64, 0]
+"""
+NO_ROOM = f"""{PRETENDED}
+import resource
+
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+_dispatch.logger.addHandler(handler)
+knobs.cache.dir = sys.argv[1]
+driver.set_active(CompileOnly("sm_90"))
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, hard))  # less than any kernel's code
+found = [is_written(), is_written()]
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+warned = said.copy()
+said.clear()
+_dispatch._FAILURES.clear()
+again = is_written()
+print(json.dumps([warned, found, [said, again]]))
+"""
+TRITONS_ERRORS = f"""{PRETENDED}
 cross_compile.TARGETS["sm_30"] = GPUTarget("cuda", 30, 32)
 cross_compile.TARGETS["again"] = cross_compile.TARGETS["sm_90"]
 found = []
 for target, folder in (("sm_90", "cache"), ("sm_30", "cache"), ("again", "file/cache")):
     driver.set_active(CompileOnly(target))
-    knobs.cache.dir = f"{sys.argv[1]}/{folder}"
-    states, caches = torch.ones(1, 1, 1, 32), torch.zeros(2, 1, 1, 4, 32)
-    kernels.update_kv_cache(states, states, *caches, torch.tensor(2))
-    found.append((_dispatch._FAILURES.get(0), caches.sum((0, 1, 2, 4)).tolist() == [0, 0, 64, 0]))
+    knobs.cache.dir = sys.argv[1] + "/" + folder
+    written = is_written()
+    found.append((_dispatch._FAILURES.get(0), written))
     _dispatch._FAILURES.clear()
 print(json.dumps(found))
 """

@@ -6,11 +6,13 @@ once. All that is written to is a view in a buffer of canaries.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from attention_cases import (
+    LAYOUTS,
     MARGIN,
     Shape,
     assert_close_as_pytorch,
@@ -18,8 +20,10 @@ from attention_cases import (
     canaries,
     lay_out,
     layouts,
+    needs_gluon,
     relative_error,
     rounded,
+    sdpa,
     small_shapes,
     storage,
     twin,
@@ -27,16 +31,21 @@ from attention_cases import (
 from counts import KERNEL_CALLS, count
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from whisper_triton.kernels._clustered_attention import covers_clusters
 from whisper_triton.kernels._clustered_cross import CrossTiles, clustered_cross
 from whisper_triton.kernels._linear_call import LinearCall
-from whisper_triton.kernels._linear_tiles import Tiles
+from whisper_triton.kernels._linear_tiles import Tiles, covers
 from whisper_triton.kernels._paced import has_paced_copies
+from whisper_triton.kernels._paced_append import PacedTiles, covers_append
+from whisper_triton.kernels._paced_attention import covers_attention
+from whisper_triton.kernels._paced_stream import choose_stream_tiles
 from whisper_triton.kernels._rules import FLAGS, TokenLimits, TokenRules, TokenState
+from whisper_triton.kernels.append_attention import choose_tiles as choose_append_tiles
 from whisper_triton.kernels.decode_attention import LOG2E
 from whisper_triton.kernels.skinny_linear import LayerNorm, skinny_linear, skinny_linear_reference
 
 from whisper_triton import kernels
-from whisper_triton.kernels import _dispatch
+from whisper_triton.kernels import _dispatch, _paced
 
 # The interpreter's NumPy warns of -inf - -inf and of log(0), whose results are not used.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -57,6 +66,8 @@ def whole(*shape: int, dtype: torch.dtype, device: torch.device, most: int = 3) 
 def double(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.double() if value.is_floating_point() else value
+    if isinstance(value, LayerNorm):
+        return LayerNorm(*map(double, value))
     return type(value)(map(double, value)) if isinstance(value, tuple | list) else value
 
 
@@ -103,7 +114,7 @@ def append_attention(draw: Draw, device: torch.device) -> None:
     tensors = [lay_out(torch.randn(size).to(device, dtype), draw(layouts)) for size in sizes]
     expected = [twin(tensor) for tensor in tensors]
     position = positions(draw, shape, device)
-    out = kernels.append_attention(*tensors, position, scale=0.25)
+    out = kernels.append_attention(*tensors, position, scale=0.25, read_ahead=draw(PRESENT))
     reference = kernels.append_attention_reference(*expected, position, scale=0.25)
     assert all(torch.equal(storage(a), storage(b)) for a, b in zip(tensors, expected, strict=True))
     slots = position.reshape(-1, 1).expand(shape.B, 1) + torch.arange(shape.T, device=device)
@@ -121,7 +132,9 @@ def decode_attention(draw: Draw, device: torch.device) -> None:
     before = [storage(tensor) for tensor in tensors]
     length = positions(draw, shape, device) if draw(PRESENT) else None
     options = {"scale": 0.25, "is_causal": is_causal}
-    out = kernels.decode_attention(*tensors, length, **options)
+    counters = some_counters(draw, shape.B * shape.H, device)
+    out = kernels.decode_attention(*tensors, length, **options, read_ahead=draw(PRESENT), counters=counters)
+    assert counters is None or not counters.any()
     assert all(torch.equal(storage(a), b) for a, b in zip(tensors, before, strict=True))
     reference = kernels.decode_attention_reference(*tensors, length, **options)
     exact = kernels.decode_attention_reference(*double(tensors), length, **options)
@@ -129,6 +142,10 @@ def decode_attention(draw: Draw, device: torch.device) -> None:
     assert not out[~sees].any()  # a query that sees no key gives 0
     if sees.any():
         assert_close(out[sees], exact[sees], reference[sees])
+
+
+def some_counters(draw: Draw, least: int, device: torch.device) -> torch.Tensor | None:
+    return torch.zeros(least + draw(st.integers(0, 3)), dtype=torch.int32, device=device) if draw(PRESENT) else None
 
 
 def linear(draw: Draw, device: torch.device) -> None:
@@ -150,12 +167,39 @@ def linear(draw: Draw, device: torch.device) -> None:
     around = {"scale": 1.0 if tiles and tiles.SPLIT_K > 1 else draw(st.sampled_from([1.0, 0.5, 4.0]))}
     if parts == 1 and draw(PRESENT):
         around["residual"] = whole(B, N, **options)
-    inputs = [t for t in (x, *weights, *biases, around.get("residual")) if t is not None]
+    is_whole = tiles is None or tiles.SPLIT_K == 1
+    if is_whole and draw(PRESENT):
+        around["gelu"] = True
+    if is_whole and (tiles is None or covers(tiles, B, N, K, has_norm=True)) and draw(PRESENT):
+        around["layer_norm"] = LayerNorm(whole(K, **options), whole(K, **options), 1e-5)
+    inputs = [t for t in (x, *weights, *biases, around.get("residual"), *around.get("layer_norm", ())[:2]) if t is not None]
     before = [storage(tensor) for tensor in inputs]
     out = skinny_linear(x, weights, biases, tiles=tiles, **around)
     exact = skinny_linear_reference(*map(double, (x, weights, biases)), **{k: double(v) for k, v in around.items()})
-    assert torch.equal(out, rounded(exact, dtype).to(dtype))
+    if "gelu" in around or "layer_norm" in around:
+        assert_close(out, exact, layer_by_layer(x, weights, biases, **around))
+    else:
+        assert torch.equal(out, rounded(exact, dtype).to(dtype))
     assert all(torch.equal(storage(a), b) for a, b in zip(inputs, before, strict=True))
+
+
+def layer_by_layer(
+    x: torch.Tensor,
+    weights: tuple[torch.Tensor, ...],
+    biases: tuple[torch.Tensor | None, ...],
+    *,
+    scale: float,
+    gelu: bool = False,
+    residual: torch.Tensor | None = None,
+    layer_norm: LayerNorm | None = None,
+) -> torch.Tensor:
+    """What `skinny_linear` computes as stock does, each result rounded."""
+    if layer_norm is not None:
+        x = torch.nn.functional.layer_norm(x, x.shape[1:], *layer_norm)
+    first, *others = (torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    y = torch.cat([first * scale, *others], -1)
+    y = torch.nn.functional.gelu(y) if gelu else y
+    return y if residual is None else y + residual
 
 
 def cross_attention(draw: Draw, device: torch.device) -> None:
@@ -180,7 +224,9 @@ def cross_attention(draw: Draw, device: torch.device) -> None:
         call = LinearCall(x, [weight], [bias], *norm, 0.25, False, None)
         out = clustered_cross(call, *caches, LOG2E, ended, CrossTiles(4, draw(st.integers(1, 3))))
     else:
-        out = kernels.cross_attention(*tensors, layer_norm=norm, scale=0.25, ended=ended)
+        counters = torch.zeros(B * H, dtype=torch.int32, device=device) if S % 2 else None
+        out = kernels.cross_attention(*tensors, layer_norm=norm, scale=0.25, counters=counters, ended=ended)
+        assert counters is None or not counters.any()
     exact_norm = LayerNorm(norm_weight.double(), norm_bias.double(), 1e-5)
     around = {"scale": 0.25, "ended": ended}
     exact = kernels.cross_attention_reference(*map(double, tensors), layer_norm=exact_norm, **around)
@@ -311,6 +357,100 @@ KERNELS = {
 }
 
 
+# --- wide models, for which there are kernels of their own
+
+SELF_SLOTS, CROSS_SLOTS = st.integers(1, 448), st.integers(513, 2048)
+HALVES = st.sampled_from([torch.float16, torch.bfloat16])
+
+
+@st.composite
+def wide_shapes(draw: st.DrawFn, slots: st.SearchStrategy[int]) -> Shape:
+    """One token of up to 8 sequences of a model of 1024 to 1536 columns."""
+    D, S = draw(st.sampled_from([32, 64, 128])), draw(slots)
+    return Shape(draw(st.integers(1, 8)), 1, draw(st.integers(1024 // D, 1536 // D)), D, S, S)
+
+
+def wide_tensors(draw: Draw, shape: Shape, dtype: torch.dtype, device: torch.device, states: int) -> list[torch.Tensor]:
+    """So many states, and a key and a value cache, mostly of rows that can be copied 16 bytes at a time."""
+    layout = draw(st.sampled_from(["contiguous", "contiguous", *LAYOUTS]))
+    sizes = [(shape.states, "fused")] * states + [(shape.cache, layout)] * 2
+    return [lay_out(torch.randn(size, device=device).to(dtype), name) for size, name in sizes]
+
+
+def some_ended(draw: Draw, B: int, device: torch.device) -> torch.Tensor | None:
+    """Any sequences, also all or none of them."""
+    found = draw(st.lists(st.integers(0, 1), min_size=B, max_size=B))
+    return (
+        torch.tensor(found, dtype=draw(st.sampled_from([torch.int64, torch.int32])), device=device) if draw(PRESENT) else None
+    )
+
+
+def wide_append_attention(draw: Draw, device: torch.device) -> None:
+    """Of sequences that have ended the cached keys are NaN, and the new ones are written all the same."""
+    shape, dtype = draw(wide_shapes(SELF_SLOTS)), draw(HALVES)
+    B, S = shape.B, shape.S
+    tensors, ended = wide_tensors(draw, shape, dtype, device, 3), some_ended(draw, B, device)
+    found = draw(st.lists(st.integers(0, S - 1), min_size=B, max_size=B))
+    if draw(PRESENT):
+        found = found[:1] * B
+    position = torch.tensor(found, device=device)
+    runs = torch.ones(B, dtype=torch.bool, device=device) if ended is None else ended == 0
+    for cache in tensors[3:]:
+        cache[~runs] = torch.nan
+    expected = [twin(tensor) for tensor in tensors]
+    out = kernels.append_attention(*tensors, position, scale=0.125, read_ahead=draw(PRESENT), ended=ended)
+    kernels.update_kv_cache_reference(*expected[1:], position)
+    assert all(torch.equal(storage(a), storage(b)) for a, b in zip(tensors, expected, strict=True))
+    query, lengths = expected[0], [place + 1 for place in found]
+    stock, exact = sdpa(query, *expected[3:], lengths, scale=0.125), sdpa(*double([query, *expected[3:]]), lengths, scale=0.125)
+    if runs.any():
+        assert_close(out[runs], exact[runs], stock[runs])
+
+
+def wide_decode_attention(draw: Draw, device: torch.device) -> None:
+    """Over all slots, as over a cross cache, read ahead or not, joined by counters or not; NaN where a sequence has ended."""
+    shape, dtype = draw(wide_shapes(CROSS_SLOTS)), draw(HALVES)
+    tensors, ended = wide_tensors(draw, shape, dtype, device, 1), some_ended(draw, shape.B, device)
+    counters = some_counters(draw, shape.B * shape.H, device)
+    runs = torch.ones(shape.B, dtype=torch.bool, device=device) if ended is None else ended == 0
+    for cache in tensors[1:]:
+        cache[~runs] = torch.nan
+    before = [storage(tensor) for tensor in tensors]
+    around = {"read_ahead": draw(PRESENT), "counters": counters, "ended": ended}
+    out = kernels.decode_attention(*tensors, scale=0.125, **around)
+    assert all(torch.equal(storage(a), b) for a, b in zip(tensors, before, strict=True))
+    assert counters is None or not counters.any()
+    assert not out[~runs].any()
+    lengths = [shape.S] * shape.B
+    stock, exact = sdpa(*tensors, lengths, scale=0.125), sdpa(*double(tensors), lengths, scale=0.125)
+    if runs.any():
+        assert_close(out[runs], exact[runs], stock[runs])
+
+
+WIDE = {function.__name__: function for function in (wide_append_attention, wide_decode_attention)}
+
+
+@needs_gluon
+def test_wide_shapes_are_those_of_the_kernels_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_paced, "capability", lambda device: _paced.HOPPER)
+    found: Counter[str] = Counter()
+
+    def on_meta(shape: Shape) -> list[torch.Tensor]:
+        return [torch.empty(size, dtype=torch.float16, device="meta") for size in (shape.states, shape.cache, shape.cache)]
+
+    @settings(max_examples=60, phases=[Phase.generate])
+    @given(own=wide_shapes(SELF_SLOTS), cross=wide_shapes(CROSS_SLOTS))
+    def draw(own: Shape, cross: Shape) -> None:
+        tiles = choose_append_tiles(own.B, 1, own.H, own.D, itemsize=2, has_copies=True)
+        found["append"] += isinstance(tiles, PacedTiles) and covers_append(*on_meta(own), tiles)
+        found["clusters"] += covers_clusters(*on_meta(cross))
+        streams = choose_stream_tiles(cross.B * cross.H, cross.D) is not None
+        found["stream" if streams else "attention"] += covers_attention(*on_meta(cross))
+
+    draw()
+    assert min(found[kernel] for kernel in ("append", "clusters", "stream", "attention")) >= 10, found
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @settings(max_examples=12, phases=[Phase.generate])
 @given(data=st.data(), seed=st.integers(0, 1 << 20))
@@ -328,4 +468,15 @@ def test_any_call(kernel: str, data: st.DataObject, seed: int, device: torch.dev
 def test_many_calls(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
     KERNELS[kernel](data.draw, device)
+    count(KERNEL_CALLS)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kernel", WIDE)
+@settings(max_examples=80, phases=[Phase.generate])
+@given(data=st.data(), seed=st.integers(0, 1 << 20))
+def test_many_calls_of_wide_models(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
+    torch.manual_seed(seed)
+    WIDE[kernel](data.draw, device)
     count(KERNEL_CALLS)

@@ -27,6 +27,7 @@ from attention_cases import (
 from counts import KERNEL_CALLS, count
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from whisper_triton.kernels._checks import share_memory
 
 from whisper_triton.kernels import decode_attention, update_kv_cache, update_kv_cache_reference
 
@@ -138,6 +139,40 @@ def test_any_shapes_strides_and_positions(data: st.DataObject, shape: Shape, dty
     names = [data.draw(layouts, "layout") for _ in range(4)]
     tensors = [lay_out(values, name) for values, name in zip((*states, *caches), names, strict=True)]
     assert_writes(*tensors, torch.tensor(positions, device=device))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_caches_may_take_turns_in_one_buffer(dim: int, device: torch.device) -> None:
+    buffer = torch.zeros(*SHAPE.cache[:dim], 2, *SHAPE.cache[dim:], device=device)
+    key, value = random_states(SHAPE, torch.float32, device, 2)
+    update_kv_cache(key, value, *buffer.unbind(dim), torch.tensor(3, device=device))
+    for states, cache in zip((key, value), buffer.unbind(dim), strict=True):
+        expected = torch.zeros_like(cache)
+        write_slot_by_slot(states, expected, [3] * SHAPE.B)
+        assert torch.equal(cache, expected)
+
+
+@st.composite
+def strides_of(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a tensor that does not overlap itself, its dimensions but the last in any order and with gaps."""
+    strides, reached = [1] * len(shape), shape[-1]
+    for dim in draw(st.permutations(range(len(shape) - 1))):
+        strides[dim] = reached * draw(st.integers(1, 2)) + draw(st.integers(0, 3))
+        reached = strides[dim] * shape[dim]
+    return tuple(strides)
+
+
+@settings(max_examples=300)
+@given(data=st.data(), shape=st.tuples(*[st.integers(1, 3)] * 3, st.sampled_from([1, 2, 4])))
+def test_whether_two_caches_share_an_element(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    buffer = torch.zeros(1 << 15, dtype=torch.float16)
+    strides = data.draw(strides_of(shape))
+    others = data.draw(st.one_of(st.just(strides), strides_of(shape)))
+    views = [buffer.as_strided(shape, one, data.draw(st.integers(0, 60))) for one in (strides, others)]
+    seen = [
+        set(torch.arange(len(buffer)).as_strided(v.shape, v.stride(), v.storage_offset()).flatten().tolist()) for v in views
+    ]
+    assert share_memory(*views) == share_memory(*reversed(views)) == bool(seen[0] & seen[1])
 
 
 def test_the_op_keeps_the_rules_of_torch_library(device: torch.device) -> None:

@@ -190,6 +190,7 @@ class TritonAttention(WhisperAttention):
         kind = CrossAttentionLayer if is_cross else SelfAttentionLayer
         layer = self._cache_layer(past_key_values, is_cross)
         sources = (hidden_states, key_value_states) if is_cross else (hidden_states,)
+        cached = (layer.keys, layer.values) if isinstance(layer, kind) and layer.is_initialized else ()
         dropout = self.dropout if self.training else 0.0
         kwargs_of_attention = kwargs | {"output_attentions": output_attentions}
         # Decided before anything is computed: on the stock path hooks and adapters would else act on the query twice.
@@ -199,7 +200,7 @@ class TritonAttention(WhisperAttention):
             and (attention_mask is None or (hidden_states.shape[1] == 1 and layer is not None and is_length(attention_mask)))
             and (key_value_states is None or key_value_states.shape[0] == hidden_states.shape[0])
             and _not_covered(
-                self, hidden_states, self.head_dim, chain(sources, self.parameters()), dropout, kwargs_of_attention
+                self, hidden_states, self.head_dim, chain(sources, cached, self.parameters()), dropout, kwargs_of_attention
             )
             is None
         )

@@ -16,6 +16,7 @@ from transformers import WhisperForConditionalGeneration
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 
 from .kernels import update_kv_cache
+from .kernels._checks import need_gradients
 
 
 class SelfAttentionLayer(StaticLayer):
@@ -122,7 +123,7 @@ class CrossAttentionLayer(StaticLayer):
 
 
 def _write(layer: StaticLayer, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-    if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+    if need_gradients(key_states, value_states, layer.keys, layer.values):
         # The kernel has no backward pass: gradients would get lost without a word.
         slots = layer.cumulative_length + torch.arange(key_states.shape[2], device=key_states.device)
         layer.keys.index_copy_(2, slots, key_states)
@@ -171,11 +172,17 @@ class StaticEncoderDecoderCache(EncoderDecoderCache):
         device: where the positions live; the caches follow the states they are given first.
         is_compileable: what `generate` and the mask functions of transformers ask a static cache. False saves them work but
             is only for attention of ours: any other is then told that every slot holds a token.
+
+    Raises:
+        ValueError: a size that is no whole number, or below 1.
     """
 
     def __init__(
         self, num_layers: int, max_cache_len: int, num_frames: int, device: torch.device, is_compileable: bool = True
     ) -> None:
+        for name, size in (("num_layers", num_layers), ("max_cache_len", max_cache_len), ("num_frames", num_frames)):
+            if not isinstance(size, Integral) or isinstance(size, bool):
+                raise ValueError(f"{name} must be a whole number, got {type(size).__name__} {size!r:.50}")
         if min(num_layers, max_cache_len, num_frames) < 1:
             raise ValueError(f"sizes must be at least 1, got {num_layers=}, {max_cache_len=}, {num_frames=}")
         position = torch.zeros((), dtype=torch.int64, device=device)
