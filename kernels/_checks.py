@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import math
+from numbers import Real
 from operator import mul
 
 import torch
@@ -30,7 +31,7 @@ def check_tensors(**tensors: object) -> None:
 def check_numbers(**numbers: object) -> None:
     """All finite numbers of the host's: a NaN would come out of a reference and be lost in a kernel's comparisons."""
     for name, number in numbers.items():
-        if not (isinstance(number, (int, float)) and -math.inf < number < math.inf):
+        if not (isinstance(number, Real) and -math.inf < number < math.inf):
             raise ValueError(f"{name} must be a finite number, got {number!r:.50}")
 
 

@@ -44,7 +44,7 @@ class CrossProjections:
 
     def copy(self, other: CrossProjections, whole: torch.Tensor, rows: torch.Tensor, encoder_states: torch.Tensor) -> bool:
         """Fills the cross cache from `rows` (B,) of another step's, if that is of the states `whole`, of which `encoder_states`
-        are these rows; returns whether it was. It takes a quarter of the time of projecting them, by the bytes and operations.
+        are these rows; returns whether it was. By the bytes and operations it should take a quarter of projecting them.
         """
         if not (self._covers(encoder_states) and other.holds(whole)):
             return False

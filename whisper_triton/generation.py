@@ -160,7 +160,9 @@ def _detection(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) ->
     ids, features = kwargs["decoder_input_ids"], kwargs["input_features"]
     if ids.shape != (features.shape[0], 1) or self.training or torch.is_grad_enabled():
         return None
-    if not has_stocks_forward(self) or why_not_replayed(self, {}) is not None:
+    # A kept step's decoder lies on one device, or `kept_step` finds that it has changed.
+    reason = why_not_static(self, is_known=True) or why_not_replayed(self, {})
+    if reason is not None or not has_stocks_forward(self):
         return None
     step = kept_step(self, ids.shape[0])
     if step is None:
