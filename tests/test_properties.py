@@ -474,7 +474,7 @@ def test_many_calls(kernel: str, data: st.DataObject, seed: int, device: torch.d
 @pytest.mark.gpu
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kernel", WIDE)
-@settings(max_examples=80, phases=[Phase.generate])
+@settings(max_examples=40, phases=[Phase.generate])
 @given(data=st.data(), seed=st.integers(0, 1 << 20))
 def test_many_calls_of_wide_models(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed)
