@@ -15,7 +15,7 @@ import functools
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from whisper_triton.benchmarks.generate import NEW_TOKENS, Models, TokenCheck, Variant, settings
-from whisper_triton.benchmarks.harness import Place, Row
+from whisper_triton.benchmarks.harness import Place, Row, median_and_spread
 from whisper_triton.benchmarks.tasks import measure_named, number_to, parser_for
 
 VARIANTS = ("stock dynamic", "accelerate")
@@ -38,16 +38,11 @@ def bench(place: Place, models: Models, B: int, *, calls: int | None = None) -> 
     calls, new_tokens = (calls or 10, NEW_TOKENS) if place.is_gpu else (calls or 2, 4)
     config = models.stock.config
     features = place.randn(B, config.num_mel_bins, 2 * config.max_source_positions)
-    kinds = (False, True)  # told, detected
-    checks = {
-        detects: TokenCheck(models.stock, models.exact, features, settings(models.stock, new_tokens, detects))
-        for detects in kinds
-    }
-    running = {
-        (name, detects): Variant(name, models.runners[name], features, new_tokens, place, detects)
-        for name in VARIANTS
-        for detects in kinds
-    }
+    checks, running = {}, {}
+    for detects in (False, True):
+        checks[detects] = TokenCheck(models.stock, models.exact, features, settings(models.stock, new_tokens, detects))
+        for name in VARIANTS:
+            running[name, detects] = Variant(name, models.runners[name], features, new_tokens, place, detects)
     for _ in range(calls):
         for variant in running.values():
             variant.time_once()
@@ -55,11 +50,11 @@ def bench(place: Place, models: Models, B: int, *, calls: int | None = None) -> 
         checks[detects](name, variant.tokens)
     rows = []
     for name in VARIANTS:
-        told, detected = (running[name, detects].row(running[name, detects].tokens) for detects in kinds)
         row: Row = {"benchmark": "detect_language", "B": B, "variant": name, "new_tokens": new_tokens}
-        for kind, one in (("told", told), ("detected", detected)):
-            row |= {f"{kind}_ms": one["ms"], f"{kind}_spread_ms": one["spread_ms"]}
-        rows.append(row | {"detection_ms": detected["ms"] - told["ms"]})
+        for detects, kind in ((False, "told"), (True, "detected")):
+            median, spread = median_and_spread(running[name, detects].times)
+            row |= {f"{kind}_ms": 1000 * median, f"{kind}_spread_ms": 1000 * spread}
+        rows.append(row | {"detection_ms": row["detected_ms"] - row["told_ms"]})
     return rows
 
 

@@ -208,14 +208,15 @@ class TritonAttention(WhisperAttention):
             return super().forward(
                 hidden_states, key_value_states, past_key_values, attention_mask, output_attentions, **kwargs
             )
+        ended = getattr(past_key_values, "ended", None)  # of a captured step's cache
         query = (self.q_proj(hidden_states) * self.scaling).view(*hidden_states.shape[:-1], -1, self.head_dim)
         if layer is None:
             key, value = self._project(key_value_states if is_cross else hidden_states)
             out = self._prompt_attention(query, key, value, is_causal=self.is_causal and not is_cross)
         elif is_cross:
-            out = self._cross_attention(query, key_value_states, past_key_values, layer)
+            out = self._cross_attention(query, key_value_states, past_key_values, layer, ended)
         else:
-            out = self._self_attention(query, *self._project(hidden_states), past_key_values, layer)
+            out = self._self_attention(query, *self._project(hidden_states), layer, ended)
         return self.out_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
 
     def _cache_layer(self, past_key_values: Cache | None, is_cross: bool) -> Any:
@@ -246,8 +247,8 @@ class TritonAttention(WhisperAttention):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        past_key_values: EncoderDecoderCache,
         layer: SelfAttentionLayer,
+        ended: torch.Tensor | None,
     ) -> torch.Tensor:
         T = query.shape[1]
         if T > 1:  # a prompt without a mask: the cache was empty, so the new tokens are all there is
@@ -256,7 +257,6 @@ class TritonAttention(WhisperAttention):
         if not layer.is_initialized:
             layer.lazy_initialization(key.transpose(1, 2), value.transpose(1, 2))
         layer.claim(T)
-        ended = getattr(past_key_values, "ended", None)
         out = append_attention(query, key, value, layer.keys, layer.values, layer.cumulative_length, scale=1.0, ended=ended)
         layer.advance(T)
         return out
@@ -267,6 +267,7 @@ class TritonAttention(WhisperAttention):
         key_value_states: torch.Tensor,
         past_key_values: EncoderDecoderCache,
         layer: CrossAttentionLayer,
+        ended: torch.Tensor | None,
     ) -> torch.Tensor:
         is_updated = past_key_values.is_updated.get(self.layer_idx, False)
         if not is_updated:
@@ -274,7 +275,6 @@ class TritonAttention(WhisperAttention):
             layer.update(key.transpose(1, 2), value.transpose(1, 2))
             past_key_values.is_updated[self.layer_idx] = True
         if query.shape[1] == 1:
-            ended = getattr(past_key_values, "ended", None)
             return decode_attention(query, layer.keys, layer.values, scale=1.0, read_ahead=is_updated, ended=ended)
         return self._prompt_attention(query, layer.keys.transpose(1, 2), layer.values.transpose(1, 2), is_causal=False)
 

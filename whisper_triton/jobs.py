@@ -157,7 +157,7 @@ def _work(
             bar.set_description(f"{start}/{len(files)} files")
             recordings = _load(batch)
             for file, samples in recordings.items():
-                _compare(file, samples.size / SAMPLE_RATE, lengths[file])
+                _warn_if_cut_off(file, samples.size / SAMPLE_RATE, lengths[file])
             if recordings:
                 show = partial(_advance, bar, before)
                 speeches = speak(list(recordings.values()), on_progress=show)
@@ -186,7 +186,7 @@ def _load(files: list[str]) -> dict[str, np.ndarray]:
     return recordings
 
 
-def _compare(file: str, seconds: float, promised: float) -> None:
+def _warn_if_cut_off(file: str, seconds: float, promised: float) -> None:
     """Says so where a file, cut off perhaps, holds less than its header promises; what there is has words all the same."""
     if seconds < CUT_OFF * promised:
         with tqdm.external_write_mode():
