@@ -23,7 +23,7 @@ from whisper_models import FRAMES, MEL_BINS, Recorder, counted, mel, tensors_of,
 
 from whisper_triton import accelerate, is_accelerated, restore
 from whisper_triton.encoded import ENCODED, Encoded
-from whisper_triton.encoder import CapturedEncoder, fingerprint
+from whisper_triton.encoder import CapturedEncoder, fingerprint, places_of
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")
@@ -35,10 +35,11 @@ class StandIn:
     """A captured graph that is none."""
 
     nbytes = 0
-    fits = CapturedEncoder.fits
+    fits, has_its_memory = CapturedEncoder.fits, CapturedEncoder.has_its_memory
 
     def __init__(self, encoder: WhisperEncoder) -> None:
         self.encoder, self.fingerprint, self.parameters = encoder, fingerprint(encoder), list(encoder.parameters())
+        self._places = places_of(self.parameters)
         self.started: list[torch.Tensor] = []
         self.results: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -264,6 +265,11 @@ def own_forward(model: Any) -> None:
     encoder.forward = lambda *args, **kwargs: type(encoder).forward(encoder, *args, **kwargs)
 
 
+def other_data(model: Any) -> None:
+    first, second = model.model.encoder.layers[:2]
+    second.fc1.weight.data = first.fc1.weight.data
+
+
 class TestWhatIsLeftToStock:
     @pytest.mark.parametrize(
         "change",
@@ -271,23 +277,23 @@ class TestWhatIsLeftToStock:
             own_class,
             own_segment,
             lambda model: model.model.encoder.register_forward_pre_hook(lambda encoder, args: None),
-            lambda model: model.model.encoder.layers[1].register_forward_hook(lambda *args: None),
-            lambda model: model.model.encoder.layers[1].train(),
             lambda model: setattr(model.config, "_attn_implementation", "sdpa"),
             restore,
             lambda model: setattr(model.model, "encoder", Wrapped(model.model.encoder)),
             own_forward,
+            lambda model: model.double().float(),
+            other_data,
         ],
         ids=[
             "a class's segment",
             "an instance's segment",
             "a hook before",
-            "a hook inside",
-            "training",
             "attention",
             "restored",
             "another encoder",
             "a forward pass of the user's",
+            "weights that have moved",
+            "a weight that has",
         ],
     )
     def test_models_that_are_not_as_they_were(self, change: Callable[[Any], Any], device: torch.device) -> None:
@@ -299,6 +305,27 @@ class TestWhatIsLeftToStock:
             results.append(generate(model, mel(1, device)))
         assert results[0] == results[1]
         assert graph.started == []
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda encoder: encoder.layers[1].register_forward_hook(lambda layer, args, output: -output),
+            lambda encoder: encoder.layers[1].train(),
+            lambda encoder: setattr(encoder.conv1, "weight", nn.Parameter(-encoder.conv1.weight.detach())),
+            lambda encoder: setattr(encoder, "layers", encoder.layers[:1]),
+        ],
+        ids=["a hook inside", "training", "another weight", "fewer layers"],
+    )
+    def test_a_pass_that_the_graph_no_longer_is(self, change: Callable[[Any], Any], device: torch.device) -> None:
+        """It may have been started, as its weights are where they were; nobody sees its states."""
+        results = []
+        for prepare in (lambda model: None, lambda model: captured(model, 1)):
+            model = tiny_whisper(device, seed=3)
+            graph = prepare(model)
+            change(model.model.encoder)
+            results.append(generate(model, mel(1, device)))
+        assert len(graph.started) == 1
+        assert results[1] == (results[0][0], [1, 1])  # the first pass is the stand-in's
 
     def test_a_segment_of_the_users_own_from_before(self, device: torch.device) -> None:
         model = tiny_whisper(device, seed=3)

@@ -2,9 +2,10 @@
 
 Stock builds configurations, processors and the first tokens before it asks the encoder, milliseconds in which a GPU has nothing
 to do. Where a graph has been captured for just these features, it runs meanwhile, in a stream of its own: stock waits for its
-small copies to the GPU, and in its stream it would wait for the encoder too. The states lie in the call's `Encoded`, where the
-encoder's override finds them if neither features nor weights have changed. If they have, or stock refuses the call, nobody
-sees them.
+small copies to the GPU, and in its stream it would wait for the encoder too. Whether the graph still is what a pass would do
+takes a walk over all modules to know: it is looked at when the encoder is asked, and not while the GPU waits. The states lie in
+the call's `Encoded`, where the encoder's override finds them if modules, features and weights are what they were. If they are
+not, or stock refuses the call, nobody sees them.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class Encoded:
         """As `keep`, but of features that the caller of `generate` may write into: their version tells.
 
         Args:
-            graph: what makes the states; it has just been found to fit.
+            graph: what makes the states, if it fits: that is looked at when they are asked for.
         """
         self._kept = _Kept(encoder, versions_of(graph.parameters), features, states, graph)
 

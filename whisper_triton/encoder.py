@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -76,11 +76,16 @@ def why_not_captured(encoder: WhisperEncoder) -> str | None:
 def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
     """What a graph depends on: another one is captured when modules, hooks, modes or the places of the weights change.
 
-    Asked before every replay, so it is one walk over the modules; while it holds, so does what `why_not_captured` said.
+    Asked before the states of any replay are used, so it is one walk over the modules; while it holds, so does what
+    `why_not_captured` said.
     """
     found: list[object] = [global_hooks(), failed_gpus()]
     add_fingerprint(modules_of(encoder), found, wrapped=encoder)
     return tuple(found)
+
+
+def places_of(parameters: Iterable[nn.Parameter]) -> list[int]:
+    return [parameter.data_ptr() for parameter in parameters]
 
 
 class CapturedEncoder:
@@ -95,6 +100,7 @@ class CapturedEncoder:
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(features.device):
             chain = FusedEncoder(encoder)
             self.fingerprint, self.parameters = fingerprint(encoder), list(encoder.parameters())
+            self._places = places_of(self.parameters)
             self.features = torch.empty(features.shape, dtype=features.dtype, device=features.device).copy_(features)
             self.graph, self.states, nbytes = capture(lambda: chain(self.features), features.device)
             self.stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
@@ -109,6 +115,13 @@ class CapturedEncoder:
     def fits(self, encoder: WhisperEncoder) -> bool:
         """Whether the graph still is what a pass of `encoder` would do."""
         return self.fingerprint == fingerprint(encoder)
+
+    def has_its_memory(self) -> bool:
+        """Whether the weights lie where the graph reads them: a replay harms nobody then, even if it no longer `fits`.
+
+        A fraction of what `fits` takes of the host.
+        """
+        return self._places == places_of(self.parameters)
 
     def start(self, features: torch.Tensor) -> torch.Tensor:
         """Queues the pass beside the current stream. As a call, but `join` has to come before the states are read."""
@@ -205,11 +218,11 @@ def is_covered(self: WhisperEncoder, features: Any, args: tuple[Any, ...], kwarg
 
 
 def kept_graph(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder | None:
-    """The graph that was captured for such features, if it still is what a pass would do."""
+    """The graph that was captured for such features, which may be replayed, though it may not be what a pass would do now."""
     graphs = getattr(self, STATE).graphs
     key = _key(features)
     with _LOCK:
-        if self.config._attn_implementation != NAME or key not in graphs or not graphs[key].fits(self):
+        if self.config._attn_implementation != NAME or key not in graphs or not graphs[key].has_its_memory():
             return None
         graphs.move_to_end(key)
         return graphs[key]
@@ -220,7 +233,7 @@ def _captured(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder |
     graphs = getattr(self, STATE).graphs
     with _LOCK:
         graph = kept_graph(self, features)
-        if graph is not None:
+        if graph is not None and graph.fits(self):
             return graph
 
         def give_up(key: tuple[int, int]) -> None:
