@@ -228,7 +228,10 @@ class TestSanitizers:
 
 
 SUITE = """
+import subprocess
 import sys
+import unittest
+
 import pytest
 
 def test_passes():
@@ -250,26 +253,70 @@ def broken():
 
 def test_breaks_before_it_begins(broken):
     pass
+
+def test_fails_for_another_reason():
+    assert "whisper_triton" in sys.modules
+    assert 1 == 2
+
+class TestParts(unittest.TestCase):
+    def test_of_a_test(self):
+        for part in range(2):
+            with self.subTest(part=part):
+                self.assertTrue(part == 1 or "whisper_triton" not in sys.modules)
+
+def test_starts_another_pytest(tmp_path):
+    test = tmp_path / "test_inner.py"
+    test.write_text("import sys\\ndef test_inner():\\n    assert 'whisper_triton' not in sys.modules")
+    subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(test)], check=True)
+
+def test_makes_a_model():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+    WhisperForConditionalGeneration(WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=1, decoder_attention_heads=1,
+    ))
 """
 
 
+def run_suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SCRIPTS / "run_foreign_suite.py", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
 class TestForeignSuite:
-    def test_it_lists_what_came_out_otherwise(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("processes", [(), ("-n", "2")])
+    def test_it_lists_what_came_out_otherwise(self, processes: tuple[str, ...], tmp_path: Path) -> None:
         (tmp_path / "test_foreign.py").write_text(SUITE)
-        command = [sys.executable, SCRIPTS / "run_foreign_suite.py", "test_foreign.py", "-k", "test_"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        (tmp_path / "test_not_there.py").write_text("import nowhere")
+        (tmp_path / "test_there_once.py").write_text("import sys; assert 'whisper_triton' not in sys.modules")
+        done = run_suite(tmp_path, ".", "-k", "test_", *processes)
         assert done.returncode == 1, done.stderr
-        lines = done.stdout.splitlines()
-        expected = {"breaks_before_it_begins": "error: Assert", "is_skipped": "skipped", "sees_the_package": "failed: Assert"}
-        assert len(lines) == len(expected) + 1
-        for line, (test, outcome) in zip(lines[:-1], expected.items(), strict=True):
-            assert line.startswith(f"test_foreign.py::test_{test}: passed, accelerated {outcome}")
-        assert lines[-1] == "5 tests, 3 of them came out differently"
+        note, *lines, last = done.stdout.splitlines()
+        assert note.startswith("test_foreign.py::test_fails_for_another_reason: failed in both runs: AssertionError")
+        assert note.endswith(", accelerated: assert 1 == 2")
+        expected = {
+            "foreign.py::TestParts::test_of_a_test": "passed, accelerated failed: AssertionError",
+            "foreign.py::test_breaks_before_it_begins": "passed, accelerated error: Assert",
+            "foreign.py::test_is_skipped": "passed, accelerated skipped",
+            "foreign.py::test_sees_the_package": "passed, accelerated failed: Assert",
+            "foreign.py::test_starts_another_pytest": "passed, accelerated failed: subprocess.CalledProcessError",
+            "there_once.py": "not run, accelerated error: Assert",
+        }
+        assert len(lines) == len(expected), lines
+        for line, (test, outcome) in zip(lines, expected.items(), strict=True):
+            assert line.startswith(f"test_{test}: {outcome}"), line
+        assert last == "11 tests, 1 of them with an accelerated model, 6 came out differently"
 
     def test_without_a_path_or_tests_it_says_so(self, tmp_path: Path) -> None:
-        for arguments in ([], [tmp_path / "nowhere"]):
-            command = [sys.executable, SCRIPTS / "run_foreign_suite.py", *arguments]
-            assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 2
+        for arguments in ((), (str(tmp_path / "nowhere"),)):
+            assert run_suite(tmp_path, *arguments).returncode == 2
+
+    def test_of_a_run_that_crashes_the_rest_is_told(self, tmp_path: Path) -> None:
+        crash = "import os, sys\ndef test_first(): pass\ndef test_crash(): 'whisper_triton' in sys.modules and os._exit(3)\n"
+        (tmp_path / "test_foreign.py").write_text(crash)
+        done = run_suite(tmp_path, "test_foreign.py")
+        assert done.returncode == 2
+        assert "the accelerated run did not come to its end; begun last was test_foreign.py::test_crash" in done.stderr
+        assert done.stdout.splitlines()[0] == "test_foreign.py::test_crash: passed, accelerated not run"
 
     def test_every_model_is_accelerated_when_it_is_made(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         tiny_whisper().save_pretrained(tmp_path)

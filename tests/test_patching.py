@@ -1,6 +1,7 @@
 """`accelerate` and `restore`: in place, reversible without a trace, and invisible to all that uses a model."""
 
 import copy
+import gc
 import inspect
 import io
 import pickle
@@ -111,6 +112,23 @@ class TestAccelerate:
         ours, wanted = model.generate(features, **kwargs), stock.generate(features, **kwargs)
         assert all(map(torch.equal, ours.logits, wanted.logits))
 
+    @pytest.mark.parametrize("how", ["by name", "of another's configuration"])
+    def test_attention_weights_of_a_model_that_has_our_attention_already(self, how: str, device: torch.device) -> None:
+        stock, name = tiny_whisper(device, seed=3, attn_implementation="eager"), "whisper_triton"
+        if how == "by name":
+            model = tiny_whisper(device, seed=3, attn_implementation=name)
+        else:  # of one that is no more
+            model = type(stock)(accelerate(copy.deepcopy(stock)).config).to(device).eval()
+            model.load_state_dict(stock.state_dict())
+            gc.collect()
+        assert model.config._attn_implementation == name
+        inputs = {"input_features": mel(2, device), "decoder_input_ids": torch.tensor([[5, 6, 7]] * 2, device=device)}
+        with torch.no_grad():
+            wanted, ours = (one(**inputs, output_attentions=True) for one in (stock, accelerate(model)))
+        for kind in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+            assert len(ours[kind]) == len(wanted[kind]) > 0
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours[kind], wanted[kind], strict=True))
+
     def test_a_generate_inside_a_generate_does_not_disturb_it(self, device: torch.device) -> None:
         """On a GPU both would else share one captured step and its cache."""
         model, features = tiny_whisper(device, seed=3), mel(2, device)
@@ -130,6 +148,17 @@ class TestAccelerate:
 
 
 class TestRestore:
+    @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+    def test_another_attention_chosen_meanwhile_stays(self, device: torch.device, attn_implementation: str) -> None:
+        model, features = accelerate(tiny_whisper(device, seed=3)), mel(2, device)
+        model.set_attn_implementation(attn_implementation)
+        restore(model)
+        assert model.config._attn_implementation == attn_implementation
+        stock = tiny_whisper(device, seed=3, attn_implementation=attn_implementation)
+        kwargs = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True}
+        ours, wanted = model.generate(features, **kwargs), stock.generate(features, **kwargs)
+        assert all(map(torch.equal, ours.logits, wanted.logits))
+
     @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager", "whisper_triton"])
     def test_it_leaves_no_trace(self, device: torch.device, attn_implementation: str) -> None:
         model = tiny_whisper(device, attn_implementation=attn_implementation)

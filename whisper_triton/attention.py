@@ -153,7 +153,7 @@ def _stock_attention(
     if reason is not None:
         report_once(f"attention takes the stock path: {reason}")
     wants_weights = kwargs.get("output_attentions") or module.config.output_attentions
-    stock = getattr(module, "stock_attn_implementation", "eager" if wants_weights else "sdpa")
+    stock = getattr(module, "stock_attn_implementation", None) or ("eager" if wants_weights else "sdpa")
     if is_length(mask):
         mask = torch.arange(key.shape[2], device=key.device) < mask  # (1, 1, 1, S)
     if stock != "eager" or reason is None:

@@ -72,7 +72,8 @@ def _accelerate(model: WhisperForConditionalGeneration) -> None:
     for module in model.modules():
         if type(module) is WhisperAttention:
             module.__class__ = TritonAttention
-            module.stock_attn_implementation = "eager" if stock == "eager" else "sdpa"
+            # Of a model that has our attention by name it is what that takes, which depends on what is asked for.
+            module.stock_attn_implementation = None if stock == NAME else "eager" if stock == "eager" else "sdpa"
     model.config._attn_implementation = NAME
     encoder, encoder_state = model.model.encoder, None
     if isinstance(encoder, WhisperEncoder) and STATE not in vars(encoder):  # which two models may share
@@ -116,7 +117,8 @@ def _restore(model: WhisperForConditionalGeneration, state: State) -> None:
         unpack_encoder(encoder)
     _take_back(model, state.overridden)
     _ACCELERATED.discard(model)
-    if not _sharing_config(model):
+    # Another name there is what the user has chosen since.
+    if not _sharing_config(model) and model.config._attn_implementation == NAME:
         model.config._attn_implementation = state.attn_implementation
 
 
