@@ -3,9 +3,9 @@
     cd transformers && python .../tests/run_foreign_suite.py tests/models/whisper -k "generate and not integration"
 
 What follows the path is for pytest. Each WhisperForConditionalGeneration is accelerated when it is made, which also covers
-`from_pretrained`; other models stay as they are. Tests that fail in both runs for different reasons are listed, and do not
-count: a reason may hold random numbers. Exits with 0 if every test came out the same, with 1 if not, and with 2 if pytest ran
-no tests or did not come to its end.
+`from_pretrained`; other models stay as they are. A test's parts, its subtests, set-up and tear-down, are told apart. What fails
+in both runs for different reasons is listed, and does not count: a reason may hold random numbers. Exits with 0 if every test
+came out the same, with 1 if not, and with 2 if pytest ran no tests or did not come to its end.
 """
 
 from __future__ import annotations
@@ -25,30 +25,39 @@ HERE = Path(__file__).parent
 # Environment variables: this file is then pytest's plugin.
 OUTCOMES = "WHISPER_TRITON_OUTCOMES"  # the file to write, line by line: a run may crash
 ACCELERATE = "WHISPER_TRITON_ACCELERATE"  # set: accelerate every model
-# From the best to the worst; a test that runs parts of itself as subtests has a report for each under its own name.
-RANKS = {name: rank for rank, name in enumerate(("passed", "skipped", "xfailed", "rerun", "xpassed", "failed", "error"))}
-HAS_OURS = "an accelerated model"  # a property of tests that make one
-ENDED = "ended"
+QUOTES = "\"'"
+MADE_ONE = "made an accelerated model"  # a property of tests
 
-_file: Path | None = None
-_made: list[object] = []  # None for each model that has been accelerated since a test was reported
+_session: tuple[pytest.Config, Path] | None = None  # whose outcomes are kept, and where
+_has_made_one = False  # since a test began
+
+Part = tuple[str, str]  # a test, or a file that could not be collected, and which part of it: "" for the test itself
 
 
 class Run(NamedTuple):
     """What became of one run of pytest."""
 
-    outcomes: dict[str, tuple[str, str]]  # by test, or file that could not be collected: what became of it, and why
+    outcomes: dict[Part, tuple[str, str]]  # what became of it, and why
+    files: set[str]  # that could not be collected
     accelerating: set[str]  # tests that made an accelerated model
     last: str  # the test that was begun last
     status: int | None  # pytest's exit status; None: it did not come to its end
 
+    @property
+    def tests(self) -> set[str]:
+        return {test for test, _ in self.outcomes}
+
+    def of(self, part: Part) -> tuple[str, str]:
+        """Parts are only kept where something became of them."""
+        return self.outcomes.get(part, ("passed" if part[0] in self.tests else "not run", ""))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Has models accelerated, in each of pytest-xdist's processes, and finds out where to write to."""
-    global _file
+    global _session
     outcomes = os.environ.pop(OUTCOMES, None)  # a pytest that a test starts has outcomes of its own
     if outcomes and not hasattr(config, "workerinput"):
-        _file = Path(outcomes)
+        _session = config, Path(outcomes)
     if os.environ.get(ACCELERATE):
         accelerate_every_model()
 
@@ -59,33 +68,50 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test makes is told from what an import has made."""
+    global _has_made_one
+    _has_made_one = False
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item) -> None:
     """Notes for the report that is about to be made whether the test has made an accelerated model."""
-    if _made:
-        _made.clear()
-        item.user_properties.append((HAS_OURS, True))
+    if _has_made_one and (MADE_ONE, True) not in item.user_properties:
+        item.user_properties.append((MADE_ONE, True))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Keeps what became of a test's set-up, call and tear-down, in the process that collects them."""
-    outcome = "error" if report.failed and report.when != "call" else report.outcome
+    outcome = report.outcome
     if hasattr(report, "wasxfail"):
         outcome = "xpassed" if report.passed else "xfailed"
-    if report.when == "call" or outcome != "passed":
-        _write("outcome", report.nodeid, outcome, _reason(report))
-    if (HAS_OURS, True) in map(tuple, report.user_properties):
+    subtest = getattr(report, "context", None)  # pytest 9 and pytest-subtests have its message and arguments there
+    if subtest is not None:
+        if outcome != "passed":
+            # Text, with quotes that pytest-xdist adds to.
+            arguments = (f"{name}={str(value).strip(QUOTES)}" for name, value in subtest.kwargs.items())
+            _write("outcome", report.nodeid, " ".join([subtest.msg or "subtest", *arguments]), outcome, _reason(report))
+    elif report.when == "call":
+        _write("outcome", report.nodeid, "", outcome, _reason(report))
+    elif outcome != "passed":
+        outcome = "error" if report.failed else outcome
+        _write("outcome", report.nodeid, report.when, outcome, _reason(report))
+    if (MADE_ONE, True) in map(tuple, report.user_properties):
         _write("accelerating", report.nodeid)
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """Keeps what could not be collected."""
     if report.failed:
-        _write("outcome", report.nodeid, "error", _reason(report))
+        _write("file", report.nodeid)
+        _write("outcome", report.nodeid, "collection", "error", _reason(report))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Notes that the run came to its end."""
-    _write(ENDED, int(exitstatus))
+    if _session is not None and session.config is _session[0]:  # and not one that a test has run in this process
+        _write("ended", int(exitstatus))
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
@@ -95,8 +121,8 @@ def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
 
 
 def _write(*entry: object) -> None:
-    if _file is not None:
-        with _file.open("a") as file:
+    if _session is not None:
+        with _session[1].open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
@@ -110,9 +136,10 @@ def accelerate_every_model() -> None:
 
     @functools.wraps(stock)
     def init(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -> None:
+        global _has_made_one
         stock(self, *args, **kwargs)
         whisper_triton.accelerate(self)
-        _made.append(None)
+        _has_made_one = True
 
     WhisperForConditionalGeneration.__init__ = init
 
@@ -143,30 +170,35 @@ def run(arguments: list[str], is_accelerated: bool) -> Run:
 
 def read(lines: list[str]) -> Run:
     """What a run has written."""
-    outcomes: dict[str, tuple[str, str]] = {}
+    outcomes: dict[Part, tuple[str, str]] = {}
+    files: set[str] = set()
     accelerating: set[str] = set()
     last, status = "", None
     for kind, subject, *rest in map(json.loads, lines):
         if kind == "begun":
             last = subject
+        elif kind == "file":
+            files.add(subject)
         elif kind == "accelerating":
             accelerating.add(subject)
-        elif kind == ENDED:
+        elif kind == "ended":
             status = subject
-        elif RANKS[rest[0]] >= RANKS[outcomes.get(subject, ("passed", ""))[0]]:
-            outcomes[subject] = tuple(rest)
-    return Run(outcomes, accelerating, last, status)
+        else:
+            part, outcome, reason = rest
+            outcomes[subject, part] = outcome, reason
+    return Run(outcomes, files, accelerating, last, status)
 
 
 def compare(plain: Run, ours: Run) -> tuple[list[str], list[str]]:
-    """A line for each test that came out otherwise, and one for each that failed in both runs for different reasons."""
-    lines, notes, none = [], [], ("not run", "")
-    for test in sorted(plain.outcomes.keys() | ours.outcomes.keys()):
-        (before, reason), (after, why) = plain.outcomes.get(test, none), ours.outcomes.get(test, none)
+    """A line for each part of a test that came out otherwise, and one for each that failed for different reasons."""
+    lines, notes = [], []
+    for test, part in sorted(plain.outcomes.keys() | ours.outcomes.keys()):
+        (before, reason), (after, why) = (run.of((test, part)) for run in (plain, ours))
+        name = f"{test} ({part})" if part else test
         if before != after:
-            lines.append(f"{test}: {before}, accelerated {after}" + (f": {why}" if why else ""))
+            lines.append(f"{name}: {before}, accelerated {after}" + (f": {why}" if why else ""))
         elif reason != why:
-            notes.append(f"{test}: {before} in both runs: {reason}, accelerated: {why}")
+            notes.append(f"{name}: {before} in both runs: {reason}, accelerated: {why}")
     return lines, notes
 
 
@@ -176,17 +208,18 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     plain = run(sys.argv[1:], is_accelerated=False)
-    ours = run(sys.argv[1:], is_accelerated=True) if plain.outcomes else plain
-    if not ours.outcomes:
+    if plain.status is not None and not plain.outcomes:
         print("pytest ran no tests", file=sys.stderr)
         return 2
+    ours = run(sys.argv[1:], is_accelerated=True)
     lines, notes = compare(plain, ours)
-    tests = plain.outcomes.keys() | ours.outcomes.keys()
-    counts = f"{len(tests)} tests, {len(ours.accelerating)} of them with an accelerated model"
-    print("\n".join([*notes, *lines, f"{counts}, {len(lines)} came out differently"]))
-    broken = [(name, run.last) for name, run in (("plain", plain), ("accelerated", ours)) if run.status not in (0, 1)]
+    files = plain.files | ours.files
+    counts = [f"{len((plain.tests | ours.tests) - files)} tests", f"{len(ours.accelerating)} of them made an accelerated model"]
+    counts += [f"{len(files)} files could not be collected"] if files else []
+    print("\n".join([*notes, *lines, f"{', '.join(counts)}; differences: {len(lines)}"]))
+    broken = [(name, one.last) for name, one in (("plain", plain), ("accelerated", ours)) if one.status not in (0, 1)]
     for name, last in broken:
-        print(f"the {name} run did not come to its end; begun last was {last}", file=sys.stderr)
+        print(f"the {name} run did not come to its end; begun last was {last or 'no test'}", file=sys.stderr)
     return 2 if broken else 1 if lines else 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import WhisperForConditionalGeneration
+from transformers import GenerationConfig, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_models import FRAMES, MEL_BINS, Recorder, counted, mel, tensors_of, tiny_whisper
@@ -370,9 +370,14 @@ class TestWhatIsLeftToStock:
     @pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
     def test_what_no_graph_hands_out(self, device: torch.device, name: str) -> None:
         model, features = tiny_whisper(device, seed=3), mel(2, device)
+        stocks_settings = model.generation_config.to_dict()
         stock = generate(model, features, return_dict_in_generate=True, **{name: True})[0]
         graph = captured(model, 2)
         assert generate(model, features, return_dict_in_generate=True, **{name: True})[0] == stock
+        setattr(model.generation_config, name, True)
+        assert generate(model, features, return_dict_in_generate=True)[0] == stock
+        settings, model.generation_config = model.generation_config, GenerationConfig(**stocks_settings)
+        assert generate(model, features, return_dict_in_generate=True, generation_config=settings)[0] == stock
         assert graph.started == []
 
     def test_encoder_outputs(self, device: torch.device) -> None:
@@ -492,6 +497,30 @@ class TestOnAGPU:
         others = [torch.full(shape, 7.0, device=device) for _ in range(16)]
         torch.cuda.synchronize()
         assert all((other == 7).all() for other in others)
+
+    def test_a_graph_that_is_no_longer_a_pass_is_given_up_once_it_has_run(self, device: torch.device) -> None:
+        model, features = tiny_whisper(device, seed=3), mel(2, device)
+        graph = self.graph(model, features)
+        generate(model, features)
+        changed = tiny_whisper(device, seed=3)
+        for each in (model, changed):
+            each.model.encoder.conv1.weight = nn.Parameter(-each.model.encoder.conv1.weight.detach())
+        self.keep_busy(graph)
+        assert generate(model, features)[0] == generate(changed, features)[0]
+        assert graph._done.query()
+        assert graph not in model.model.encoder._whisper_triton.graphs.values()
+
+    def test_restored_while_a_graph_runs(self, device: torch.device) -> None:
+        model, features = tiny_whisper(device, seed=3, is_multilingual=True), mel(2, device)
+        stock, _ = generate(model, features, language="en")
+        graph = self.graph(model, features)
+        generate(model, features, language="en")
+        self.keep_busy(graph)
+        with pytest.raises(ValueError, match="nowhere"):
+            model.generate(features, language="nowhere")
+        restore(model)
+        assert graph._done.query()
+        assert generate(model, features, language="en")[0] == stock
 
     def test_a_call_after_one_that_stock_refused(self, device: torch.device) -> None:
         model, features = tiny_whisper(device, seed=3, is_multilingual=True), mel(2, device)

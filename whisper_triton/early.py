@@ -2,10 +2,10 @@
 
 Stock builds configurations, processors and the first tokens before it asks the encoder, milliseconds in which a GPU has nothing
 to do. Where a graph has been captured for just these features, it runs meanwhile, in a stream of its own: stock waits for its
-small copies to the GPU, and in its stream it would wait for the encoder too. Whether the graph still is what a pass would do
-takes a walk over all modules to know: it is looked at when the encoder is asked, and not while the GPU waits. The states lie in
-the call's `Encoded`, where the encoder's override finds them if modules, features and weights are what they were. If they are
-not, or stock refuses the call, nobody sees them.
+small copies to the GPU, and in its stream it would wait for the encoder too. The states lie in the call's `Encoded`, where the
+encoder's override finds them if the graph still is what a pass would do, and neither features nor weights have changed: to know
+that takes a walk over all modules, for which the GPU does not wait. If it is not so, or stock refuses the call, nobody sees
+the states.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from transformers import WhisperForConditionalGeneration
 
 from .attention import STATE
 from .encoded import ENCODED
-from .encoder import is_covered, kept_graph
+from .encoder import is_covered, start_kept
 
+_NOT_OF_A_GRAPH = ("output_attentions", "output_hidden_states")
 # Where a class has another in its place, nothing is known of what the encoder will be asked.
 _STOCKS_SEGMENT = WhisperForConditionalGeneration._get_input_segment
 
@@ -37,6 +38,8 @@ def start_encoder(
     encoded, encoder = ENCODED.get(), model.model.encoder
     features = args[0] if args else kwargs.get("input_features")
     segment, state = vars(model).get("_get_input_segment"), vars(encoder).get(STATE)
+    given = kwargs.get("generation_config")
+    settings = model.generation_config if given is None else given
     if (
         encoded is None
         or state is None  # another's encoder
@@ -44,8 +47,7 @@ def start_encoder(
         or vars(encoder).get("forward") is not state.overridden.get("forward")
         or encoder._compiled_call_impl is not None
         or kwargs.get("encoder_outputs") is not None
-        or kwargs.get("output_attentions")  # of which a graph has none
-        or kwargs.get("output_hidden_states")
+        or any(kwargs.get(name) or getattr(settings, name, None) for name in _NOT_OF_A_GRAPH)
         or segment is None
         or segment is not overridden.get("_get_input_segment")
         or type(model)._get_input_segment is not _STOCKS_SEGMENT
@@ -59,9 +61,10 @@ def start_encoder(
             or encoder._forward_pre_hooks  # which may change what no version tells of
         ):
             return
-        graph = kept_graph(encoder, features)
-        if graph is not None:
-            encoded.keep_early(encoder, features, graph.start(features), graph)
+        started = start_kept(encoder, features)
+        if started is not None:
+            graph, states = started
+            encoded.keep_early(encoder, features, states, graph)
 
 
 def whole_segment(

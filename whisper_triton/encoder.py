@@ -217,22 +217,28 @@ def is_covered(self: WhisperEncoder, features: Any, args: tuple[Any, ...], kwarg
     )
 
 
-def kept_graph(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder | None:
-    """The graph that was captured for such features, which may be replayed, though it may not be what a pass would do now."""
+def start_kept(self: WhisperEncoder, features: torch.Tensor) -> tuple[CapturedEncoder, torch.Tensor] | None:
+    """Starts the graph that was captured for such features, if there is one, though it may not be what a pass would do now."""
+    with _LOCK:  # or another thread might give it up before it is started
+        graph = _kept(self, features)
+        return graph and (graph, graph.start(features))
+
+
+def _kept(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder | None:
+    """The graph that was captured for such features and may be replayed."""
     graphs = getattr(self, STATE).graphs
     key = _key(features)
-    with _LOCK:
-        if self.config._attn_implementation != NAME or key not in graphs or not graphs[key].has_its_memory():
-            return None
-        graphs.move_to_end(key)
-        return graphs[key]
+    if self.config._attn_implementation != NAME or key not in graphs or not graphs[key].has_its_memory():
+        return None
+    graphs.move_to_end(key)
+    return graphs[key]
 
 
 def _captured(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder | None:
     """The graph for these features, kept from call to call, or None where there cannot be one."""
     graphs = getattr(self, STATE).graphs
     with _LOCK:
-        graph = kept_graph(self, features)
+        graph = _kept(self, features)
         if graph is not None and graph.fits(self):
             return graph
 

@@ -49,7 +49,8 @@ def is_accelerated(model: nn.Module) -> bool:
 def accelerate(model: WhisperForConditionalGeneration) -> WhisperForConditionalGeneration:
     """Puts the package's kernels under `model`, in place, and returns it; again on an accelerated model does nothing.
 
-    `generate`, `pipeline`, `state_dict`, `save_pretrained` work as before. `restore` undoes it exactly.
+    `generate`, `pipeline`, `state_dict`, `save_pretrained` work as before. `restore` undoes it exactly. Another attention that
+    is set afterwards, by `set_attn_implementation`, is what runs until "whisper_triton" is set.
 
     Raises:
         TypeError: anything but a `WhisperForConditionalGeneration`.
@@ -72,7 +73,7 @@ def _accelerate(model: WhisperForConditionalGeneration) -> None:
     for module in model.modules():
         if type(module) is WhisperAttention:
             module.__class__ = TritonAttention
-            # Of a model that has our attention by name it is what that takes, which depends on what is asked for.
+            # None, of a model that has our attention by name: `_stock_attention` takes eager where weights are asked for.
             module.stock_attn_implementation = None if stock == NAME else "eager" if stock == "eager" else "sdpa"
     model.config._attn_implementation = NAME
     encoder, encoder_state = model.model.encoder, None
@@ -86,7 +87,7 @@ def _accelerate(model: WhisperForConditionalGeneration) -> None:
 def restore(model: WhisperForConditionalGeneration) -> WhisperForConditionalGeneration:
     """Undoes `accelerate`, in place, and returns the model; does nothing to one that is not accelerated.
 
-    Waits for `generate` where another thread runs it.
+    Waits for `generate` where another thread runs it. An attention that was set since, by `set_attn_implementation`, stays.
 
     Raises:
         RuntimeError: called from within `generate` of this model, by a streamer, say. The model stays accelerated.
@@ -113,6 +114,8 @@ def _restore(model: WhisperForConditionalGeneration, state: State) -> None:
             del module.stock_attn_implementation
     encoder = model.model.encoder
     if state.encoder is not None and vars(encoder).get(STATE) is state.encoder:
+        for graph in state.encoder.graphs.values():  # one may run, of a call that was refused
+            graph.wait()
         _take_back(encoder, state.encoder.overridden)
         unpack_encoder(encoder)
     _take_back(model, state.overridden)
