@@ -377,6 +377,15 @@ def test_marks_that_are_wrong(root: Path, page: str, reason: str) -> None:
     assert (root / "README.md").read_text() == page
 
 
+@pytest.mark.parametrize(
+    ("spread", "compiled_spread", "factor"), [(0.007, 0.019, "2.53"), (0.008, 0.0, "-"), (0.0, 0.021, "-")]
+)
+def test_a_disturbed_step_has_no_factor(spread: float, compiled_spread: float, factor: str) -> None:
+    compiled = {"compiled_ms": 0.4, "compiled_spread_ms": compiled_spread, "compiled/ours": 2.526}
+    table = readme_tables.render_table("decoder_step", [STEP | compiled | {"spread_ms": spread}])
+    assert table.splitlines()[-1].endswith(f" | {factor} |")
+
+
 def test_a_column_that_is_missing(root: Path) -> None:
     write(root, "decoder_step", {column: value for column, value in STEP.items() if column != "floor_ms"})
     with pytest.raises(ValueError, match=r"rows/decoder_step\.jsonl: no row has the column floor_ms"):
