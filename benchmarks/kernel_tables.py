@@ -91,6 +91,7 @@ KERNELS = {
             measured("ours", "ours_us", "spread_us"),
             measured("eager", "eager_us"),
             measured("compiled", "compiled_us"),
+            measured("compiled, packed", "packed_us", optional=True),
             BEST_OVER_OURS,
         ],
     ),

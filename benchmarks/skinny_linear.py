@@ -3,15 +3,16 @@
     python benchmarks/skinny_linear.py
 
 By default the shapes of large-v3, fp16. Microseconds a link in a CUDA graph, weights rotated past the L2; `eager` is layer
-norm, `F.linear` a weight, GELU and residual as PyTorch has them, `compiled` the same under torch.compile. The floor is the
-bytes of the weights over the bandwidth measured in the same run. Every call of ours loads its weights before it waits for the
-one before, as in the chain, and calls of one kind follow one another here: `benchmarks/decoder_step.py` says what each costs
-in the chain. In fp32 the kernel takes one row.
+norm, `F.linear` a weight, GELU and residual as PyTorch has them, `compiled` the same under torch.compile, `packed` that with
+the weights of q, k and v in one and the query's scale in it. The floor is the bytes of the weights over the bandwidth measured
+in the same run. Every call of ours loads its weights before it waits for the one before, as in the chain, and calls of one kind
+follow one another here: `benchmarks/decoder_step.py` says what each costs in the chain. In fp32 the kernel takes one row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,36 +56,54 @@ def double(value: object) -> object:
     return value.double() if isinstance(value, torch.Tensor) else value
 
 
+def pack(
+    weights: list[torch.Tensor], biases: tuple[torch.Tensor | None, ...], options: dict[str, object]
+) -> tuple[list[torch.Tensor], tuple[torch.Tensor], dict[str, object]]:
+    """The arguments of one product in place of three, with the first one's scale in its weights."""
+    N, scale = weights[0].shape[0], options["scale"]
+    weight = torch.cat(weights)
+    bias = torch.cat([weight.new_zeros(N) if bias is None else bias for bias in biases])
+    weight[:N] *= scale
+    bias[:N] *= scale
+    return [weight], (bias,), {name: value for name, value in options.items() if name != "scale"}
+
+
 def bench_link(place: Place, B: int, link: str, N: int, K: int, parts: int, options: dict[str, object]) -> Row:
     x = place.randn(B, K)
     weights = [place.randn(N, K, scale=K**-0.5) for _ in range(parts)]
     biases = (None,) if link == "LM head" else (place.randn(N), None, place.randn(N)) if parts == 3 else (place.randn(N),)
-    compiled = place.compile(stock_linear)
+    compiled, arguments = place.compile(stock_linear), (weights, biases, options)
+    ways = {"ours": (skinny_linear, arguments), "eager": (stock_linear, arguments), "compiled": (compiled, arguments)}
+    if parts == 3:
+        ways["packed"] = compiled, pack(*arguments)
     exact = skinny_linear_reference(*double((x, tuple(weights), biases)), **{k: double(v) for k, v in options.items()})
-    stock = stock_linear(x, tuple(weights), biases, **options)
-    for name, function in (("ours", skinny_linear), ("compiled", compiled)):
-        check(f"skinny_linear, {name}, {link} at batch {B}", function(x, tuple(weights), biases, **options), exact, stock)
-
-    size = sum(weight.nbytes for weight in weights)
-    rotated = place.clones(weights)
-
-    def time(function: Call) -> tuple[float, float]:
-        return place.measure([lambda w=w: function(x, tuple(w), biases, **options) for w in rotated])
-
-    ours_us, eager_us, compiled_us = time(skinny_linear), time(stock_linear)[0], time(compiled)[0]
+    stock, times = stock_linear(x, tuple(weights), biases, **options), {}
+    for way, (function, (own_weights, *others)) in ways.items():
+        check(f"skinny_linear, {way}, {link} at batch {B}", call(function, x, own_weights, *others), exact, stock)
+        times[way] = place.measure([partial(call, function, x, w, *others) for w in place.clones(own_weights)])
+    (ours_us, spread_us), size = times.pop("ours"), sum(weight.nbytes for weight in weights)
     return {
         "benchmark": "skinny_linear",
         "B": B,
         "link": link,
-        "ours_us": ours_us[0],
-        "spread_us": ours_us[1],
-        "eager_us": eager_us,
-        "compiled_us": compiled_us,
+        "ours_us": ours_us,
+        "spread_us": spread_us,
+        **{f"{way}_us": us for way, (us, _) in times.items()},
         "floor_us": place.floor_us(size),
         "MB": size / 1e6,
-        "GB/s": size / ours_us[0] / 1e3,
-        "best/ours": min(eager_us, compiled_us) / ours_us[0],
+        "GB/s": size / ours_us / 1e3,
+        "best/ours": min(us for us, _ in times.values()) / ours_us,
     }
+
+
+def call(
+    function: Call,
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: tuple[torch.Tensor | None, ...],
+    options: dict[str, object],
+) -> torch.Tensor:
+    return function(x, tuple(weights), biases, **options)
 
 
 def bench(place: Place, shape: Shape, B: int) -> list[Row]:

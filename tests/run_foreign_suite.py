@@ -39,13 +39,10 @@ class Run(NamedTuple):
 
     outcomes: dict[Part, tuple[str, str]]  # what became of it, and why
     files: set[str]  # that could not be collected
+    tests: set[str]  # of the outcomes, those files too
     accelerating: set[str]  # tests that made an accelerated model
     last: str  # the test that was begun last
     status: int | None  # pytest's exit status; None: it did not come to its end
-
-    @property
-    def tests(self) -> set[str]:
-        return {test for test, _ in self.outcomes}
 
     def of(self, part: Part) -> tuple[str, str]:
         """Parts are only kept where something became of them."""
@@ -186,7 +183,7 @@ def read(lines: list[str]) -> Run:
         else:
             part, outcome, reason = rest
             outcomes[subject, part] = outcome, reason
-    return Run(outcomes, files, accelerating, last, status)
+    return Run(outcomes, files, {test for test, _ in outcomes}, accelerating, last, status)
 
 
 def compare(plain: Run, ours: Run) -> tuple[list[str], list[str]]:

@@ -451,13 +451,17 @@ def test_wide_shapes_are_those_of_the_kernels_for_them(monkeypatch: pytest.Monke
     assert min(found[kernel] for kernel in ("append", "clusters", "stream", "attention")) >= 10, found
 
 
+def check_drawn(check: Callable[[Callable, torch.device], None], data: st.DataObject, seed: int, device: torch.device) -> None:
+    torch.manual_seed(seed)
+    check(data.draw, device)
+    count(KERNEL_CALLS)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @settings(max_examples=12, phases=[Phase.generate])
 @given(data=st.data(), seed=st.integers(0, 1 << 20))
 def test_any_call(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
-    torch.manual_seed(seed)
-    KERNELS[kernel](data.draw, device)
-    count(KERNEL_CALLS)
+    check_drawn(KERNELS[kernel], data, seed, device)
 
 
 @pytest.mark.gpu
@@ -466,9 +470,7 @@ def test_any_call(kernel: str, data: st.DataObject, seed: int, device: torch.dev
 @settings(max_examples=80, phases=[Phase.generate])
 @given(data=st.data(), seed=st.integers(0, 1 << 20))
 def test_many_calls(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
-    torch.manual_seed(seed)
-    KERNELS[kernel](data.draw, device)
-    count(KERNEL_CALLS)
+    check_drawn(KERNELS[kernel], data, seed, device)
 
 
 @pytest.mark.gpu
@@ -477,7 +479,5 @@ def test_many_calls(kernel: str, data: st.DataObject, seed: int, device: torch.d
 @settings(max_examples=40, phases=[Phase.generate])
 @given(data=st.data(), seed=st.integers(0, 1 << 20))
 def test_many_calls_of_wide_models(kernel: str, data: st.DataObject, seed: int, device: torch.device) -> None:
-    torch.manual_seed(seed)
-    WIDE[kernel](data.draw, device)
+    check_drawn(WIDE[kernel], data, seed, device)
     assert not _paced._given_up  # or the plain kernels have been tried instead
-    count(KERNEL_CALLS)
