@@ -1,10 +1,14 @@
 """The supported ranges: what passes, what is refused and in which words."""
 
+import re
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from conftest import why_not_interpreted
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from whisper_triton import _versions
 
@@ -40,6 +44,16 @@ def test_supported_versions_pass(monkeypatch: pytest.MonkeyPatch, package: str, 
     _versions.check_versions()
 
 
+def test_no_transformers_is_let_in_that_ci_has_not_run() -> None:
+    """Each renames something sooner or later: the newest minor that is tested is the newest that is supported."""
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    tested = max(map(Version, re.findall(r"\b5\.\d+\.\d+\b", makefile)))
+    supported = SpecifierSet(_versions.SUPPORTED["transformers"])
+    assert tested in supported
+    assert Version(f"{tested.major}.{tested.minor}.999") in supported
+    assert Version(f"{tested.major}.{tested.minor + 1}.0") not in supported
+
+
 @pytest.mark.parametrize(
     ("package", "version"),
     [
@@ -47,6 +61,7 @@ def test_supported_versions_pass(monkeypatch: pytest.MonkeyPatch, package: str, 
         ("triton", "3.4.0"),
         ("transformers", "4.57.1"),
         ("transformers", "5.16.9"),
+        ("transformers", "5.24.0"),
         ("transformers", "6.0.0.dev0"),
     ],
 )
