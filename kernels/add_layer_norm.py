@@ -62,7 +62,8 @@ def _add_layer_norm_kernel(
     x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
     x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
     tl.store(total_ptr + row + offs_c, x.to(total_ptr.dtype.element_ty), mask=mask)
-    x = tl.where(mask, x - tl.sum(x, axis=0) / C, 0.0)
+    # A row that is all the same, at the limit say, has just that for its mean, where its quotient is rounded to nearest.
+    x = tl.where(mask, x - tl.div_rn(tl.sum(x, axis=0), C * 1.0), 0.0)
     y = x * tl.rsqrt(tl.sum(x * x, axis=0) / C + eps) * g + b
     tl.store(normed_ptr + row + offs_c, y.to(normed_ptr.dtype.element_ty), mask=mask)
 

@@ -23,7 +23,8 @@ from whisper_models import FRAMES, MEL_BINS, Recorder, counted, mel, tensors_of,
 
 from whisper_triton import accelerate, is_accelerated, restore
 from whisper_triton.encoded import ENCODED, Encoded
-from whisper_triton.encoder import CapturedEncoder, fingerprint, places_of
+from whisper_triton.encoder import CapturedEncoder, fingerprint
+from whisper_triton.graphs import places_of
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels")

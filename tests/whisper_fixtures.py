@@ -78,14 +78,14 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     steps: list[int] = []
     run = decode_loop.run_until_ended
 
-    def counted(advance: Callable[[], None], selection: decode_loop.TokenSelection, most: int, look_every: int) -> int:
+    def counted(advance: Callable[[], None], selection: decode_loop.TokenSelection, *args: Any) -> int:
         steps.append(0)
 
         def step() -> None:
             steps[-1] += 1
             advance()
 
-        return run(step, selection, most, look_every)
+        return run(step, selection, *args)
 
     monkeypatch.setattr(decode_loop, "run_until_ended", counted)
     return steps

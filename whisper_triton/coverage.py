@@ -7,14 +7,17 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, WhisperForConditionalGeneration
 from transformers.generation import GenerationMode, MaxLengthCriteria
+from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
 
-from .attention import NAME, STATE, is_length, why_not_covered
+from .attention import NAME, STATE, TritonAttention, is_length, why_not_covered
 from .graphs import modules_of
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
+FROM_BEFORE = "a method kept from before `restore`"
 # Arguments of `generate` that bring another loop than `_sample`, or that transformers keeps from a loop of ours.
 _OTHER_LOOPS = (
     "custom_generate", "streamer", "assistant_model", "assistant_tokenizer", "tokenizer", "stop_strings", "synced_gpus",
@@ -150,12 +153,13 @@ def why_not_our_cache(
     model_kwargs: dict[str, Any],
     generation_mode: GenerationMode,
     batch_size: int,
-    is_known: bool,
 ) -> str | None:
-    """What in a call of `generate` is not covered by a cache of ours, or None.
+    """What in a call of `generate` is not covered by a cache of ours, the model aside (`why_not_static`), or None.
 
-    `batch_size`: before each row is there for all of its beams or sequences. `is_known` as in `why_not_static`.
+    `batch_size`: before each row is there for all of its beams or sequences.
     """
+    if STATE not in vars(model):
+        return FROM_BEFORE
     if model_kwargs.get("past_key_values") is not None:
         return "past_key_values is given"
     if generation_config.cache_implementation not in (None, "dynamic"):
@@ -172,7 +176,7 @@ def why_not_our_cache(
         return "output_attentions=True"
     states = model_kwargs["encoder_outputs"][0]
     rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-    return why_not_these_states(states, rows) or why_not_static(model, is_known)
+    return why_not_these_states(states, rows)
 
 
 def why_not_these_states(states: torch.Tensor, rows: int) -> str | None:
@@ -182,19 +186,31 @@ def why_not_these_states(states: torch.Tensor, rows: int) -> str | None:
     return None
 
 
+def _writes_its_cache(layer: nn.Module) -> bool:
+    """Whether each pass of a decoder layer is known to write its keys and values."""
+    return (
+        type(layer).forward is WhisperDecoderLayer.forward
+        and type(layer.self_attn) is TritonAttention
+        and not ("forward" in vars(layer) or "forward" in vars(layer.self_attn))
+    )
+
+
 def why_not_static(model: WhisperForConditionalGeneration, is_known: bool = False) -> str | None:
     """Why the model cannot decode over a static cache of ours, or None.
 
     `is_known`: a step of the model can be captured as it is, so that its decoder lies on one device; which takes long to ask.
     """
     if STATE not in vars(model):
-        return "a method kept from before `restore`"
+        return FROM_BEFORE
     if model.config._attn_implementation != NAME:
         return f"attention is {model.config._attn_implementation}"
     decoder, device = model.model.decoder, model.device  # which is looked for anew each time that it is asked for
     # One cache layer a decoder layer, in order, on one device.
     if [layer.self_attn.layer_idx for layer in decoder.layers] != list(range(model.config.decoder_layers)):
         return "decoder layers were taken out or put in"
+    # The caches' layers share one length, which the last of them advances.
+    if not is_known and not all(map(_writes_its_cache, decoder.layers)):
+        return "a decoder layer has a forward pass of its own, which may leave its cache out"
     parameters = (p for module in modules_of(decoder) for p in module._parameters.values() if p is not None)
     if not is_known and any(parameter.device != device for parameter in parameters):
         return "the decoder lies on several devices"

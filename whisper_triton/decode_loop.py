@@ -21,6 +21,7 @@ from .decoder import DecoderStep
 from .kernels import select_token
 from .kernels._rules import TokenState, apply_rules
 from .kernels._sampling import keep_top_k
+from .late import are_put_off, end_lateness, take_late_looks
 from .streams import RandomStreams
 from .token_rules import NotCovered, Settings, allocate_rules, read_settings, write_rules
 
@@ -29,6 +30,9 @@ ROWS_AT_ONCE = 64  # whose scores are computed together, after the last token
 # A look takes the host some 10 us, which a step of a large decoder hides and one of a small decoder hardly does.
 LOOK_EVERY = 4
 LARGE = 512 << 20  # bytes of a decoder whose ends are looked for at every replay: medium's, large-v3's, not turbo's
+# Replays that are queued before late looks at the model are taken, which keep the host for up to 3 ms: of a large decoder, and
+# of a small one. What ends within them is found no sooner.
+QUEUED_FIRST = (4, 16)
 STOCKS_LOOP = "tokens are chosen in stock's loop"  # what is logged, before the reason
 
 # What `generate` may pass to the forward passes, with the values that a replay covers. The attention mask is of the encoder's
@@ -137,22 +141,36 @@ class TokenSelection:
         return tuple(scores)
 
 
-def run_until_ended(advance: Callable[[], object], selection: TokenSelection, steps: int, look_every: int = LOOK_EVERY) -> int:
+def run_until_ended(
+    advance: Callable[[], object],
+    selection: TokenSelection,
+    steps: int,
+    look_every: int = LOOK_EVERY,
+    first: int = 0,
+    meanwhile: Callable[[], object] | None = None,
+) -> int:
     """Calls `advance` until all rows have ended, up to `look_every` times more than needed, at most `steps` times; returns the
     greatest length.
+
+    The first `first` times nobody looks for ends; then `meanwhile` is called, with so many steps queued.
 
     After `steps` of them all rows must have ended. What a look waits for has always a newer step queued behind it: the device
     goes on meanwhile, and the host, which queues a step in microseconds, is never more than `look_every` + 1 of them ahead.
     To ask the event without waiting for it would only let the host run on, and queue what nobody needs.
     """
     for i in range(steps):
-        if i % look_every == 0:
+        looks = i >= first and i % look_every == 0
+        if looks:
             selection.look()
         advance()
+        if i + 1 == first:
+            meanwhile()
         # Only now, and for the step before: the device has this one to run meanwhile.
-        if i % look_every == 0 and all(selection.ends()):
+        if looks and all(selection.ends()):
             break
     else:
+        if steps < first:
+            meanwhile()
         selection.look()
     return max(selection.ends())
 
@@ -183,6 +201,7 @@ def decode(
         except NotCovered as reason:
             report_once(f"{STOCKS_LOOP}: {reason}")
     if settings is None:
+        end_lateness()
         loop = getattr(type(model), GENERATION_MODES_MAPPING[generation_config.get_generation_mode()])
         return loop(
             model,
@@ -209,15 +228,19 @@ def decode(
     steps = settings.limits.max_length - prompt_length - 1
     # Captured before the rules are written, which a capture changes. Without any step there may be no slot left for one.
     advance = step.advance(model, selection, decodes_ended=hands_out) if steps > 0 else lambda: logits
-    seeds = streams.seeds(heard, model_kwargs["encoder_outputs"][0]) if settings.temperature > 0.0 else None
+    seeds = None
+    if settings.temperature > 0.0:
+        take_late_looks()  # before a number is drawn from PyTorch's generator, which a call made anew would draw again
+        seeds = streams.seeds(heard, model_kwargs["encoder_outputs"][0])
     selection.begin(input_ids, settings, generation_config._pad_token_tensor, seeds)
     selection(logits)
     wants_scores = hands_out and generation_config.output_scores
     wants_logits = hands_out and generation_config.output_logits
     kept = [logits]
     run = (lambda: kept.append(advance().clone())) if wants_scores or wants_logits else advance
-    look_every = 1 if step.weight_bytes >= LARGE else LOOK_EVERY
-    length = run_until_ended(run, selection, steps, look_every)
+    is_large = step.weight_bytes >= LARGE
+    first = QUEUED_FIRST[0 if is_large else 1] if are_put_off() else 0
+    length = run_until_ended(run, selection, steps, 1 if is_large else LOOK_EVERY, first, take_late_looks)
     step.rewind(length - 1)  # the last token of all is not in the cache
     ids, kept = selection.state.ids[:, :length].clone(), kept[: length - prompt_length]
     if generation_config.return_dict_in_generate and returns_tokens:

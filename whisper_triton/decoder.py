@@ -26,10 +26,11 @@ from .attention import NAME, TritonAttention, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
 from .cross_projections import CrossProjections
 from .fused import MAX_SEQUENCES, FusedDecoder, is_fusable
-from .graphs import NotCaptured, add_fingerprint, capture, global_hooks, modules_of, why_not_known
+from .graphs import NotCaptured, add_fingerprint, capture, global_hooks, modules_of, places_of, why_not_known
 from .kernels import backend
 from .kernels._checks import MAX_QUERIES
 from .kernels._dispatch import failed_gpus
+from .late import take_late_looks
 from .variants import report_missing
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class DecoderStep:
     ) -> None:
         self.num_frames, self.num_slots = num_frames, num_slots or model.config.max_target_positions
         self.fingerprint = fingerprint(model)
+        self._parameters = [*model.model.decoder.parameters(), model.proj_out.weight]
+        self._places = places_of(self._parameters)
         self.weight_bytes = sum(parameter.nbytes for parameter in model.model.decoder.parameters())
         # What is kept from call to call must not be an inference tensor, which only inference mode may write again.
         with torch.inference_mode(False):
@@ -141,6 +144,10 @@ class DecoderStep:
         """
         parts = (self.cache.self_attention_cache, self.cache.cross_attention_cache)
         return self._graph_bytes + sum(layer.keys.nbytes + layer.values.nbytes for part in parts for layer in part.layers)
+
+    def has_its_memory(self) -> bool:
+        """Whether the weights lie where the graphs read them: a replay harms nobody then, whatever else has changed."""
+        return self._places == places_of(self._parameters)
 
     def takes(self, model: WhisperForConditionalGeneration, T: int) -> bool:
         """Whether T tokens a sequence are decoded by a graph: one always, a prompt where the fused chain covers all its rows.
@@ -260,6 +267,7 @@ class DecoderStep:
 
     def _capture(self, run: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph | None, Callable[[], Result]]:
         """The graph of a pass, if there can be one, and what runs the pass; leaves the cache's position as found."""
+        take_late_looks()  # nothing is captured of a model that is no longer the step's
         position, host_length = self.cache.get_seq_length().clone(), self._host_length()
 
         def run_once() -> Result:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -24,10 +24,21 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention, Whisp
 from .attention import NAME, STATE, TritonAttention, report_once
 from .encoded import ENCODED
 from .fused_encoder import FusedEncoder
-from .graphs import CAPTURES, NotCaptured, add_fingerprint, capture, global_hooks, make_room, modules_of, why_not_known
+from .graphs import (
+    CAPTURES,
+    NotCaptured,
+    add_fingerprint,
+    capture,
+    global_hooks,
+    make_room,
+    modules_of,
+    places_of,
+    why_not_known,
+)
 from .kernels import backend
 from .kernels._checks import DTYPES
 from .kernels._dispatch import failed_gpus
+from .late import is_so
 
 MAX_BYTES = 8 << 30  # of memory kept for graphs; one that is larger by itself is kept alone
 _LOCK = threading.RLock()
@@ -82,10 +93,6 @@ def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
     found: list[object] = [global_hooks(), failed_gpus()]
     add_fingerprint(modules_of(encoder), found, wrapped=encoder)
     return tuple(found)
-
-
-def places_of(parameters: Iterable[nn.Parameter]) -> list[int]:
-    return [parameter.data_ptr() for parameter in parameters]
 
 
 class CapturedEncoder:
@@ -239,7 +246,7 @@ def _captured(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder |
     graphs = getattr(self, STATE).graphs
     with _LOCK:
         graph = _kept(self, features)
-        if graph is not None and graph.fits(self):
+        if graph is not None and is_so(lambda: graph.fits(self)):
             return graph
 
         def give_up(key: tuple[int, int]) -> None:

@@ -34,8 +34,12 @@ from .decode_loop import STOCKS_LOOP, Logprobs, decode, mean_logprob
 from .decoder import DecoderStep, fingerprint
 from .early import start_encoder, whole_segment
 from .encoded import ENCODED, Encoded
-from .model_state import CALL, Call, State, cache_for, kept_step
+from .encoder import EncoderState
+from .graphs import global_hooks, is_recorder
+from .late import LATE, ChangedError, LateLooks, find_a_change, take_late_looks
+from .model_state import CALL, Call, State, cache_for, kept_step, step_as_it_is
 from .stand_ins import StandIn, stand_in
+from .streams import RandomStreams
 
 
 def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., Any]:
@@ -61,7 +65,11 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
     )
     is_outermost = state.owner is None
     attn_implementation = self.config._attn_implementation
-    outer, outer_encoded = CALL.set(call), ENCODED.set(Encoded())
+    reason = why_not_our_loop(self, args, kwargs)
+    if reason is None:
+        kwargs["custom_generate"] = _decode
+    may_be_late = is_outermost and reason is None and _nobody_looks_on(self, kwargs)
+    outer, outer_encoded, outer_late = CALL.set(call), ENCODED.set(Encoded()), LATE.set(LateLooks() if may_be_late else None)
     try:
         if is_outermost:
             state.owner = call
@@ -69,19 +77,40 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
                 step.forget_states()
         with _on_device(self.device, state):
             start_encoder(self, state.overridden, args, kwargs)
-            reason = why_not_our_loop(self, args, kwargs)
-            if reason is None:
-                kwargs["custom_generate"] = _decode
-            elif self.device.type == "cuda":
+            if reason is not None and self.device.type == "cuda":
                 report_once(f"{STOCKS_LOOP}: {reason}")
+            try:
+                result = _stock(self, "generate")(*args, **kwargs)
+                take_late_looks()  # if anything was decoded without our loop
+                return result
+            except Exception as error:  # such a replay may lead to another before a look does, from a model cast meanwhile say
+                if not isinstance(error, ChangedError) and not find_a_change():
+                    raise
+            # As if it had been seen before anything was replayed.
+            LATE.set(None), ENCODED.set(Encoded())
+            state.in_use, call.streams = None, RandomStreams()
             return _stock(self, "generate")(*args, **kwargs)
     finally:
         CALL.reset(outer)
         ENCODED.reset(outer_encoded)
+        LATE.reset(outer_late)
         if is_outermost:
             state.owner = state.in_use = None
         # `return_token_timestamps=True` sets eager attention and leaves it so, which would end the acceleration.
         self.config._attn_implementation = attn_implementation
+
+
+def _nobody_looks_on(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> bool:
+    """Whether nobody is called with the encoder's states, or between them and our loop, unless by a class of the user's own."""
+    encoder = self.model.encoder
+    state: EncoderState | None = vars(encoder).get(STATE)
+    return (
+        kwargs.get("monitor_progress") is None
+        and not global_hooks()
+        and state is not None
+        and vars(encoder).get("forward") is state.overridden.get("forward")
+        and all(map(is_recorder, encoder._forward_hooks.values()))
+    )
 
 
 @contextmanager
@@ -160,9 +189,7 @@ def _detection(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) ->
     ids, features = kwargs["decoder_input_ids"], kwargs["input_features"]
     if ids.shape != (features.shape[0], 1) or self.training or torch.is_grad_enabled():
         return None
-    # A kept step's decoder lies on one device, or `kept_step` finds that it has changed.
-    reason = why_not_static(self, is_known=True) or why_not_replayed(self, {})
-    if reason is not None or not has_stocks_forward(self):
+    if why_not_replayed(self, {}) is not None or not has_stocks_forward(self):
         return None
     step = kept_step(self, ids.shape[0])
     if step is None:
@@ -171,7 +198,9 @@ def _detection(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) ->
     step.project(states)
     if not all(step.cache.is_updated.values()):
         return None
-    return Seq2SeqLMOutput(logits=step(self, ids), encoder_last_hidden_state=states)
+    logits = step(self, ids)
+    take_late_looks()  # stock waits for the answer, and the GPU has the window to encode
+    return Seq2SeqLMOutput(logits=logits, encoder_last_hidden_state=states)
 
 
 def _step_in_use(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> DecoderStep | None:
@@ -264,10 +293,7 @@ def _prepare_cache_for_generation(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    state: State | None = vars(self).get(STATE)  # None: a method kept from before `restore`
-    found = None if state is None else fingerprint(self)
-    is_known = state is not None and found == state.captured
-    reason, call = why_not_our_cache(self, generation_config, model_kwargs, generation_mode, batch_size, is_known), CALL.get()
+    reason, call = why_not_our_cache(self, generation_config, model_kwargs, generation_mode, batch_size), CALL.get()
     if call is None:
         reason = reason or "the class's generate is called, past the model's"  # and hands out its cache
     elif call.brings_its_length:
@@ -276,8 +302,13 @@ def _prepare_cache_for_generation(
         reason = reason or f"decoder_input_ids have {call.rows} rows, the encoder's outputs {batch_size}"
     if reason is None:
         frames = model_kwargs["encoder_outputs"][0]
-        model_kwargs["past_key_values"] = cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
-        return
+        found = step_as_it_is(self, frames.shape[0])
+        if found is None:
+            found = fingerprint(self)
+            reason = why_not_static(self, is_known=found == getattr(self, STATE).captured)
+        if reason is None:
+            model_kwargs["past_key_values"] = cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
+            return
     if model_kwargs.get("past_key_values") is not None:  # of any class, and ours may be compiled over
         report_once("steps are not replayed: generate runs over the cache that it was given")
     elif reason != "cache_implementation='static'":  # which ends in `_prepare_static_cache`
@@ -321,7 +352,21 @@ def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs:
     is_ours = isinstance(cache, StaticEncoderDecoderCache) and not cache.is_compileable
     if is_ours and kwargs["is_shortform"] and not getattr(cache, "_is_user_defined", False):
         seek_outputs["past_key_values"] = EncoderDecoderCache(cache.to_legacy_cache())
-    return _stock(self, "_postprocess_outputs")(seek_outputs=seek_outputs, **kwargs)
+    sequences, outputs = _stock(self, "_postprocess_outputs")(seek_outputs=seek_outputs, **kwargs)
+    call = CALL.get()
+    if call is not None and call.returns_tokens:
+        # In one copy; what stock asks of each row, its end, its timestamps, would wait for the GPU each time.
+        sequences = sequences.cpu()
+    return sequences, outputs
+
+
+def _retrieve_segment(
+    self: WhisperForConditionalGeneration, *, decoder_input_ids: torch.Tensor, **kwargs: Any
+) -> tuple[list[dict[str, Any]], Any]:
+    segments, offset = _stock(self, "_retrieve_segment")(decoder_input_ids=decoder_input_ids, **kwargs)
+    for segment in segments:  # nobody sees more of them, where `_postprocess_outputs` has taken their rows to the host
+        segment["tokens"] = segment["tokens"].to(decoder_input_ids.device)
+    return segments, offset
 
 
 def _need_fallback(
@@ -359,6 +404,7 @@ OVERRIDES: dict[str, Callable[..., Any]] = {
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_prepare_static_cache": _prepare_static_cache,
     "_postprocess_outputs": _postprocess_outputs,
+    "_retrieve_segment": _retrieve_segment,
     "_need_fallback": _need_fallback,
     "save_pretrained": _save_pretrained,
 }

@@ -92,6 +92,10 @@ def add_fingerprint(modules: Iterable[nn.Module], found: list[object], wrapped: 
                     found += (id(parameter), parameter.data_ptr(), parameter.dtype)
 
 
+def places_of(parameters: Iterable[nn.Parameter]) -> list[int]:
+    return [parameter.data_ptr() for parameter in parameters]
+
+
 def capture(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result, int]:
     """Calls `run` twice: once to compile and plan whatever it calls, and once to record it.
 

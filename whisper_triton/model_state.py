@@ -18,9 +18,11 @@ from transformers import WhisperForConditionalGeneration
 
 from .attention import STATE, report_once
 from .cache import StaticEncoderDecoderCache, build_static_cache
+from .coverage import why_not_static
 from .decoder import DecoderStep, cache_bytes, fingerprint, why_not_captured
 from .encoder import EncoderState
 from .graphs import make_room
+from .late import LATE, is_so
 from .streams import RandomStreams
 
 MAX_BYTES = 8 << 30  # of caches and graphs kept for captured steps; a step that is larger by itself is kept alone
@@ -132,6 +134,18 @@ def _step_for(
     return step
 
 
+def step_as_it_is(model: WhisperForConditionalGeneration, batch_size: int) -> tuple[object, ...] | None:
+    """The fingerprint of the step kept for this batch size, if it may be replayed before anybody looks whether it still is the
+    model's: that is then put off. Else None.
+    """
+    state: State = getattr(model, STATE)
+    step = state.steps.get(batch_size)
+    if LATE.get() is None or step is None or state.captured != step.fingerprint or not step.has_its_memory():
+        return None
+    is_so(lambda: step.fingerprint == fingerprint(model) and why_not_static(model, is_known=True) is None)
+    return step.fingerprint
+
+
 def kept_step(model: WhisperForConditionalGeneration, batch_size: int) -> DecoderStep | None:
     """The step that an earlier call of `generate` has left for this batch size, emptied, if a graph of it is what a pass of the
     model would do now; None if this call decodes a window already.
@@ -140,8 +154,10 @@ def kept_step(model: WhisperForConditionalGeneration, batch_size: int) -> Decode
     step = state.steps.get(batch_size)
     if step is None or state.in_use is not None or state.owner is not CALL.get():
         return None
-    if not state.captured == step.fingerprint == fingerprint(model):
-        return None
+    if step_as_it_is(model, batch_size) is None:
+        is_known = state.captured == step.fingerprint == fingerprint(model)
+        if not is_known or why_not_static(model, is_known) is not None:
+            return None
     step.reset()
     return step
 

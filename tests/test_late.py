@@ -1,0 +1,296 @@
+"""Looks at the model that are taken while it decodes: what has changed since its graphs were captured is seen all the same.
+
+Without a GPU a stand-in takes the place of the encoder's graph, and steps are launched instead of replayed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_early import StandIn, captured, generate
+from torch import nn
+from whisper_models import FRAMES, Recorder, mel, tiny_whisper
+
+from whisper_triton import accelerate, accelerated, decode_loop, generation, late, model_state
+from whisper_triton.decoder import DecoderStep
+from whisper_triton.encoder import CapturedEncoder
+from whisper_triton.late import LATE, ChangedError, LateLooks, end_lateness, is_so, take_late_looks
+
+pytest_plugins = ["whisper_fixtures"]
+pytestmark = pytest.mark.usefixtures("reference_kernels", "eager_steps", "kept_steps")
+
+
+@pytest.fixture
+def kept_steps(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, steps that are kept as captured ones are, where `eager_steps` alone would have them captured in each call."""
+    if device.type == "cpu":
+        capture = DecoderStep._capture
+        monkeypatch.setattr(DecoderStep, "_capture", lambda self, run: (object(), capture(self, run)[1]))
+
+
+def warm(model: Any, features: torch.Tensor, **kwargs: Any) -> Any:
+    """Accelerated, with a step and a graph of the encoder kept for these features."""
+    if features.device.type == "cpu":
+        encoder = captured(model, len(features)).encoder
+        # As of a graph, its weights' memory stays, and its modules, whatever the model gets in their place.
+        kept = copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
+        encoder._whisper_triton.graphs[len(features), 2 * FRAMES].encoder = kept
+    accelerate(model)
+    for _ in range(2):
+        generate(model, features, **kwargs)
+    return model
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens in a call, in order: looks, passes of the decoder, and calls made anew."""
+    seen: list[str] = []
+
+    def noted(owner: Any, name: str, what: str) -> None:
+        function = getattr(owner, name)
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            seen.append(what)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, note)
+
+    noted(CapturedEncoder, "fits", "look at the encoder")
+    noted(StandIn, "fits", "look at the encoder")
+    noted(model_state, "fingerprint", "look at the decoder")
+    noted(generation, "fingerprint", "look at the decoder")
+    claim = DecoderStep._claim
+
+    def of_one_token(step: DecoderStep, new_tokens: int) -> None:
+        seen.extend(["pass"] * (new_tokens == 1))  # a prompt is the modules' on a CPU
+        claim(step, new_tokens)
+
+    monkeypatch.setattr(DecoderStep, "_claim", of_one_token)
+    noted(late, "ChangedError", "anew")
+    return seen
+
+
+def looks(events: list[str]) -> list[int]:
+    """How many passes stood before each look."""
+    return [events[:i].count("pass") for i, event in enumerate(events) if event.startswith("look")]
+
+
+class TestWhenLooksAreTaken:
+    @pytest.mark.parametrize(("new_tokens", "before"), [(40, 16), (5, 4)])
+    def test_once_steps_are_queued(self, new_tokens: int, before: int, device: torch.device, events: list[str]) -> None:
+        """The prompt's pass and the first steps, of which a short window has fewer. The first token is the prompt's."""
+        model, features = tiny_whisper(device, seed=3), mel(2, device)
+        kwargs = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        stock = generate(model, features, **kwargs)[0]
+        warm(model, features, **kwargs)
+        events.clear()
+        assert generate(model, features, **kwargs)[0] == stock
+        found = looks(events)
+        assert len(found) == 2
+        assert set(found) == {before}
+        assert "anew" not in events
+
+    def test_of_a_large_decoder_sooner(self, device: torch.device, events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decode_loop, "LARGE", 0)
+        model, features, kwargs = tiny_whisper(device, seed=3), mel(2, device), {"max_new_tokens": 40, "min_new_tokens": 40}
+        warm(model, features, **kwargs)
+        events.clear()
+        generate(model, features, **kwargs)
+        assert set(looks(events)) == {4}
+
+    def test_while_a_language_is_waited_for(self, device: torch.device, events: list[str]) -> None:
+        model, features = tiny_whisper(device, seed=3, is_multilingual=True), mel(2, device)
+        kwargs = {"max_new_tokens": 30, "min_new_tokens": 30, "task": "transcribe"}
+        stock = generate(model, features, **kwargs)[0]
+        warm(model, features, **kwargs)
+        events.clear()
+        assert generate(model, features, **kwargs)[0] == stock
+        # The last two by the prompt, which asks for the states and the step again.
+        assert looks(events) == [1, 1, 17, 17]
+
+    def test_before_a_number_is_drawn(self, device: torch.device, events: list[str]) -> None:
+        model, features = tiny_whisper(device, seed=3), mel(2, device)
+        kwargs = {"temperature": 0.7, "max_new_tokens": 20, "min_new_tokens": 20}
+        warm(model, features, **kwargs)
+        events.clear()
+        generate(model, features, **kwargs)
+        assert set(looks(events)) == {0}
+
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {"monitor_progress": lambda seen: None},
+            {"num_beams": 2},
+            {"custom_generate": lambda model, input_ids, **kwargs: model._sample(input_ids, **kwargs)},
+        ],
+        ids=["a callback", "beams", "a loop of the user's"],
+    )
+    def test_in_time_where_others_may_look_on(self, kwargs: dict[str, Any], device: torch.device, events: list[str]) -> None:
+        model, features = tiny_whisper(device, seed=3), mel(1, device)
+        warm(model, features)
+        events.clear()
+        generate(model, features, **kwargs)
+        found = looks(events)
+        assert len(found) >= 2
+        assert set(found) == {0}
+
+    def test_in_time_before_stocks_loop(self, device: torch.device, events: list[str]) -> None:
+        """Which calls a logits processor of the user's."""
+        model, features, recorder = tiny_whisper(device, seed=3), mel(1, device), Recorder()
+        warm(model, features)
+        events.clear()
+        recorder.__class__ = type("Seen", (Recorder,), {"__call__": lambda self, ids, scores: events.append("user") or scores})
+        generate(model, features, logits_processor=[recorder])
+        assert "user" in events
+        assert not any(event.startswith("look") for event in events[events.index("user") :])
+
+
+def other_weight(module: Any, name: str) -> None:
+    module.register_parameter(name, nn.Parameter(-getattr(module, name).detach()))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a weight of the encoder": lambda model: other_weight(model.model.encoder.conv1, "weight"),
+    "a weight of the decoder": lambda model: other_weight(model.model.decoder.layers[1].fc1, "weight"),
+    "moved": lambda model: setattr(model.model.decoder.layers[0].fc2.weight, "data", -model.model.decoder.layers[0].fc2.weight),
+    "written": lambda model: model.model.decoder.layers[0].fc2.weight.data.mul_(-1),
+    "fewer layers": lambda model: setattr(model.model.decoder, "layers", model.model.decoder.layers[:1]),
+    "a hook": lambda model: model.model.decoder.layers[1].register_forward_hook(
+        lambda layer, args, output: -output if isinstance(output, torch.Tensor) else (-output[0], *output[1:])
+    ),
+    "a hook in the encoder": lambda model: model.model.encoder.layers[1].register_forward_hook(
+        lambda layer, args, output: -output if isinstance(output, torch.Tensor) else (-output[0], *output[1:])
+    ),
+    "a forward pass": lambda model: setattr(model.model.decoder.layers[1], "forward", lambda x, *args, **kwargs: -x),
+    "another projection": lambda model: setattr(
+        model, "proj_out", copy.deepcopy(model.proj_out).requires_grad_(False).apply(lambda m: m.weight.mul_(-1))
+    ),
+}
+
+
+class TestChanges:
+    @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+    @pytest.mark.parametrize(
+        "kwargs",
+        [
+            {"language": "en", "max_new_tokens": 20},
+            {"task": "transcribe", "max_new_tokens": 20},
+            {"language": "en", "max_new_tokens": 20, "temperature": 1.0, "top_k": 1},
+            {"language": "en", "max_new_tokens": 12, "return_timestamps": True, "return_segments": True},
+        ],
+        ids=["greedy", "a language to detect", "sampled", "segments"],
+    )
+    def test_between_two_calls_are_seen(
+        self, change: Callable[[Any], Any], kwargs: dict[str, Any], device: torch.device
+    ) -> None:
+        model, features = tiny_whisper(device, seed=3, is_multilingual=True), mel(2, device)
+        other = copy.deepcopy(model)
+        unchanged, _ = generate(other, features, **kwargs)
+        warm(model, features, **kwargs)
+        with torch.no_grad():
+            change(model), change(other)
+        wanted, _ = generate(other, features, **kwargs)
+        assert wanted != unchanged
+        for _ in range(3):
+            assert generate(model, features, **kwargs)[0] == wanted
+
+    @pytest.mark.parametrize("at", [1, 2, 3])
+    def test_in_any_window_the_call_is_made_anew(self, at: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As another thread may change it."""
+        model, features = tiny_whisper(device, seed=3), mel(1, device, seconds=3)
+        kwargs = {"return_timestamps": True, "max_new_tokens": 12}
+        stock, _ = generate(model, features, **kwargs)
+        warm(model, features, **kwargs)
+        taken, take = [], LateLooks.take
+
+        def changed(looks: LateLooks) -> None:
+            taken.append(len(looks.put_off))
+            take(looks)
+            if len([each for each in taken if each]) == at:
+                raise ChangedError
+
+        monkeypatch.setattr(LateLooks, "take", changed)
+        assert generate(model, features, **kwargs)[0] == stock
+        assert len([each for each in taken if each]) == at  # none is put off any more
+
+    def test_what_is_sampled_is_as_if_it_had_been_seen_at_once(self, device: torch.device) -> None:
+        model, features = tiny_whisper(device, seed=3), mel(3, device)
+        kwargs = {"max_new_tokens": 20, "top_k": 0, "temperature": (0.0, 0.6), "logprob_threshold": 0.0}
+        other = copy.deepcopy(model)
+        warm(model, features, **kwargs)
+        for each in (model, other):
+            other_weight(each.model.decoder.layers[1].fc1, "weight")
+        wanted, _ = generate(accelerate(other), features, **kwargs)
+        assert generate(model, features, **kwargs)[0] == wanted
+
+    def test_hooks_of_the_encoder_see_each_pass_once(self, device: torch.device) -> None:
+        model, features, seen = tiny_whisper(device, seed=3), mel(1, device), []
+        warm(model, features)
+        other_weight(model.model.encoder.conv1, "weight")
+        model.model.encoder.register_forward_hook(lambda encoder, args, output: seen.append(output[0].clone()))
+        generate(model, features)
+        with torch.no_grad():
+            states = type(model.model.encoder).forward(model.model.encoder, features).last_hidden_state
+        assert len(seen) == 1
+        torch.testing.assert_close(seen[0], states)
+
+    def test_nothing_is_captured_of_a_changed_model(self, device: torch.device) -> None:
+        model, features = tiny_whisper(device, seed=3), mel(1, device)
+        warm(model, features)
+        step = model._whisper_triton.steps[1]
+        kept = step._selecting.copy()
+        other_weight(model.model.decoder.layers[1].fc1, "weight")
+        generate(model, features, temperature=1.0, top_k=3)  # another graph than the one that the step has
+        assert step._selecting == kept
+        assert len(model._whisper_triton.steps[1]._selecting) == 1
+
+
+class TestLateLooks:
+    def test_outside_of_a_call_they_are_taken_at_once(self) -> None:
+        assert LATE.get() is None
+        assert is_so(lambda: True)
+        assert not is_so(lambda: False)
+        take_late_looks(), end_lateness()
+
+    def test_each_is_taken_once(self) -> None:
+        token, found = LATE.set(LateLooks()), [True, False]
+        try:
+            assert is_so(lambda: found.pop(0))
+            take_late_looks(), take_late_looks()
+            assert is_so(lambda: found.pop(0))
+            with pytest.raises(ChangedError):
+                end_lateness()
+            take_late_looks()
+            end_lateness()
+            assert LATE.get() is None
+            assert not is_so(lambda: False)
+        finally:
+            LATE.reset(token)
+
+    def test_a_call_leaves_none(self, device: torch.device) -> None:
+        model = warm(tiny_whisper(device, seed=3), mel(1, device))
+        assert LATE.get() is None
+        with pytest.raises(ValueError, match="500"):
+            model.generate(mel(1, device), max_new_tokens=500)
+        assert LATE.get() is None
+
+
+@pytest.mark.gpu
+class TestOnAGPU:
+    def test_a_model_that_has_been_away(self, device: torch.device) -> None:
+        """Its weights' memory is given back, and taken by others."""
+        model, features = tiny_whisper(device, seed=3), mel(2, device)
+        stock, _ = generate(model, features, max_new_tokens=20)
+        with accelerated(model):
+            for _ in range(3):
+                assert generate(model, features, max_new_tokens=20)[0] == stock
+                model.to("cpu")
+                torch.cuda.empty_cache()
+                others = [torch.full((1 << 18,), torch.nan, device=device) for _ in range(8)]
+                model.to(device)
+                del others
+            assert generate(model, features, max_new_tokens=20)[0] == stock
