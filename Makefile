@@ -5,7 +5,7 @@ VENV ?= .venv
 # What pip installs as torch; empty: the usual build where nvidia-smi finds a GPU, a CPU build elsewhere.
 TORCH ?=
 # The newest that is tested; from 5.21 on transformers wants Python 3.11.
-TRANSFORMERS ?= $(shell $(PYTHON) -c "import sys; print('transformers==' + ('5.23.0' if sys.version_info >= (3, 11) else '5.20.2'))")
+TRANSFORMERS ?= $(shell $(PYTHON) -c "import sys; print('transformers==' + ('5.24.0' if sys.version_info >= (3, 11) else '5.20.2'))")
 SAMPLE ?= $(firstword $(wildcard samples/*.flac))
 # More arguments for pytest, such as ARGS="-m gpu"; with ARGS="-n 0" it runs in one process.
 ARGS ?=
@@ -33,7 +33,7 @@ OLDEST_VENV = $(VENV)-oldest
 # pipeline beside ours, the command, what becomes of a checkpoint that it loads, what hangs on its models from outside, and who
 # gets which `kernels`. Our kernels, the parsers and the benchmarks are the same with any, and real speech takes its time.
 WITH_OLDEST = $(patsubst %,tests/test_%.py,attention bad_input_cache bad_input_checkpoints bad_input_damaged bad_input_model \
-  cache checkpoints cli compile concurrency ctranslate2 decode_loop decoder early encoded encoder faults language long_runs \
+  cache checkpoints cli compile concurrency ctranslate2 decode_loop decoder early encoded encoder faults language late long_runs \
   odd_calls parity patching prefill stand_ins thresholds token_rules transcription undo) \
   --deselect tests/test_parity.py::TestTinyEn \
   tests/test_packaging.py::test_kernels_are_ours_and_transformers_keeps_its_own

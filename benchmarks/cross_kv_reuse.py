@@ -33,6 +33,8 @@ from whisper_triton.benchmarks.questions import compiled, keep_still, side_by_si
 from whisper_triton.benchmarks.select_token import waits
 from whisper_triton.benchmarks.tasks import measure_named, number_to, parser_for
 
+from whisper_triton.cache import CACHE_NAME
+
 POSITION = 64
 
 
@@ -75,7 +77,7 @@ class Step:
         keep_still(self.states, self.token)
 
     def _decode(self, forward: Callable, ids: torch.Tensor) -> torch.Tensor:
-        kwargs = {"encoder_outputs": (self.states,), "decoder_input_ids": ids, "past_key_values": self.cache, "use_cache": True}
+        kwargs = {"encoder_outputs": (self.states,), "decoder_input_ids": ids, CACHE_NAME: self.cache, "use_cache": True}
         return forward(**kwargs).logits[:, -1]
 
     def reuse(self, forward: Callable) -> torch.Tensor:
@@ -126,7 +128,7 @@ def bench_generate(place: Place, model: WhisperForConditionalGeneration, B: int)
 
     def prepare(*args: object, **kwargs: object) -> dict[str, object]:
         inputs = stock_prepare(*args, **kwargs)
-        forget(inputs["past_key_values"])
+        forget(inputs[CACHE_NAME])
         return inputs
 
     def timed(way: str) -> tuple[torch.Tensor, tuple[float, float]]:

@@ -32,6 +32,7 @@ from whisper_triton.benchmarks.tasks import measure_named, parser_for
 
 import whisper_triton
 from whisper_triton import decoder, fused
+from whisper_triton.cache import CACHE_NAME
 from whisper_triton.decoder import DecoderStep
 
 POSITION = 64
@@ -135,7 +136,7 @@ def stock_step(
         StaticCache(config=config, max_cache_len=model.config.max_target_positions),
         StaticCache(config=config, max_cache_len=model.config.max_source_positions),
     )
-    kwargs = {"encoder_outputs": (given.states,), "past_key_values": cache, "use_cache": True}
+    kwargs = {"encoder_outputs": (given.states,), CACHE_NAME: cache, "use_cache": True}
     model(decoder_input_ids=given.ids[:, :4], **kwargs)  # eagerly, as stock does: it allocates the cache
     last = given.ids[:, 4:].clone()
     compiled = compiler(lambda ids: model(decoder_input_ids=ids, **kwargs).logits)

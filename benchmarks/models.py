@@ -16,6 +16,7 @@ from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalG
 from whisper_triton.benchmarks.harness import Place, relative_error
 
 import whisper_triton
+from whisper_triton.cache import CACHE_NAME
 from whisper_triton.checkpoints import load_model
 from whisper_triton.decoder import DecoderStep
 
@@ -194,7 +195,7 @@ def check(model: WhisperForConditionalGeneration, B: int, given: StepInput | Non
         step = DecoderStep(model, B, given.states.shape[1])
         for ids, states in zip(given.ids.split(B), given.states.split(B), strict=True):
             step.reset()
-            model(decoder_input_ids=ids[:, :4], encoder_outputs=(states,), past_key_values=step.cache, use_cache=True)
+            model(decoder_input_ids=ids[:, :4], encoder_outputs=(states,), use_cache=True, **{CACHE_NAME: step.cache})
             last = ids[:, 4:]
             # What runs where there is no graph: the chain through its references, where it covers the model.
             ours.append((step(model, last) if model.device.type == "cuda" else step._run(model, last))[:, -1])

@@ -24,6 +24,7 @@ from whisper_triton.benchmarks.tasks import measure_named, number_to, parser_for
 
 import whisper_triton
 from whisper_triton.bench import MOST_NEW_TOKENS
+from whisper_triton.cache import CACHE_NAME
 from whisper_triton.decoder import DecoderStep
 from whisper_triton.kernels import project_cross_kv
 
@@ -50,12 +51,12 @@ def bench(place: Place, model: WhisperForConditionalGeneration, B: int, *, T: in
 
         def layer_by_layer() -> torch.Tensor:
             step.cache.reset()
-            return forward(past_key_values=step.cache)
+            return forward(**{CACHE_NAME: step.cache})
 
         def now() -> torch.Tensor:
             step.cache.reset()
             step.project(states)
-            return step(model, ids)[:, -1] if is_captured else forward(past_key_values=step.cache)
+            return step(model, ids)[:, -1] if is_captured else forward(**{CACHE_NAME: step.cache})
 
         bound = 2 if place.dtype == torch.float32 else 1.25
         for call in (layer_by_layer, now):

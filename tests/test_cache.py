@@ -164,6 +164,20 @@ class TestPosition:
         assert first.get_seq_length().item() == 3
         assert first.cumulative_length is last.cumulative_length
 
+    def test_tokens_taken_back_are_taken_back_once(self, device: torch.device) -> None:
+        """By `crop`, which a cache calls of each of its layers."""
+        decoding = Decoding(device)
+        cache = build_static_cache(decoding.model, 1, max_cache_len=20)
+        decoding.step(cache, 5, 6)
+        wanted = [decoding.step(cache, token) for token in (7, 8)]
+        part = cache.self_attention_cache
+        part.crop(-2), part.crop(0)
+        assert (cache.get_seq_length().item(), part.layers[0].host_length) == (2, 2)
+        assert all(torch.equal(decoding.step(cache, token), logits) for token, logits in zip((7, 8), wanted, strict=True))
+        with pytest.raises(ValueError, match="with a minus, got 3"):
+            part.crop(3)
+        assert cache.get_seq_length() == 4
+
     def test_states_on_another_device_are_refused(self) -> None:
         """Each layer would else get a position of its own, which only the last layer's would leave."""
         layer = self_layers(torch.device("meta"))[0]

@@ -22,6 +22,7 @@ from whisper_triton.kernels._rules import TokenLimits
 
 from whisper_triton import StaticEncoderDecoderCache, accelerated, attention, decode_loop, decoder, fused, model_state
 from whisper_triton.attention import STATE
+from whisper_triton.cache import CACHE_NAME
 from whisper_triton.checkpoints import load_model
 from whisper_triton.coverage import why_not_our_loop
 from whisper_triton.decode_loop import STOCKS_LOOP
@@ -520,8 +521,8 @@ class TestStocksLoop:
         caches = []
 
         def second_best(model: WhisperForConditionalGeneration, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            caches.append(type(kwargs["past_key_values"]))
-            given = {name: kwargs[name] for name in ("encoder_outputs", "past_key_values")}
+            caches.append(type(kwargs[CACHE_NAME]))
+            given = {name: kwargs[name] for name in ("encoder_outputs", CACHE_NAME)}
             new = input_ids
             for _ in range(8):
                 logits = model(decoder_input_ids=new, use_cache=True, **given).logits

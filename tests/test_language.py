@@ -16,6 +16,7 @@ from whisper_models import SOT, mel, tiny_whisper
 
 from whisper_triton import accelerated, cross_projections, decoder, model_state
 from whisper_triton.attention import STATE
+from whisper_triton.cache import CACHE_NAME
 
 pytest_plugins = ["whisper_fixtures"]
 pytestmark = pytest.mark.usefixtures("reference_kernels", "eager_steps")
@@ -51,7 +52,7 @@ def without_cache(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     forward = WhisperDecoder.forward
 
     def recorded(self: WhisperDecoder, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get(CACHE_NAME) is None:
             sizes.append(len(input_ids))
         return forward(self, input_ids, *args, **kwargs)
 

@@ -19,6 +19,7 @@ from whisper_triton.kernels.skinny_linear import skinny_linear_reference
 
 import whisper_triton
 from whisper_triton import fused
+from whisper_triton.cache import CACHE_NAME
 from whisper_triton.decoder import DecoderStep
 
 pytest_plugins = ["whisper_fixtures"]
@@ -116,7 +117,7 @@ def test_who_decodes_by_himself_gets_all_logits_of_the_prompt(device, passes):
     shapes = []
 
     def decode(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        kwargs = {name: kwargs[name] for name in ("encoder_outputs", "past_key_values", "use_cache") if name in kwargs}
+        kwargs = {name: kwargs[name] for name in ("encoder_outputs", CACHE_NAME, "use_cache") if name in kwargs}
         inputs = model.prepare_inputs_for_generation(input_ids, **kwargs)
         shapes.append(model(**inputs, return_dict=True).logits.shape)
         return torch.cat([input_ids, input_ids[:, -1:]], -1)

@@ -36,7 +36,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
         ("triton", "3.5.0"),
         ("triton", "3.6.0+git1234abcd"),
         ("transformers", "5.17.0"),
-        ("transformers", "5.23.0.dev0"),
+        ("transformers", "5.24.0.dev0"),
     ],
 )
 def test_supported_versions_pass(monkeypatch: pytest.MonkeyPatch, package: str, version: str) -> None:
@@ -61,7 +61,7 @@ def test_no_transformers_is_let_in_that_ci_has_not_run() -> None:
         ("triton", "3.4.0"),
         ("transformers", "4.57.1"),
         ("transformers", "5.16.9"),
-        ("transformers", "5.24.0"),
+        ("transformers", "5.25.0"),
         ("transformers", "6.0.0.dev0"),
     ],
 )

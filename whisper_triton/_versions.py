@@ -11,7 +11,7 @@ PYTHON = ">=3.10,<3.14"
 SUPPORTED = {
     "torch": ">=2.9",
     "triton": ">=3.5",
-    "transformers": ">=5.17,<5.24",  # 5.24 names the argument of the cache anew, in attention and `generate` alike
+    "transformers": ">=5.17,<5.25",
 }
 
 

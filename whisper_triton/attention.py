@@ -177,18 +177,21 @@ class TritonAttention(WhisperAttention):
         self,
         hidden_states: torch.Tensor,
         key_value_states: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_states: (B, T, C); key_value_states: (B, frames, C) in cross-attention. Returns (B, T, C), None.
 
-        Writes the self cache at its position, and the cross cache once, where `past_key_values.is_updated` is not yet set.
+        Writes the self cache at its position, and the cross cache once, where `cache.is_updated` is not yet set.
+        `past_key_values` is what `cache` was called before transformers 5.24.
         """
+        cache = past_key_values if cache is None else cache
         is_cross = key_value_states is not None
         kind = CrossAttentionLayer if is_cross else SelfAttentionLayer
-        layer = self._cache_layer(past_key_values, is_cross)
+        layer = self._cache_layer(cache, is_cross)
         sources = (hidden_states, key_value_states) if is_cross else (hidden_states,)
         cached = (layer.keys, layer.values) if isinstance(layer, kind) and layer.is_initialized else ()
         dropout = self.dropout if self.training else 0.0
@@ -205,26 +208,24 @@ class TritonAttention(WhisperAttention):
             is None
         )
         if not covered:
-            return super().forward(
-                hidden_states, key_value_states, past_key_values, attention_mask, output_attentions, **kwargs
-            )
-        ended = getattr(past_key_values, "ended", None)  # of a captured step's cache
+            return super().forward(hidden_states, key_value_states, cache, attention_mask, output_attentions, **kwargs)
+        ended = getattr(cache, "ended", None)  # of a captured step's cache
         query = (self.q_proj(hidden_states) * self.scaling).view(*hidden_states.shape[:-1], -1, self.head_dim)
         if layer is None:
             key, value = self._project(key_value_states if is_cross else hidden_states)
             out = self._prompt_attention(query, key, value, is_causal=self.is_causal and not is_cross)
         elif is_cross:
-            out = self._cross_attention(query, key_value_states, past_key_values, layer, ended)
+            out = self._cross_attention(query, key_value_states, cache, layer, ended)
         else:
             out = self._self_attention(query, *self._project(hidden_states), layer, ended)
         return self.out_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
 
-    def _cache_layer(self, past_key_values: Cache | None, is_cross: bool) -> Any:
-        if past_key_values is None:
+    def _cache_layer(self, cache: Cache | None, is_cross: bool) -> Any:
+        if cache is None:
             return None
-        if not isinstance(past_key_values, EncoderDecoderCache):
-            return past_key_values  # foreign: no class of ours, so the stock path
-        part = past_key_values.cross_attention_cache if is_cross else past_key_values.self_attention_cache
+        if not isinstance(cache, EncoderDecoderCache):
+            return cache  # foreign: no class of ours, so the stock path
+        part = cache.cross_attention_cache if is_cross else cache.self_attention_cache
         return part.layers[self.layer_idx] if self.layer_idx < len(part.layers) else part
 
     def _project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,15 +266,15 @@ class TritonAttention(WhisperAttention):
         self,
         query: torch.Tensor,
         key_value_states: torch.Tensor,
-        past_key_values: EncoderDecoderCache,
+        cache: EncoderDecoderCache,
         layer: CrossAttentionLayer,
         ended: torch.Tensor | None,
     ) -> torch.Tensor:
-        is_updated = past_key_values.is_updated.get(self.layer_idx, False)
+        is_updated = cache.is_updated.get(self.layer_idx, False)
         if not is_updated:
             key, value = self._project(key_value_states)
             layer.update(key.transpose(1, 2), value.transpose(1, 2))
-            past_key_values.is_updated[self.layer_idx] = True
+            cache.is_updated[self.layer_idx] = True
         if query.shape[1] == 1:
             return decode_attention(query, layer.keys, layer.values, scale=1.0, read_ahead=is_updated, ended=ended)
         return self._prompt_attention(query, layer.keys.transpose(1, 2), layer.values.transpose(1, 2), is_causal=False)

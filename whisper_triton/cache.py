@@ -9,14 +9,19 @@ drop it. The position goes on counting then, so that `check_length` tells of it,
 
 from __future__ import annotations
 
+import inspect
 from numbers import Integral
 
 import torch
 from transformers import WhisperForConditionalGeneration
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from .kernels import update_kv_cache
 from .kernels._checks import need_gradients
+
+# What transformers calls an argument or an output that is a cache; since 5.24 the one, before it the other.
+CACHE_NAME = "cache" if "cache" in inspect.signature(WhisperAttention.forward).parameters else "past_key_values"
 
 
 class SelfAttentionLayer(StaticLayer):
@@ -89,6 +94,21 @@ class SelfAttentionLayer(StaticLayer):
     def reset(self) -> None:
         super().reset()
         self.host_length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens back, of all layers in the last one's call; transformers' own does so for each, since 5.24.
+
+        Args:
+            tokens_to_remove: 0, or their number with a minus.
+
+        Raises:
+            ValueError: above 0; nothing has changed then.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"the number of tokens to take back is wanted with a minus, got {tokens_to_remove}")
+        if self.is_last:
+            self.cumulative_length.add_(tokens_to_remove)
+            self.host_length = max(0, self.host_length + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         _reorder_in_place(self, beam_idx)

@@ -13,6 +13,7 @@ from transformers.generation import GenerationMode, MaxLengthCriteria
 from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
 
 from .attention import NAME, STATE, TritonAttention, is_length, why_not_covered
+from .cache import CACHE_NAME
 from .graphs import modules_of
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
@@ -123,7 +124,7 @@ def returns_tokens_alone(
 
 
 # What `generate` passes to a step: the attention mask is of the frames, which Whisper ignores ...
-_TENSORS = ("decoder_input_ids", "decoder_attention_mask", "past_key_values", "encoder_outputs", "attention_mask")
+_TENSORS = ("decoder_input_ids", "decoder_attention_mask", CACHE_NAME, "encoder_outputs", "attention_mask")
 # ... and besides, with the values that a graph covers.
 _STEP_ARGUMENTS = {
     "use_cache": (True,),
@@ -160,8 +161,8 @@ def why_not_our_cache(
     """
     if STATE not in vars(model):
         return FROM_BEFORE
-    if model_kwargs.get("past_key_values") is not None:
-        return "past_key_values is given"
+    if model_kwargs.get(CACHE_NAME) is not None:
+        return f"{CACHE_NAME} is given"
     if generation_config.cache_implementation not in (None, "dynamic"):
         return f"cache_implementation={generation_config.cache_implementation!r}"
     if generation_config.use_cache is False:

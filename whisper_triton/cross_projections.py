@@ -70,7 +70,7 @@ class CrossProjections:
         return (
             encoder_states.shape == (B, S, H * D)
             and encoder_states.stride(-1) == 1
-            and (encoder_states.dtype, encoder_states.device) == (layer.dtype, layer.device)
+            and (encoder_states.dtype, encoder_states.device) == (layer.keys.dtype, layer.keys.device)
         )
 
     def _is_filled(self, encoder_states: torch.Tensor) -> None:
@@ -101,7 +101,7 @@ def _table(model: WhisperForConditionalGeneration, cache: StaticEncoderDecoderCa
         all(module.k_proj.bias is None for module in modules)
         and all(has_bias) == any(has_bias)
         and why_not_covered(layers[0].keys.dtype, layers[0].keys.shape[-1], layers[0].keys.device) is None
-        and all(t.is_contiguous() and (t.dtype, t.device) == (layers[0].dtype, layers[0].device) for t in tensors)
+        and all(t.is_contiguous() and (t.dtype, t.device) == (layers[0].keys.dtype, layers[0].keys.device) for t in tensors)
     )
     if not covered:
         return None

@@ -17,6 +17,7 @@ from transformers.generation.logits_process import WhisperNoSpeechDetection
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateEncoderDecoderOutput
 
 from .attention import report_once
+from .cache import CACHE_NAME
 from .decoder import DecoderStep
 from .kernels import select_token
 from .kernels._rules import TokenState, apply_rules
@@ -37,7 +38,7 @@ STOCKS_LOOP = "tokens are chosen in stock's loop"  # what is logged, before the 
 
 # What `generate` may pass to the forward passes, with the values that a replay covers. The attention mask is of the encoder's
 # frames, which Whisper ignores.
-_TENSORS = ("past_key_values", "encoder_outputs", "attention_mask", "decoder_attention_mask")
+_TENSORS = (CACHE_NAME, "encoder_outputs", "attention_mask", "decoder_attention_mask")
 _ARGUMENTS = {
     "use_cache": (True,),
     "output_attentions": (False, None),
@@ -195,7 +196,7 @@ def decode(
     """
     settings, heard = None, streams.next_attempt()
     # Why there is no step, or another cache than the step's, was said when the cache was chosen.
-    if step is not None and model_kwargs.get("past_key_values") is step.cache:
+    if step is not None and model_kwargs.get(CACHE_NAME) is step.cache:
         try:
             settings = _settings(model, step, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         except NotCovered as reason:
@@ -251,7 +252,7 @@ def decode(
             sequences=ids,
             scores=selection.scores(kept, prompt_length) if wants_scores else None,
             logits=tuple(one.to(torch.float32, copy=True) for one in kept) if wants_logits else None,
-            past_key_values=step.cache,
+            **{CACHE_NAME: step.cache},
         )
     return ids
 

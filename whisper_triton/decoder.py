@@ -23,7 +23,7 @@ from transformers.models.whisper.modeling_whisper import (
 )
 
 from .attention import NAME, TritonAttention, report_once
-from .cache import StaticEncoderDecoderCache, build_static_cache
+from .cache import CACHE_NAME, StaticEncoderDecoderCache, build_static_cache
 from .cross_projections import CrossProjections
 from .fused import MAX_SEQUENCES, FusedDecoder, is_fusable
 from .graphs import NotCaptured, add_fingerprint, capture, global_hooks, modules_of, places_of, why_not_known
@@ -258,8 +258,8 @@ class DecoderStep:
             hidden_states = model.model.decoder(
                 input_ids=input_ids,
                 encoder_hidden_states=self.encoder_states,
-                past_key_values=self.cache,
                 use_cache=True,
+                **{CACHE_NAME: self.cache},
             ).last_hidden_state
         finally:
             self.cache.ended = None

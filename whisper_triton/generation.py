@@ -18,7 +18,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .attention import STATE, report_once
-from .cache import StaticEncoderDecoderCache, build_static_cache
+from .cache import CACHE_NAME, StaticEncoderDecoderCache, build_static_cache
 from .coverage import (
     brings_its_length,
     has_stocks_forward,
@@ -163,8 +163,8 @@ def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -
         return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
     return Seq2SeqLMOutput(
         logits=step(self, kwargs["decoder_input_ids"]),
-        past_key_values=step.cache,
         encoder_last_hidden_state=kwargs["encoder_outputs"][0],
+        **{CACHE_NAME: step.cache},
     )
 
 
@@ -207,7 +207,7 @@ def _step_in_use(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) 
     """The step over whose cache `generate` makes this forward pass, or None."""
     state: State | None = vars(self).get(STATE)  # None: kept, or compiled into something, from before `restore`
     step = None if state is None else state.in_use
-    if step is None or kwargs.get("past_key_values") is not step.cache or kwargs.get("encoder_outputs") is None:
+    if step is None or kwargs.get(CACHE_NAME) is not step.cache or kwargs.get("encoder_outputs") is None:
         return None
     if not has_stocks_forward(self):
         report_once("steps are not replayed: the model's class has another forward pass")
@@ -307,9 +307,9 @@ def _prepare_cache_for_generation(
             found = fingerprint(self)
             reason = why_not_static(self, is_known=found == getattr(self, STATE).captured)
         if reason is None:
-            model_kwargs["past_key_values"] = cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
+            model_kwargs[CACHE_NAME] = cache_for(self, found, frames.shape[0], max_cache_length, frames.shape[1])
             return
-    if model_kwargs.get("past_key_values") is not None:  # of any class, and ours may be compiled over
+    if model_kwargs.get(CACHE_NAME) is not None:  # of any class, and ours may be compiled over
         report_once("steps are not replayed: generate runs over the cache that it was given")
     elif reason != "cache_implementation='static'":  # which ends in `_prepare_static_cache`
         _report_stocks_cache(reason)
@@ -348,10 +348,10 @@ def _prepare_static_cache(
 def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs: Any, **kwargs: Any) -> Any:
     # With `return_dict_in_generate` stock hands the cache out, copied through the host. Of a cache that the caller never
     # asked for, it gets what a dynamic one would hold: no unused slot, and no memory that the next call writes into.
-    cache = None if isinstance(seek_outputs, torch.Tensor) else seek_outputs.get("past_key_values")
+    cache = None if isinstance(seek_outputs, torch.Tensor) else seek_outputs.get(CACHE_NAME)
     is_ours = isinstance(cache, StaticEncoderDecoderCache) and not cache.is_compileable
     if is_ours and kwargs["is_shortform"] and not getattr(cache, "_is_user_defined", False):
-        seek_outputs["past_key_values"] = EncoderDecoderCache(cache.to_legacy_cache())
+        seek_outputs[CACHE_NAME] = EncoderDecoderCache(cache.to_legacy_cache())
     sequences, outputs = _stock(self, "_postprocess_outputs")(seek_outputs=seek_outputs, **kwargs)
     call = CALL.get()
     if call is not None and call.returns_tokens:
