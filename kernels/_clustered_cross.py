@@ -40,7 +40,7 @@ from ._paced import (
     MIN_WIDTH,
     ROWS,
     SHARED_MEMORY,
-    async_copy_global_to_shared,
+    async_load,
     commit_group,
     gl,
     gluon,
@@ -120,11 +120,11 @@ def _clustered_cross_kernel(
         piece = gl.allocate_shared_memory(dtype, [NUM_CTAS, NUM_WARPS, ROWS, HEAD_DIM], SHARED)
         if i < NUM_PIECES:
             ptrs = key_cache_ptr + gl.expand_dims(offs_s * stride_kc_s, 3) + elements
-            async_copy_global_to_shared(piece, ptrs, mask=mask, eviction_policy="evict_first")
+            async_load(piece, ptrs, mask=mask, eviction_policy="evict_first")
             keys = keys + (piece,)  # noqa: RUF005  Gluon knows no unpacking
         else:
             ptrs = value_cache_ptr + gl.expand_dims(offs_s * stride_vc_s, 3) + elements
-            async_copy_global_to_shared(piece, ptrs, mask=mask, eviction_policy="evict_first")  # past S: zeros
+            async_load(piece, ptrs, mask=mask, eviction_policy="evict_first")  # past S: zeros
             values = values + (piece,)  # noqa: RUF005
         commit_group()
         wait_group(PACE - 1)

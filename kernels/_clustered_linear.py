@@ -6,7 +6,7 @@ The weights come by paced copies, as in `_paced_linear.py`; what comes of them s
 from __future__ import annotations
 
 from ._cluster import split_layout, split_shared
-from ._paced import async_copy_global_to_shared, barrier, commit_group, constexpr_function, gl, gluon, wait_group
+from ._paced import async_load, barrier, commit_group, constexpr_function, gl, gluon, wait_group
 
 BLOCK_K = 256  # columns of a chunk of weights: one warp's 16-byte copies of a row
 
@@ -44,7 +44,7 @@ def ask_for_weights(
         for i_n in gl.static_range(WARP_ROWS):
             w = gl.allocate_shared_memory(dtype, [NUM_CTAS, NUM_WARPS, BLOCK_K], SHARED)
             ptrs = weight_ptr + gl.expand_dims((rows + i_n) * K, 2) + offs_k + i * BLOCK_K
-            async_copy_global_to_shared(w, ptrs, eviction_policy="evict_first")
+            async_load(w, ptrs, eviction_policy="evict_first")
             weights = weights + (w,)  # noqa: RUF005  Gluon knows no unpacking
         commit_group()
         wait_group(PACE - 1)
@@ -78,8 +78,8 @@ def ask_for_norm(
     for i in gl.static_range(K // BLOCK_K):
         g = gl.allocate_shared_memory(dtype, [NUM_CTAS, BLOCK_K], SHARED)
         b = gl.allocate_shared_memory(dtype, [NUM_CTAS, BLOCK_K], SHARED)
-        async_copy_global_to_shared(g, norm_weight_ptr + i * BLOCK_K + offs_k)
-        async_copy_global_to_shared(b, norm_bias_ptr + i * BLOCK_K + offs_k)
+        async_load(g, norm_weight_ptr + i * BLOCK_K + offs_k)
+        async_load(b, norm_bias_ptr + i * BLOCK_K + offs_k)
         weights, biases = weights + (g,), biases + (b,)  # noqa: RUF005
     commit_group()
     return weights, biases

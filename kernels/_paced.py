@@ -26,19 +26,16 @@ from ._dispatch import capability, is_tritons, triton
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-    from triton.experimental.gluon.language.nvidia.ampere.async_copy import (
-        async_copy_global_to_shared,
-        commit_group,
-        wait_group,
-    )
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+    from triton.experimental.gluon.language.nvidia.ampere.async_copy import commit_group, wait_group
 
+    async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # named so before Triton 3.8
     constexpr_function = gluon.constexpr_function
     barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # named so before Triton 3.7
 except ImportError:
     HAS_GLUON = False
     gl = gluon = triton  # stands in for annotations and decorators: nothing here is launched then
-    async_copy_global_to_shared = barrier = commit_group = mma_v2 = wait_group = None
+    async_load = barrier = commit_group = mma_v2 = wait_group = None
     constexpr_function = triton.jit
 else:
     HAS_GLUON = True
@@ -158,10 +155,11 @@ def join_softmax(m_i, l_i, o_i, HAS_ENDED: gl.constexpr):
     if HAS_ENDED:  # then there may be no keys
         top = gl.where(top == float("-inf"), 0.0, top)
     weight = gl.exp2(m_i - top)
-    total = gl.sum(l_i * weight, axis=0)
+    # Rounded products, as in `_paced_append.py`: lanes that hold the same sum would else differ in its last bit.
+    total, o = gl.sum(gl.fma(l_i, weight, 0.0), axis=0), gl.sum(gl.fma(o_i, weight[:, None], 0.0), axis=0)
     if HAS_ENDED:
         total = gl.where(total > 0.0, total, 1.0)
-    return gl.sum(o_i * weight[:, None], axis=0) / total
+    return o / total
 
 
 __all__ = [
@@ -175,7 +173,7 @@ __all__ = [
     "SHARED_MEMORY",
     "NotGranted",
     "are_aligned",
-    "async_copy_global_to_shared",
+    "async_load",
     "attend_piece",
     "barrier",
     "commit_group",

@@ -11,7 +11,7 @@ from ._paced import (
     PACED_HEAD_DIMS,
     SHARED_MEMORY,
     are_aligned,
-    async_copy_global_to_shared,
+    async_load,
     attend_piece,
     barrier,
     commit_group,
@@ -43,8 +43,8 @@ def ask_for(
     first_s = i_piece * BLOCK_S
     if first_s < end:
         mask = (first_s + offs_s < end)[:, :, None]
-        async_copy_global_to_shared(keys.index(i_piece % PACE), key_ptrs + first_s * stride_kc_s, mask=mask)
-        async_copy_global_to_shared(values.index(i_piece % PACE), value_ptrs + first_s * stride_vc_s, mask=mask)
+        async_load(keys.index(i_piece % PACE), key_ptrs + first_s * stride_kc_s, mask=mask)
+        async_load(values.index(i_piece % PACE), value_ptrs + first_s * stride_vc_s, mask=mask)
     commit_group()
 
 

@@ -15,7 +15,7 @@ from ._paced import (
     PACED_HEAD_DIMS,
     ROWS,
     are_aligned,
-    async_copy_global_to_shared,
+    async_load,
     commit_group,
     gl,
     gluon,
@@ -86,11 +86,11 @@ def _paced_attention_kernel(
         piece = gl.allocate_shared_memory(dtype, [NUM_WARPS, ROWS, HEAD_DIM], SHARED)
         if i < NUM_PIECES:
             ptrs = key_cache_ptr + (offs_s.to(gl.int64) * stride_kc_s)[:, :, None] + offs_3d
-            async_copy_global_to_shared(piece, ptrs, mask=mask, eviction_policy="evict_first")
+            async_load(piece, ptrs, mask=mask, eviction_policy="evict_first")
             keys = keys + (piece,)  # noqa: RUF005
         else:
             ptrs = value_cache_ptr + (offs_s.to(gl.int64) * stride_vc_s)[:, :, None] + offs_3d
-            async_copy_global_to_shared(piece, ptrs, mask=mask, eviction_policy="evict_first")  # past S: zeros
+            async_load(piece, ptrs, mask=mask, eviction_policy="evict_first")  # past S: zeros
             values = values + (piece,)  # noqa: RUF005
         commit_group()
         wait_group(PACE - 1)

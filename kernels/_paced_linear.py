@@ -7,7 +7,7 @@ import torch
 from ._linear_call import LinearCall
 from ._paced import (
     SHARED_MEMORY,
-    async_copy_global_to_shared,
+    async_load,
     commit_group,
     gl,
     gluon,
@@ -103,7 +103,7 @@ def _paced_linear_kernel(
             offs_n = first_n + i_n * NUM_WARPS + warps
             w = gl.allocate_shared_memory(dtype, [NUM_WARPS, BLOCK_K], SHARED)
             rows = weight_ptr + offs_n.to(gl.int64)[:, None] * K + offs_k[None, :]
-            async_copy_global_to_shared(w, rows + i * BLOCK_K, eviction_policy="evict_first")
+            async_load(w, rows + i * BLOCK_K, eviction_policy="evict_first")
             weights = weights + (w,)  # noqa: RUF005  Gluon knows no unpacking
         commit_group()
         wait_group(PACE - 1)
@@ -113,8 +113,8 @@ def _paced_linear_kernel(
         for i in gl.static_range(NUM_CHUNKS):
             g = gl.allocate_shared_memory(dtype, [BLOCK_K], SHARED_NORM)
             b = gl.allocate_shared_memory(dtype, [BLOCK_K], SHARED_NORM)
-            async_copy_global_to_shared(g, norm_weight_ptr + i * BLOCK_K + offs_norm)
-            async_copy_global_to_shared(b, norm_bias_ptr + i * BLOCK_K + offs_norm)
+            async_load(g, norm_weight_ptr + i * BLOCK_K + offs_norm)
+            async_load(b, norm_bias_ptr + i * BLOCK_K + offs_norm)
             norm_weights, norm_biases = norm_weights + (g,), norm_biases + (b,)  # noqa: RUF005
         commit_group()
     biases = ()

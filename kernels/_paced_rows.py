@@ -13,7 +13,7 @@ from ._dispatch import multiprocessors, triton
 from ._linear_call import LinearCall
 from ._paced import (
     SHARED_MEMORY,
-    async_copy_global_to_shared,
+    async_load,
     commit_group,
     gl,
     gluon,
@@ -95,7 +95,7 @@ def _paced_rows_kernel(
     weights = ()
     for i in gl.static_range(NUM_CHUNKS):
         w = gl.allocate_shared_memory(dtype, [NUM_WARPS, BLOCK_N, WARP_K], SHARED)
-        async_copy_global_to_shared(w, rows + i * BLOCK_K, eviction_policy="evict_first" if ROW_TILES == 1 else "")
+        async_load(w, rows + i * BLOCK_K, eviction_policy="evict_first" if ROW_TILES == 1 else "")
         weights = weights + (w,)  # noqa: RUF005  Gluon knows no unpacking
         commit_group()
         wait_group(PACE - 1)
@@ -106,8 +106,8 @@ def _paced_rows_kernel(
         for i in gl.static_range(NUM_CHUNKS):
             g = gl.allocate_shared_memory(dtype, [NUM_WARPS, WARP_K], SHARED_NORM)
             b = gl.allocate_shared_memory(dtype, [NUM_WARPS, WARP_K], SHARED_NORM)
-            async_copy_global_to_shared(g, norm_weight_ptr + i * BLOCK_K + offs_norm)
-            async_copy_global_to_shared(b, norm_bias_ptr + i * BLOCK_K + offs_norm)
+            async_load(g, norm_weight_ptr + i * BLOCK_K + offs_norm)
+            async_load(b, norm_bias_ptr + i * BLOCK_K + offs_norm)
             norm_weights, norm_biases = norm_weights + (g,), norm_biases + (b,)  # noqa: RUF005
         commit_group()
     offs_n = first_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT_OUT))
@@ -167,7 +167,7 @@ def _paced_rows_kernel(
                 wait_group(NUM_CHUNKS - 1)  # each chunk after this one has been asked for, of this tile or of the next
                 acc = mma_v2(weights[i].load(LAYOUT_W), operands[i], acc)
                 if next_n < N:
-                    async_copy_global_to_shared(weights[i], next_rows + i * BLOCK_K, eviction_policy="evict_first")
+                    async_load(weights[i], next_rows + i * BLOCK_K, eviction_policy="evict_first")
                 commit_group()
             y = gl.sum(gl.convert_layout(acc, JOIN), axis=0) * scale
             columns = i_tile * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LAYOUT_OUT))

@@ -15,7 +15,7 @@ import torch
 
 from ._dispatch import multiprocessors, triton
 from ._paced import (
-    async_copy_global_to_shared,
+    async_load,
     attend_piece,
     commit_group,
     gl,
@@ -53,8 +53,8 @@ def ask_for(
         key_ptrs = key_cache_ptr + i_h * stride_kc_h + rows * stride_kc_s + offs_d
         value_ptrs = value_cache_ptr + i_h * stride_vc_h + rows * stride_vc_s + offs_d
         # Past S: zeros.
-        async_copy_global_to_shared(key_places.index(place), key_ptrs, mask=mask, eviction_policy="evict_first")
-        async_copy_global_to_shared(value_places.index(place), value_ptrs, mask=mask, eviction_policy="evict_first")
+        async_load(key_places.index(place), key_ptrs, mask=mask, eviction_policy="evict_first")
+        async_load(value_places.index(place), value_ptrs, mask=mask, eviction_policy="evict_first")
     commit_group()
 
 
@@ -138,9 +138,10 @@ def _paced_stream_kernel(
         alpha = gl.exp2(m - gl.where(m_w == float("-inf"), 0.0, m_w)[:, None])
         head_begin = ((i_head * NUM_PIECES + 1) * num_programs - 1) // total  # the first of the head's programs
         num_splits = ((i_head + 1) * NUM_PIECES * num_programs - 1) // total - head_begin + 1
-        o = gl.sum(acc * alpha[:, :, None], axis=1)
+        # Rounded products, as in `_paced_append.py`: lanes that hold the same sum would else differ in its last bit.
+        l_w, o_w = gl.sum(gl.fma(l, alpha, 0.0), axis=1), gl.sum(gl.fma(acc, alpha[:, :, None], 0.0), axis=1)
         hand_over(
-            m_w, gl.sum(l * alpha, axis=1), o, i_program - head_begin, num_splits, i_b * H + i_head, partial_ptr, max_ptr,
+            m_w, l_w, o_w, i_program - head_begin, num_splits, i_b * H + i_head, partial_ptr, max_ptr,
             sum_ptr, out_ptr, counter_ptr, HAS_ENDED, HEAD_DIM, MAX_SPLITS, BLOCK_SPLITS, NUM_WARPS,
         )  # fmt: skip
 

@@ -25,7 +25,7 @@ INTEGER, FLOAT = r"(?P<kind>[us](?:16|32|64))", r"(?P<kind>f32)"
 ELEMENTWISE = [
     (rf"(?P<name>add|sub|min|max|neg|abs|div|rem|mul\.lo|mad\.lo)\.{INTEGER}", {}),
     (rf"(?P<name>add|sub|mul|min|max|neg|abs)(?:\.rn)?(?:\.ftz)?\.{FLOAT}", {}),
-    (rf"(?P<name>fma\.rn|div\.full|div\.rn|ex2\.approx|rsqrt\.approx)(?:\.ftz)?\.{FLOAT}", {}),
+    (rf"(?P<name>fma\.rn|div\.(?:full|approx|rn)|ex2\.approx|rsqrt\.approx)(?:\.ftz)?\.{FLOAT}", {}),
     (r"(?P<name>and|or|xor|not)\.(?P<kind>pred|b16|b32|b64)", {}),
     (r"(?P<name>shl|shr)\.(?P<kind>[bus](?:16|32|64))", {1: "u32"}),
     (r"(?P<name>bfe)\.(?P<kind>[us]32)", {1: "u32", 2: "u32"}),
@@ -298,10 +298,10 @@ class Machine:
             return functools.partial(self.shared.locate, in_cluster=True)
         if space == "global":
             return lambda *where: self.buffers.locate(*where)  # the storages are those of a launch
-        return {"param": self.parameters, "shared": self.shared}[space].locate
+        return {"param": self.parameters, "shared": self.shared, "shared::cta": self.shared}[space].locate
 
     @rule(
-        r"ld\.(?P<space>param|global|shared(?:::cluster)?)(?:\.c[ag]|\.L[12]::\w+)*(?P<vector>\.v[24])?\.(?P<kind>[busf](?:8|16|32|64))"
+        r"ld\.(?P<space>param|global|shared(?:::cluster|::cta)?)(?:\.c[ag]|\.L[12]::\w+)*(?P<vector>\.v[24])?\.(?P<kind>[busf](?:8|16|32|64))"
     )
     def load(self, operands: list[str], space: str, vector: str | None, kind: str) -> Run:
         outs = [self.target(name, kind) for name in OPERAND.findall(operands[0].strip("{}"))]
@@ -317,7 +317,7 @@ class Machine:
 
         return run
 
-    @rule(r"st\.(?P<space>global|shared(?:::cluster)?)(?P<vector>\.v[24])?\.(?P<kind>[busf](?:8|16|32|64))")
+    @rule(r"st\.(?P<space>global|shared(?:::cluster|::cta)?)(?P<vector>\.v[24])?\.(?P<kind>[busf](?:8|16|32|64))")
     def store(self, operands: list[str], space: str, vector: str | None, kind: str) -> Run:
         address, locate, dtype = self.address(operands[0]), self.access(space), DTYPES[kind]
         values = self.many(operands[1], kind)
