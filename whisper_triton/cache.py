@@ -99,7 +99,7 @@ class SelfAttentionLayer(StaticLayer):
         """Takes the last tokens back, of all layers in the last one's call; transformers' own does so for each, since 5.24.
 
         Args:
-            tokens_to_remove: 0, or their number with a minus.
+            tokens_to_remove: 0, or their number with a minus; all if there are fewer.
 
         Raises:
             ValueError: above 0; nothing has changed then.
@@ -107,7 +107,7 @@ class SelfAttentionLayer(StaticLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"the number of tokens to take back is wanted with a minus, got {tokens_to_remove}")
         if self.is_last:
-            self.cumulative_length.add_(tokens_to_remove)
+            self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
             self.host_length = max(0, self.host_length + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, WhisperForConditionalGeneration
 from transformers.generation import GenerationMode, MaxLengthCriteria
-from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
+from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperDecoderLayer
 
 from .attention import NAME, STATE, TritonAttention, is_length, why_not_covered
 from .cache import CACHE_NAME
@@ -187,13 +187,13 @@ def why_not_these_states(states: torch.Tensor, rows: int) -> str | None:
     return None
 
 
-def _writes_its_cache(layer: nn.Module) -> bool:
-    """Whether each pass of a decoder layer is known to write its keys and values."""
-    return (
-        type(layer).forward is WhisperDecoderLayer.forward
-        and type(layer.self_attn) is TritonAttention
-        and not ("forward" in vars(layer) or "forward" in vars(layer.self_attn))
-    )
+def _writes_all_caches(decoder: nn.Module) -> bool:
+    """Whether each pass of a decoder is known to write the keys and values of all of its layers."""
+    passes = [(decoder, WhisperDecoder)]
+    for layer in decoder.layers:
+        passes += (layer, WhisperDecoderLayer), (layer.self_attn, TritonAttention)
+    is_known = all(type(module).forward is kind.forward and "forward" not in vars(module) for module, kind in passes)
+    return is_known and not (decoder.training and decoder.layerdrop)
 
 
 def why_not_static(model: WhisperForConditionalGeneration, is_known: bool = False) -> str | None:
@@ -210,8 +210,8 @@ def why_not_static(model: WhisperForConditionalGeneration, is_known: bool = Fals
     if [layer.self_attn.layer_idx for layer in decoder.layers] != list(range(model.config.decoder_layers)):
         return "decoder layers were taken out or put in"
     # The caches' layers share one length, which the last of them advances.
-    if not is_known and not all(map(_writes_its_cache, decoder.layers)):
-        return "a decoder layer has a forward pass of its own, which may leave its cache out"
+    if not is_known and not _writes_all_caches(decoder):
+        return "the decoder or a layer of it has a forward pass that may leave a cache out"
     parameters = (p for module in modules_of(decoder) for p in module._parameters.values() if p is not None)
     if not is_known and any(parameter.device != device for parameter in parameters):
         return "the decoder lies on several devices"

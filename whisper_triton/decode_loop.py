@@ -31,9 +31,9 @@ ROWS_AT_ONCE = 64  # whose scores are computed together, after the last token
 # A look takes the host some 10 us, which a step of a large decoder hides and one of a small decoder hardly does.
 LOOK_EVERY = 4
 LARGE = 512 << 20  # bytes of a decoder whose ends are looked for at every replay: medium's, large-v3's, not turbo's
-# Replays that are queued before late looks at the model are taken, which keep the host for up to 3 ms: of a large decoder, and
-# of a small one. What ends within them is found no sooner.
-QUEUED_FIRST = (4, 16)
+# Replays that are queued before late looks at the model are taken, of a large decoder and of a small one: some 2 ms of the
+# GPU's work, which is what they keep a slow host for (benchmarks/NOTES.md, generate, 23). Ends within them are found no sooner.
+QUEUED_FIRST_OF_LARGE, QUEUED_FIRST = 4, 16
 STOCKS_LOOP = "tokens are chosen in stock's loop"  # what is logged, before the reason
 
 # What `generate` may pass to the forward passes, with the values that a replay covers. The attention mask is of the encoder's
@@ -148,15 +148,17 @@ def run_until_ended(
     steps: int,
     look_every: int = LOOK_EVERY,
     first: int = 0,
-    meanwhile: Callable[[], object] | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> int:
     """Calls `advance` until all rows have ended, up to `look_every` times more than needed, at most `steps` times; returns the
     greatest length.
 
-    The first `first` times nobody looks for ends; then `meanwhile` is called, with so many steps queued.
+    The first `first` times nobody looks for ends, which may be so many more than needed; then `meanwhile` is called, with all
+    of them queued.
 
     After `steps` of them all rows must have ended. What a look waits for has always a newer step queued behind it: the device
-    goes on meanwhile, and the host, which queues a step in microseconds, is never more than `look_every` + 1 of them ahead.
+    goes on meanwhile, and the host, which queues a step in microseconds, is never more than `look_every` + 1 of them ahead, or
+    `first`.
     To ask the event without waiting for it would only let the host run on, and queue what nobody needs.
     """
     for i in range(steps):
@@ -240,8 +242,8 @@ def decode(
     kept = [logits]
     run = (lambda: kept.append(advance().clone())) if wants_scores or wants_logits else advance
     is_large = step.weight_bytes >= LARGE
-    first = QUEUED_FIRST[0 if is_large else 1] if are_put_off() else 0
-    length = run_until_ended(run, selection, steps, 1 if is_large else LOOK_EVERY, first, take_late_looks)
+    look_every, first = (1, QUEUED_FIRST_OF_LARGE) if is_large else (LOOK_EVERY, QUEUED_FIRST)
+    length = run_until_ended(run, selection, steps, look_every, first if are_put_off() else 0, take_late_looks)
     step.rewind(length - 1)  # the last token of all is not in the cache
     ids, kept = selection.state.ids[:, :length].clone(), kept[: length - prompt_length]
     if generation_config.return_dict_in_generate and returns_tokens:

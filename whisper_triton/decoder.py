@@ -59,7 +59,7 @@ def why_not_captured(model: WhisperForConditionalGeneration) -> str | None:
         reason = why_not_known(module, _KNOWN_MODULES)
         if reason is not None:
             return f"in the decoder {reason}"
-    parameters, device = (*model.model.decoder.parameters(), model.proj_out.weight), model.device
+    parameters, device = (*model.model.decoder.parameters(), *model.proj_out.parameters()), model.device
     for parameter in parameters:
         # Quantised and sharded weights are other tensors inside, which a kernel could not read and we could not follow.
         if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
@@ -108,7 +108,7 @@ class DecoderStep:
     ) -> None:
         self.num_frames, self.num_slots = num_frames, num_slots or model.config.max_target_positions
         self.fingerprint = fingerprint(model)
-        self._parameters = [*model.model.decoder.parameters(), model.proj_out.weight]
+        self._parameters = [*model.model.decoder.parameters(), *model.proj_out.parameters()]
         self._places = places_of(self._parameters)
         self.weight_bytes = sum(parameter.nbytes for parameter in model.model.decoder.parameters())
         # What is kept from call to call must not be an inference tensor, which only inference mode may write again.

@@ -3,9 +3,9 @@
 Stock builds configurations, processors and the first tokens before it asks the encoder, milliseconds in which a GPU has nothing
 to do. Where a graph has been captured for just these features, it runs meanwhile, in a stream of its own: stock waits for its
 small copies to the GPU, and in its stream it would wait for the encoder too. The states lie in the call's `Encoded`, where the
-encoder's override finds them if the graph still is what a pass would do, and neither features nor weights have changed: to know
-that takes a walk over all modules, for which the GPU does not wait. If it is not so, or stock refuses the call, nobody sees
-the states.
+encoder's override finds them if neither features nor weights have changed, and the graph still is what a pass would do: to know
+that takes a walk over all modules, for which the GPU does not wait, and which may come later still (`late.py`). If it is not
+so, or stock refuses the call, nobody sees the states.
 """
 
 from __future__ import annotations

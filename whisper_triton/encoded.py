@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .graphs import modules_of
-from .late import LATE, is_so
+from .late import is_so
 
 ENCODED: ContextVar[Encoded | None] = ContextVar("whisper_triton_encoded", default=None)  # of the innermost `generate` call
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -40,7 +40,7 @@ class Started(Protocol):
 @dataclass
 class _Kept:
     encoder: nn.Module
-    weights: tuple[int, ...] | None  # None: to be looked up when they are asked for first
+    weights: tuple[int, ...]
     features: torch.Tensor  # (B, mel bins, frames), nobody else's but with an early start
     states: torch.Tensor  # (B, frames / 2, C), which those have who asked for them
     graph: Started | None = None  # of an early start
@@ -58,11 +58,7 @@ class _Kept:
         """Whether the encoder's are those that the states come of; of a graph's, whether its passes are the same too."""
         if self.graph is None:
             return self.weights == weights_of(self.encoder)
-        if not self.graph.fits(self.encoder):
-            return False
-        weights = versions_of(self.graph.parameters)
-        before, self.weights = self.weights, weights
-        return before is None or before == weights
+        return self.graph.fits(self.encoder) and self.weights == versions_of(self.graph.parameters)
 
 
 class Encoded:
@@ -82,13 +78,10 @@ class Encoded:
     def keep_early(self, encoder: nn.Module, features: torch.Tensor, states: torch.Tensor, graph: Started) -> None:
         """As `keep`, but of features that the caller of `generate` may write into: their version tells.
 
-        Where looks are taken late, the weights' versions are those that the first one finds: nobody writes to them before.
-
         Args:
-            graph: what makes the states, if it fits: that is looked at when they are asked for.
+            graph: what makes the states, if it fits: that is looked at when they are asked for, or later.
         """
-        weights = versions_of(graph.parameters) if LATE.get() is None else None
-        self._kept = _Kept(encoder, weights, features, states, graph)
+        self._kept = _Kept(encoder, versions_of(graph.parameters), features, states, graph)
 
     @property
     def is_early(self) -> bool:

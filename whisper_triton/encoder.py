@@ -87,8 +87,8 @@ def why_not_captured(encoder: WhisperEncoder) -> str | None:
 def fingerprint(encoder: WhisperEncoder) -> tuple[object, ...]:
     """What a graph depends on: another one is captured when modules, hooks, modes or the places of the weights change.
 
-    Asked before the states of any replay are used, so it is one walk over the modules; while it holds, so does what
-    `why_not_captured` said.
+    Asked of every replay, before its states are used or, as late looks are, before anybody sees what came of them; so it is one
+    walk over the modules. While it holds, so does what `why_not_captured` said.
     """
     found: list[object] = [global_hooks(), failed_gpus()]
     add_fingerprint(modules_of(encoder), found, wrapped=encoder)

@@ -36,10 +36,9 @@ from .early import start_encoder, whole_segment
 from .encoded import ENCODED, Encoded
 from .encoder import EncoderState
 from .graphs import global_hooks, is_recorder
-from .late import LATE, ChangedError, LateLooks, find_a_change, take_late_looks
+from .late import LATE, ChangedError, LateLooks, take_late_looks
 from .model_state import CALL, Call, State, cache_for, kept_step, step_as_it_is
 from .stand_ins import StandIn, stand_in
-from .streams import RandomStreams
 
 
 def _stock(model: WhisperForConditionalGeneration, name: str) -> Callable[..., Any]:
@@ -68,7 +67,7 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
     reason = why_not_our_loop(self, args, kwargs)
     if reason is None:
         kwargs["custom_generate"] = _decode
-    may_be_late = is_outermost and reason is None and _nobody_looks_on(self, kwargs)
+    may_be_late = reason is None and _nobody_looks_on(self, state, kwargs)
     outer, outer_encoded, outer_late = CALL.set(call), ENCODED.set(Encoded()), LATE.set(LateLooks() if may_be_late else None)
     try:
         if is_outermost:
@@ -81,14 +80,12 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
                 report_once(f"{STOCKS_LOOP}: {reason}")
             try:
                 result = _stock(self, "generate")(*args, **kwargs)
-                take_late_looks()  # if anything was decoded without our loop
+                take_late_looks()  # in case nothing was decoded
                 return result
-            except Exception as error:  # such a replay may lead to another before a look does, from a model cast meanwhile say
-                if not isinstance(error, ChangedError) and not find_a_change():
-                    raise
-            # As if it had been seen before anything was replayed.
-            LATE.set(None), ENCODED.set(Encoded())
-            state.in_use, call.streams = None, RandomStreams()
+            except ChangedError:
+                pass
+            # As if it had been seen before anything was replayed; what has been drawn from PyTorch's generator is kept.
+            LATE.set(None)
             return _stock(self, "generate")(*args, **kwargs)
     finally:
         CALL.reset(outer)
@@ -100,15 +97,19 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
         self.config._attn_implementation = attn_implementation
 
 
-def _nobody_looks_on(self: WhisperForConditionalGeneration, kwargs: dict[str, Any]) -> bool:
-    """Whether nobody is called with the encoder's states, or between them and our loop, unless by a class of the user's own."""
+def _nobody_looks_on(self: WhisperForConditionalGeneration, state: State, kwargs: dict[str, Any]) -> bool:
+    """Whether no code of the user's runs between the start of a call and our loop; what is in modules does not run there."""
     encoder = self.model.encoder
-    state: EncoderState | None = vars(encoder).get(STATE)
+    of_encoder: EncoderState | None = vars(encoder).get(STATE)
+    kind = type(self)
     return (
-        kwargs.get("monitor_progress") is None
-        and not global_hooks()
-        and state is not None
-        and vars(encoder).get("forward") is state.overridden.get("forward")
+        kind is WhisperForConditionalGeneration
+        and {name: own for name, own in vars(self).items() if callable(getattr(kind, name, None))} == state.overridden
+        and kwargs.get("monitor_progress") is None
+        and not (self._forward_hooks or self._forward_pre_hooks or global_hooks())
+        and of_encoder is not None
+        and vars(encoder).get("forward") is of_encoder.overridden.get("forward")
+        and not encoder._forward_pre_hooks
         and all(map(is_recorder, encoder._forward_hooks.values()))
     )
 
@@ -160,6 +161,8 @@ def _forward(self: WhisperForConditionalGeneration, *args: Any, **kwargs: Any) -
     if step is not None and not any(step.cache.is_updated.values()):
         _fill_cross_cache(self, step, kwargs["encoder_outputs"][0])
     if step is None or not _is_replayed(self, step, kwargs):
+        if not torch.compiler.is_compiling():
+            take_late_looks()
         return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
     return Seq2SeqLMOutput(
         logits=step(self, kwargs["decoder_input_ids"]),
@@ -352,20 +355,27 @@ def _postprocess_outputs(self: WhisperForConditionalGeneration, *, seek_outputs:
     is_ours = isinstance(cache, StaticEncoderDecoderCache) and not cache.is_compileable
     if is_ours and kwargs["is_shortform"] and not getattr(cache, "_is_user_defined", False):
         seek_outputs[CACHE_NAME] = EncoderDecoderCache(cache.to_legacy_cache())
+    scores = None if isinstance(seek_outputs, torch.Tensor) else seek_outputs.get("scores")
+    has_our_scores = bool(scores) and isinstance(scores[0], Logprobs)
     sequences, outputs = _stock(self, "_postprocess_outputs")(seek_outputs=seek_outputs, **kwargs)
     call = CALL.get()
-    if call is not None and call.returns_tokens:
-        # In one copy; what stock asks of each row, its end, its timestamps, would wait for the GPU each time.
-        sequences = sequences.cpu()
+    if call is not None and call.returns_tokens and (isinstance(seek_outputs, torch.Tensor) or has_our_scores):
+        # In one copy; what stock asks of each row, its end, its timestamps, would wait for the GPU each time. But the mean of
+        # stock's own scores is computed where the tokens are.
+        call.tokens_device, sequences = sequences.device, sequences.cpu()
     return sequences, outputs
 
 
 def _retrieve_segment(
-    self: WhisperForConditionalGeneration, *, decoder_input_ids: torch.Tensor, **kwargs: Any
+    self: WhisperForConditionalGeneration, seek_sequence: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[list[dict[str, Any]], Any]:
-    segments, offset = _stock(self, "_retrieve_segment")(decoder_input_ids=decoder_input_ids, **kwargs)
-    for segment in segments:  # nobody sees more of them, where `_postprocess_outputs` has taken their rows to the host
-        segment["tokens"] = segment["tokens"].to(decoder_input_ids.device)
+    segments, offset = _stock(self, "_retrieve_segment")(seek_sequence, *args, **kwargs)
+    call = CALL.get()
+    if call is not None and call.tokens_device is not None:  # nobody sees more of segments than their tokens
+        tokens, first = seek_sequence.to(call.tokens_device), segments[0]["idxs"][0]
+        for segment in segments:
+            start, end = segment["idxs"]
+            segment["tokens"] = tokens[start - first : end - first]
     return segments, offset
 
 

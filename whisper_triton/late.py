@@ -1,10 +1,10 @@
 """Looks whether a model still is what its graphs are of, taken while a GPU decodes instead of before it begins.
 
-Such a look is a walk over all modules and weights, up to a millisecond on a processor whose caches hold something else by now.
-In a call of `generate` whose tokens our own loop chooses, nobody sees anything before that loop has queued its first steps. So
-the graphs are replayed as they are, if only their weights' memory is still there, and the looks are taken when the GPU has
-something to do. Where one finds another model, what was computed is thrown away, and the call made anew by looks in time:
-`generation.py`.
+Such a look is a walk over all modules and weights, up to 1.4 ms on a slow processor (benchmarks/NOTES.md, generate, 23). In a
+call of `generate` whose tokens our own loop chooses, and with no code of the user's on the way there, nobody sees anything
+before that loop has queued its first steps. So the graphs are replayed as they are, if only their weights' memory is still
+there, and the looks are taken when the GPU has something to do. Modules do not run before them. Where one finds another model,
+what was computed is thrown away, and the call made anew by looks in time: `generation.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from contextvars import ContextVar
 LATE: ContextVar[LateLooks | None] = ContextVar("whisper_triton_late", default=None)  # of the innermost `generate` call
 
 
-class ChangedError(Exception):
-    """The model is not what the graphs are of that have been replayed in this call; never seen outside of `generate`."""
+class ChangedError(BaseException):
+    """The model is not what the graphs are of that have been replayed in this call.
+
+    It never leaves `generate`, and is no `Exception`, which somebody on the way might take for one of stock's.
+    """
 
 
 class LateLooks:
@@ -59,15 +62,6 @@ def take_late_looks() -> None:
     late = LATE.get()
     if late is not None:
         late.take()
-
-
-def find_a_change() -> bool:
-    """Takes what looks have been put off; returns whether one has found another model."""
-    try:
-        take_late_looks()
-    except ChangedError:
-        return True
-    return False
 
 
 def end_lateness() -> None:

@@ -39,6 +39,7 @@ class Call:
     returns_tokens: bool = False  # and nobody sees more of it, though stock may ask for more itself
     brings_its_length: bool = False  # which the cache's length does not follow
     streams: RandomStreams = field(default_factory=RandomStreams)
+    tokens_device: torch.device | None = None  # of a window's tokens, where stock is given them on the host
     rows: int = 0  # of this window's prompt, before each is there for all of its beams
 
 
@@ -148,7 +149,7 @@ def step_as_it_is(model: WhisperForConditionalGeneration, batch_size: int) -> tu
 
 def kept_step(model: WhisperForConditionalGeneration, batch_size: int) -> DecoderStep | None:
     """The step that an earlier call of `generate` has left for this batch size, emptied, if a graph of it is what a pass of the
-    model would do now; None if this call decodes a window already.
+    model would do now, as far as is known before late looks; None if this call decodes a window already.
     """
     state: State = getattr(model, STATE)
     step = state.steps.get(batch_size)
