@@ -87,9 +87,7 @@ def _decode_attention_kernel(
         length = tl.load(kv_length_ptr + i_b * stride_l_b).to(tl.int64)
         length = tl.minimum(tl.maximum(length, 0), S).to(tl.int32)
     if HAS_ENDED:
-        is_over = tl.load(ended_ptr + i_b) != 0
-        if BLOCK_T > 1 or IS_ONE_TILE:
-            length = tl.where(is_over, 0, length)
+        length = tl.where(tl.load(ended_ptr + i_b) == 0, length, 0)
     chunk = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_S) * BLOCK_S
     start = i_split * chunk
     end = tl.minimum(start + chunk, length)
@@ -102,9 +100,6 @@ def _decode_attention_kernel(
         k, v = load_keys_values(
             key_ptr, value_ptr, stride_kc_s, stride_vc_s, start, end, HEAD_DIM, BLOCK_S, BLOCK_D, IS_STREAMED=True
         )
-        if HAS_ENDED and not IS_ONE_TILE:
-            # Only now, or the first tile would wait for the flag. Of a sequence that has ended it is read, and not looked at.
-            end = tl.where(is_over, start, end)
         if READ_AHEAD:
             pdl_handover(USE_PDL)
         q = tl.load(query_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32) * qk_scale

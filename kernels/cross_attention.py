@@ -123,8 +123,8 @@ def cross_attention(
             All S slots are attended to.
         layer_norm: applied to x first. scale: multiplies the query, in x's dtype as Whisper does.
         counters: as in `decode_attention`; without them its splits are joined by a launch of their own.
-        ended: (B,) int64 or int32 on the same device: sequences whose number is not 0 have ended. Of their keys a
-            tile a program is read at most and none looked at, and what is returned for them is 0.
+        ended: (B,) int64 or int32 on the same device: sequences whose number is not 0 have ended. None of their keys is
+            read, and what is returned for them is 0.
 
     All but x is read while the kernels before this call still run: between what wrote it and this call there must be a kernel
     launched without dependent launch, as PyTorch's all are, or the beginning of a graph's replay. All that `skinny_linear`

@@ -240,9 +240,8 @@ def decode_attention(
         counters: (B * H,) int32 zeros on the same device, or more of them. With them the splits of one token (T = 1) are
             joined by each head's last program instead of by a second launch. They are zeros again afterwards; two calls
             that may run at the same time must not share them.
-        ended: (B,) int64 or int32 on the same device: sequences whose number is not 0 have ended. Of their keys a
-            tile a program is read at most and none looked at, and what is returned for them is 0. With `read_ahead` it may be
-            read as early as the caches.
+        ended: (B,) int64 or int32 on the same device: sequences whose number is not 0 have ended. None of their keys is
+            read, and what is returned for them is 0. With `read_ahead` it may be read as early as the caches.
 
     Returns:
         (B, T, H, D), contiguous, the query's dtype: what `out_proj` reads as (B, T, H * D). A query that sees no key
