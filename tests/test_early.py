@@ -40,6 +40,7 @@ class StandIn:
 
     def __init__(self, encoder: WhisperEncoder) -> None:
         self.encoder, self.fingerprint, self.parameters = encoder, fingerprint(encoder), list(encoder.parameters())
+        self.device = self.parameters[0].device
         self._places = places_of(self.parameters)
         self.started: list[torch.Tensor] = []
         self.results: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -264,7 +264,7 @@ def test_kept_graphs_never_take_more_than_their_share(
         B = features.shape[0]
         # What goes in and comes out fits beside the others before a graph takes it.
         assert not graphs or sum(graph.nbytes for graph in graphs.values()) + features.nbytes <= most
-        known = {"fits": lambda _: True, "has_its_memory": lambda: True}
+        known = {"fits": lambda _: True, "has_its_memory": lambda: True, "device": features.device}
         return SimpleNamespace(nbytes=1 << 20, wait=lambda: given_up.append(B), **known)
 
     monkeypatch.setattr(encoder, "CapturedEncoder", capture)

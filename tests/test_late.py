@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_early import StandIn, captured, generate
 from torch import nn
-from transformers import WhisperForConditionalGeneration
+from transformers import LogitsProcessor, WhisperForConditionalGeneration
 from whisper_models import FRAMES, Recorder, mel, tiny_whisper
 
 from whisper_triton import accelerate, accelerated, decode_loop, generation, late, model_state
@@ -210,13 +210,23 @@ def sums(seen: list[Any]) -> Callable[..., None]:
     return lambda module, args, *rest: seen.append([x.double().sum().item() for x in args if isinstance(x, torch.Tensor)])
 
 
+def own_processor(model: Any, seen: list[Any]) -> LogitsProcessor:
+    processor = Recorder()
+    processor.set_begin_index = seen.append
+    return processor
+
+
 ONLOOKERS: dict[str, Callable[[Any, list[Any]], Any]] = {
     "a hook before the model": lambda model, seen: model.register_forward_pre_hook(sums(seen)),
     "a hook before the encoder": lambda model, seen: model.model.encoder.register_forward_pre_hook(sums(seen)),
     "a hook of a decoder layer": lambda model, seen: model.model.decoder.layers[1].register_forward_hook(sums(seen)),
     "a method of the user's": own_detection,
     "a class of the user's": own_class,
+    "a hook of an encoder layer": lambda model, seen: model.model.encoder.layers[0].register_forward_hook(sums(seen)),
+    "a hook of the final norm": lambda model, seen: model.model.decoder.layer_norm.register_forward_hook(sums(seen)),
+    "a logits processor": own_processor,
 }
+THRESHOLDS = {"no_speech_threshold": 0.6, "logprob_threshold": -10.0, "temperature": (0.0,), "language": "en"}
 
 
 class TestChanges:
@@ -228,15 +238,17 @@ class TestChanges:
             {"task": "transcribe", "max_new_tokens": 20},
             {"language": "en", "max_new_tokens": 20, "temperature": 1.0, "top_k": 1},
             {"language": "en", "max_new_tokens": 12, "return_timestamps": True, "return_segments": True},
+            {"language": "en", "max_new_tokens": 12, "return_timestamps": True, "seconds": 3},
         ],
-        ids=["greedy", "a language to detect", "sampled", "segments"],
+        ids=["greedy", "a language to detect", "sampled", "segments", "long"],
     )
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_between_two_calls_are_seen(
         self, change: Callable[[Any], Any], kwargs: dict[str, Any], dtype: torch.dtype, device: torch.device
     ) -> None:
         """In fp32 stock's tokens, in fp16 those of a model that has not been called before."""
-        model, features = tiny_whisper(device, seed=3, is_multilingual=True, dtype=dtype), mel(2, device).to(dtype)
+        model, kwargs = tiny_whisper(device, seed=3, is_multilingual=True, dtype=dtype), kwargs.copy()
+        features = mel(1, device, seconds=kwargs.pop("seconds", 1)).to(dtype)  # the encoder of a long one is not started early
         other = copy.deepcopy(model)
         unchanged = warm(model, features, **kwargs)
         with torch.no_grad():
@@ -282,7 +294,9 @@ class TestChanges:
         assert generate(model, features, **kwargs)[0] == wanted
 
     @pytest.mark.parametrize("put", ONLOOKERS.values(), ids=ONLOOKERS)
-    @pytest.mark.parametrize("kwargs", [{"task": "transcribe"}, {"language": "en"}])
+    @pytest.mark.parametrize(
+        "kwargs", [{"task": "transcribe"}, {"language": "en"}, THRESHOLDS], ids=["detected", "told", "thresholds"]
+    )
     def test_who_looks_on_sees_what_a_first_call_shows(
         self, put: Callable[[Any, list[Any]], None], kwargs: dict[str, str], device: torch.device
     ) -> None:
@@ -294,11 +308,40 @@ class TestChanges:
             prepare(model)
             other_weight(model.model.encoder.conv1, "weight")
             other_weight(model.model.decoder.layers[1].fc1, "weight")
-            put(model, of_one)
-            of_one.append(generate(model, features, **kwargs)[0])
+            processor = put(model, of_one)
+            around = {"logits_processor": [processor]} if isinstance(processor, LogitsProcessor) else {}
+            of_one.append(generate(model, features, **kwargs, **around)[0])
             seen.append(of_one)
         assert len(seen[0]) > 1 or (put is own_detection and "language" in kwargs)
         assert seen[0] == seen[1]
+
+    def test_who_has_a_method_of_the_class_sees_each_call_once(
+        self, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen, kind = [], WhisperForConditionalGeneration
+        method = kind.generate_with_fallback
+        counted = lambda *args, **kwargs: seen.append(1) or method(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(kind, "generate_with_fallback", counted)
+        model, features = tiny_whisper(device, seed=3, dtype=torch.float16), mel(2, device).half()
+        warm(model, features)
+        other_weight(model.model.decoder.layers[1].fc1, "weight")
+        seen.clear()
+        generate(model, features)
+        assert seen == [1]
+
+    def test_dropout_is_drawn_once(self, device: torch.device) -> None:
+        """By an encoder that its modules run."""
+        results, features = [], mel(2, device).half()
+        for earlier_calls in (0, 2):
+            model = accelerate(tiny_whisper(device, seed=3, dtype=torch.float16))
+            model.model.encoder.train()
+            for module in (model.model.encoder, *model.model.encoder.layers):
+                module.dropout = 0.5
+            for _ in range(earlier_calls):
+                generate(model, features)
+            other_weight(model.model.decoder.layers[1].fc1, "weight")
+            results.append((generate(model, features)[0], torch.get_rng_state().tolist()))
+        assert results[0] == results[1]
 
     def test_a_write_by_a_hook_of_the_model_is_seen(self, device: torch.device) -> None:
         """Before the first pass of a call that has started the encoder."""
@@ -368,10 +411,9 @@ class TestChanges:
         model, features = tiny_whisper(device, seed=3, dtype=torch.float16), mel(2, device).half()
         wanted, inner = warm(model, features), []
         events.clear()
-        ask = lambda seen: inner.append((generate(model, features)[0], late.are_put_off()))  # noqa: E731
+        ask = lambda seen: inner.append((generate(model, features)[0], looks(events)))  # noqa: E731
         assert generate(model, features, monitor_progress=ask)[0] == wanted
-        assert inner == [(wanted, False)]
-        assert "anew" not in events
+        assert inner == [(wanted, [0, 0])]
 
     def test_hooks_of_the_encoder_see_each_pass_once(self, device: torch.device) -> None:
         model, features, seen = tiny_whisper(device, seed=3), mel(1, device), []
@@ -448,9 +490,7 @@ class TestOnAGPU:
         ids=["tokens", "thresholds"],
     )
     def test_rows_are_looked_at_on_the_host(self, kwargs: dict[str, Any], of_a_row: int, device: torch.device) -> None:
-        """In as many copies from the device, or one or two more, however many rows there are; with thresholds stock makes one of
-        each.
-        """
+        """However many there are, in as many copies from the device, or two more; for thresholds stock makes one of each."""
         model, copies = accelerate(tiny_whisper(device, seed=3)), []
         kwargs = {"max_new_tokens": 12} | kwargs
         for B in (1, 6):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, WhisperForConditionalGeneration
+from transformers import GenerationConfig, GenerationMixin, WhisperForConditionalGeneration
 from transformers.generation import GenerationMode, MaxLengthCriteria
+from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperDecoderLayer
 
 from .attention import NAME, STATE, TritonAttention, is_length, why_not_covered
@@ -61,7 +63,7 @@ def _transformers_own(*names: str) -> dict[str, Any]:
         while function is not None:  # decorators, transformers' or torch's
             layers.append(getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0])
             function = getattr(function, "__wrapped__", None)
-        found[name] = method if set(layers) <= {"transformers", "torch"} else None
+        found[name] = method if set(layers) <= {"transformers", "torch", "contextlib"} else None
     return found
 
 
@@ -81,6 +83,25 @@ _LOOP = _transformers_own(
     "_has_unfinished_sequences",
     "_sample",
 )
+
+
+# All by which `generate` gets from its call to its loop, and more.
+_METHODS = {
+    name: None if method is None else getattr(WhisperForConditionalGeneration, name)
+    for name, method in _transformers_own(
+        *(
+            name
+            for kind in (GenerationMixin, WhisperGenerationMixin, WhisperForConditionalGeneration)
+            for name, value in vars(kind).items()
+            if isinstance(value, FunctionType | staticmethod)
+        )
+    ).items()
+}
+
+
+def has_stocks_methods() -> bool:
+    """Whether nobody has put another in the place of a method of Whisper's class that has to do with `generate`."""
+    return all(getattr(WhisperForConditionalGeneration, name, None) is method for name, method in _METHODS.items())
 
 
 def has_stocks_forward(model: WhisperForConditionalGeneration) -> bool:

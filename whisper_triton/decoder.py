@@ -193,6 +193,7 @@ class DecoderStep:
         """Logits (B, vocabulary) at token `index` of a prompt of T tokens, if it was the last thing decoded here."""
         if self._prompt_states is None or self._prompt_states.shape[1] != T:
             return None
+        take_late_looks()  # before modules run
         with torch.no_grad():
             return model.proj_out(model.model.decoder.layer_norm(self._prompt_states[:, index]))
 

@@ -38,7 +38,7 @@ from .graphs import (
 from .kernels import backend
 from .kernels._checks import DTYPES
 from .kernels._dispatch import failed_gpus
-from .late import is_so
+from .late import end_lateness, is_so
 
 MAX_BYTES = 8 << 30  # of memory kept for graphs; one that is larger by itself is kept alone
 _LOCK = threading.RLock()
@@ -106,7 +106,7 @@ class CapturedEncoder:
         # What is kept from call to call must not be an inference tensor, which only inference mode may write again.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(features.device):
             chain = FusedEncoder(encoder)
-            self.fingerprint, self.parameters = fingerprint(encoder), list(encoder.parameters())
+            self.fingerprint, self.parameters, self.device = fingerprint(encoder), list(encoder.parameters()), features.device
             self._places = places_of(self.parameters)
             self.features = torch.empty(features.shape, dtype=features.dtype, device=features.device).copy_(features)
             self.graph, self.states, nbytes = capture(lambda: chain(self.features), features.device)
@@ -173,6 +173,7 @@ def _forward(self: WhisperEncoder, *args: Any, **kwargs: Any) -> BaseModelOutput
         return type(self).forward(self, *args, **kwargs)  # spelt out: torch.compile traces through it
     features = args[0] if args else kwargs.get("input_features")
     if not is_covered(self, features, args, kwargs):
+        end_lateness()
         return type(self).forward(self, *args, **kwargs)
     encoded = ENCODED.get()
     if encoded is not None:
@@ -180,7 +181,9 @@ def _forward(self: WhisperEncoder, *args: Any, **kwargs: Any) -> BaseModelOutput
         if states is not None and (encoded.is_early or _is_repeatable(self)):
             return BaseModelOutput(last_hidden_state=states)
         encoded.forget()
-    graph = _captured(self, features) if features.is_cuda else None
+    graph = _captured(self, features)
+    if graph is None:
+        end_lateness()
     output = BaseModelOutput(last_hidden_state=graph(features)) if graph else type(self).forward(self, *args, **kwargs)
     if encoded is not None:
         encoded.keep(self, features, output.last_hidden_state)
@@ -235,7 +238,9 @@ def _kept(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder | Non
     """The graph that was captured for such features and may be replayed."""
     graphs = getattr(self, STATE).graphs
     key = _key(features)
-    if self.config._attn_implementation != NAME or key not in graphs or not graphs[key].has_its_memory():
+    if self.config._attn_implementation != NAME or key not in graphs:
+        return None
+    if graphs[key].device != features.device or not graphs[key].has_its_memory():
         return None
     graphs.move_to_end(key)
     return graphs[key]
@@ -256,7 +261,8 @@ def _captured(self: WhisperEncoder, features: torch.Tensor) -> CapturedEncoder |
             give_up(other)  # before more memory is taken
         reason = why_not_captured(self)
         if reason is not None:
-            report_once(f"the encoder is launched one kernel at a time: {reason}")
+            if features.is_cuda:
+                report_once(f"the encoder is launched one kernel at a time: {reason}")
             return None
         make_room(graphs, _least_bytes(self, features), MAX_BYTES, give_up)
         try:

@@ -23,6 +23,7 @@ from .coverage import (
     brings_its_length,
     has_stocks_forward,
     has_stocks_loop,
+    has_stocks_methods,
     returns_tokens_alone,
     why_not_our_cache,
     why_not_our_loop,
@@ -67,7 +68,7 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
     reason = why_not_our_loop(self, args, kwargs)
     if reason is None:
         kwargs["custom_generate"] = _decode
-    may_be_late = reason is None and _nobody_looks_on(self, state, kwargs)
+    may_be_late = is_outermost and reason is None and _nobody_looks_on(self, state, args, kwargs)
     outer, outer_encoded, outer_late = CALL.set(call), ENCODED.set(Encoded()), LATE.set(LateLooks() if may_be_late else None)
     try:
         if is_outermost:
@@ -86,6 +87,8 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
                 pass
             # As if it had been seen before anything was replayed; what has been drawn from PyTorch's generator is kept.
             LATE.set(None)
+            ENCODED.set(Encoded())
+            state.in_use, self.config._attn_implementation = None, attn_implementation
             return _stock(self, "generate")(*args, **kwargs)
     finally:
         CALL.reset(outer)
@@ -97,15 +100,19 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
         self.config._attn_implementation = attn_implementation
 
 
-def _nobody_looks_on(self: WhisperForConditionalGeneration, state: State, kwargs: dict[str, Any]) -> bool:
-    """Whether no code of the user's runs between the start of a call and our loop; what is in modules does not run there."""
+def _nobody_looks_on(
+    self: WhisperForConditionalGeneration, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether no code of the user's runs between the start of a call and our loop, but for what ends lateness: modules."""
     encoder = self.model.encoder
     of_encoder: EncoderState | None = vars(encoder).get(STATE)
     kind = type(self)
     return (
         kind is WhisperForConditionalGeneration
         and {name: own for name, own in vars(self).items() if callable(getattr(kind, name, None))} == state.overridden
+        and has_stocks_methods()
         and kwargs.get("monitor_progress") is None
+        and not (kwargs.get("logits_processor") or len(args) > 2)  # which are told where each window begins
         and not (self._forward_hooks or self._forward_pre_hooks or global_hooks())
         and of_encoder is not None
         and vars(encoder).get("forward") is of_encoder.overridden.get("forward")

@@ -3,7 +3,7 @@
 Such a look is a walk over all modules and weights, up to 1.4 ms on a slow processor (benchmarks/NOTES.md, generate, 23). In a
 call of `generate` whose tokens our own loop chooses, and with no code of the user's on the way there, nobody sees anything
 before that loop has queued its first steps. So the graphs are replayed as they are, if only their weights' memory is still
-there, and the looks are taken when the GPU has something to do. Modules do not run before them. Where one finds another model,
+there, and the looks are taken when the GPU has something to do, or else before a module runs. Where one finds another model,
 what was computed is thrown away, and the call made anew by looks in time: `generation.py`.
 """
 

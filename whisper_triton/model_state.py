@@ -141,7 +141,9 @@ def step_as_it_is(model: WhisperForConditionalGeneration, batch_size: int) -> tu
     """
     state: State = getattr(model, STATE)
     step = state.steps.get(batch_size)
-    if LATE.get() is None or step is None or state.captured != step.fingerprint or not step.has_its_memory():
+    if LATE.get() is None or step is None or state.captured != step.fingerprint or step.encoder_states.device != model.device:
+        return None
+    if not step.has_its_memory():
         return None
     is_so(lambda: step.fingerprint == fingerprint(model) and why_not_static(model, is_known=True) is None)
     return step.fingerprint
