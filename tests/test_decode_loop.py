@@ -681,6 +681,35 @@ def test_the_host_never_waits_for_the_newest_step(step: int, look_every: int) ->
         assert device.waits <= len(device.finished) / look_every + 1
 
 
+@pytest.mark.parametrize(
+    ("step", "look_every", "first"),
+    [(800, 1, decode_loop.QUEUED_FIRST_OF_LARGE), (125, decode_loop.LOOK_EVERY, decode_loop.QUEUED_FIRST)],
+)
+def test_what_the_host_does_meanwhile_keeps_no_device_waiting(step: int, look_every: int, first: int) -> None:
+    """Late looks of 1.7 ms, once, with the first steps queued."""
+    for ends_after in range(1, 40):
+        selection, calls = decode_loop.TokenSelection(1, 8, 20, torch.device("cpu")), []
+        device = selection._event = Device(step, ends_after)
+        selection.state = selection.state._replace(host_ends=device)
+
+        def meanwhile(device: Device = device, calls: list[int] = calls) -> None:
+            calls.append(len(device.finished))
+            device.now += 1700
+
+        assert decode_loop.run_until_ended(device.advance, selection, 440, look_every, first, meanwhile) == ends_after
+        assert calls == [first]
+        assert device.idle == 0
+        assert len(device.finished) <= max(ends_after + look_every, first + 1)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 5])
+def test_what_the_host_does_meanwhile_is_done_where_there_are_few_steps(steps: int) -> None:
+    selection, seen = decode_loop.TokenSelection(1, 8, 20, torch.device("cpu")), []
+    selection.state.host_ends.fill_(7)  # of call 0
+    decode_loop.run_until_ended(lambda: seen.append("step"), selection, steps, 1, 4, lambda: seen.append("meanwhile"))
+    assert seen == ["step"] * min(steps, 4) + ["meanwhile"] + ["step"] * (steps - 4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_large", [False, True])
 def test_no_token_is_copied_to_the_host(device: torch.device, is_large: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,11 +65,7 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
     )
     is_outermost = state.owner is None
     attn_implementation = self.config._attn_implementation
-    reason = why_not_our_loop(self, args, kwargs)
-    if reason is None:
-        kwargs["custom_generate"] = _decode
-    may_be_late = is_outermost and reason is None and _nobody_looks_on(self, state, args, kwargs)
-    outer, outer_encoded, outer_late = CALL.set(call), ENCODED.set(Encoded()), LATE.set(LateLooks() if may_be_late else None)
+    outer, outer_encoded, outer_late = CALL.set(call), ENCODED.set(Encoded()), LATE.set(None)
     try:
         if is_outermost:
             state.owner = call
@@ -77,7 +73,12 @@ def _generate_alone(self: WhisperForConditionalGeneration, state: State, args: t
                 step.forget_states()
         with _on_device(self.device, state):
             start_encoder(self, state.overridden, args, kwargs)
-            if reason is not None and self.device.type == "cuda":
+            reason = why_not_our_loop(self, args, kwargs)
+            if reason is None:
+                kwargs["custom_generate"] = _decode
+                if is_outermost and _nobody_looks_on(self, state, args, kwargs):
+                    LATE.set(LateLooks())
+            elif self.device.type == "cuda":
                 report_once(f"{STOCKS_LOOP}: {reason}")
             try:
                 result = _stock(self, "generate")(*args, **kwargs)
